@@ -1,0 +1,1 @@
+"""How work reaches machines: launchers and the embedded Ray cluster."""

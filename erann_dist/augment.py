@@ -1,0 +1,114 @@
+"""From int16 crops to the model's input, on the device: mixup on the waveform, and SpecAugment's masks.
+
+Every random choice is keyed by (seed, position of the example), so that it is the same on any number of workers and
+after every restart.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from erann_dist.features import LogMel
+from erann_dist.keyed import FREQUENCY_MASK, MIXUP, TIME_MASK, keyed_integer, keyed_uniform
+from erann_dist.model import MEL_BINS
+
+Mixup = Literal["none", "standard", "modified"]
+Partner = Literal["fresh", "in_batch"]
+
+_SILENCE_RMS = 1e-5  # −100 dB: the level of a silent clip, so that levels can be compared
+_TIME_MASKS = _FREQUENCY_MASKS = 2
+_FREQUENCY_MASK_BINS = 16
+_TIME_MASK_SHARE = 16  # a time mask covers up to 1/16 of the frames: 8·t_c of 128·t_c
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the model is trained on: one micro-batch."""
+
+    log_mel: Tensor  # (M, 1, 128, T) float32, dB
+    mask: Tensor | None  # (M, 1, 128, T) bool, SpecAugment's
+    targets: Tensor  # (M, N) float32
+
+
+def clip_positions(examples: npt.NDArray[np.int64], mixup: Mixup, partner: Partner) -> npt.NDArray[np.int64]:
+    """The sampler's positions that the examples need: two for each with fresh partners, else one.
+
+    PANNs' way is a fresh partner: example e mixes positions 2e and 2e + 1.
+    """
+    if mixup != "none" and partner == "fresh":
+        return np.stack([2 * examples, 2 * examples + 1], axis=1).reshape(-1)
+    return examples
+
+
+def make_inputs(
+    pcm: Tensor,
+    targets: Tensor,
+    examples: npt.NDArray[np.int64],
+    log_mel: LogMel,
+    *,
+    mixup: Mixup,
+    partner: Partner,
+    spec_augment: bool,
+    seed: int,
+) -> Inputs:
+    """One micro-batch, augmented.
+
+    pcm: (n, samples) int16 crops and targets: (n, N) float32, of clip_positions(examples), on the device.
+    examples: (M,) positions of the examples in the run.
+    """
+    waveform = pcm.float() / 32768
+    if mixup != "none":
+        if partner == "fresh":
+            waveforms, labels = (waveform[0::2], waveform[1::2]), (targets[0::2], targets[1::2])
+        else:
+            neighbour = torch.arange(len(waveform), device=waveform.device) ^ 1
+            waveforms, labels = (waveform, waveform[neighbour]), (targets, targets[neighbour])
+        share = torch.from_numpy(keyed_uniform(seed, MIXUP, examples)).float().to(waveform.device)
+        mix = mix_standard if mixup == "standard" else mix_modified
+        waveform = mix(*waveforms, share)
+        targets = share[:, None] * labels[0] + (1 - share[:, None]) * labels[1]
+    spectrogram = log_mel(waveform)
+    mask = None
+    if spec_augment:
+        mask = spec_augment_mask(examples, spectrogram.shape[-1], seed).to(spectrogram.device)
+    return Inputs(spectrogram, mask, targets)
+
+
+def mix_standard(x1: Tensor, x2: Tensor, share: Tensor) -> Tensor:
+    """share·x1 + (1 − share)·x2 (Zhang et al. 2018). x1, x2: (M, samples); share: (M,)."""
+    return share[:, None] * x1 + (1 - share[:, None]) * x2
+
+
+def mix_modified(x1: Tensor, x2: Tensor, share: Tensor) -> Tensor:
+    """Between-class mixing (Tokozume et al. 2018): the share is one of loudness, and the sum keeps its energy.
+
+    p = 1 / (1 + 10^((G1 − G2) / 20) · (1 − r) / r) for the levels G in dB, x = (p·x1 + (1 − p)·x2) / √(p² + (1 − p)²).
+    The paper's own rule for "modified mixup" is not published; this is the default for it. Levels are plain RMS.
+    """
+    rms1, rms2 = (x.square().mean(dim=1).sqrt().clamp(min=_SILENCE_RMS) for x in (x1, x2))
+    p = (1 / (1 + rms1 / rms2 * (1 - share) / share))[:, None]
+    return (p * x1 + (1 - p) * x2) / (p.square() + (1 - p).square()).sqrt()
+
+
+def spec_augment_mask(examples: npt.NDArray[np.int64], frames: int, seed: int) -> Tensor:
+    """Two time masks of up to 1/16 of the frames and two frequency masks of up to 16 bins: (M, 1, 128, T) bool."""
+    time = _bands(TIME_MASK, examples, _TIME_MASKS, frames // _TIME_MASK_SHARE, frames, seed)
+    frequency = _bands(FREQUENCY_MASK, examples, _FREQUENCY_MASKS, _FREQUENCY_MASK_BINS, MEL_BINS, seed)
+    return torch.from_numpy(frequency[:, None, :, None] | time[:, None, None, :])
+
+
+def _bands(
+    purpose: int, examples: npt.NDArray[np.int64], masks: int, widest: int, length: int, seed: int
+) -> npt.NDArray[np.bool_]:
+    """The union of `masks` bands of 0 to `widest` cells anywhere in `length`: (M, length)."""
+    cells = np.arange(length)
+    covered = np.zeros((len(examples), length), dtype=np.bool_)
+    for number in range(masks):
+        width = keyed_integer(0, widest, seed, purpose, number, 0, examples)
+        start = keyed_integer(0, length - width, seed, purpose, number, 1, examples)
+        covered |= (cells >= start[:, None]) & (cells < (start + width)[:, None])
+    return covered

@@ -1,0 +1,53 @@
+"""BatchNorm's running statistics, the same on every worker and exact at every step.
+
+Inside a micro-batch BatchNorm uses that micro-batch's own statistics. The running ones, which evaluation uses, are
+updated once per optimizer step from the mean over the step's micro-batches, whichever workers computed them.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from erann_dist.distributed import Workers
+
+
+class RunningStatistics:
+    """Takes over the running statistics of a model's BatchNorms while it is trained.
+
+    Made after a checkpoint was loaded. Per step: `add` after each micro-batch's forward pass, then one `update`. With a
+    momentum of 1 a BatchNorm leaves the statistics of the micro-batch itself in its buffers, and in training it never
+    reads them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        assert layers[0].momentum is not None
+        self._momentum = layers[0].momentum
+        for layer in layers:
+            layer.momentum = 1.0
+        self._buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
+        self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
+        self._running = self._collect()
+        self._steps = int(self._counters[0])
+        self._sum = torch.zeros_like(self._running)
+
+    def _collect(self) -> Tensor:
+        return torch.cat(self._buffers)
+
+    def add(self, weight: float) -> None:
+        """Count the micro-batch that just went forward; one of weight 0 has no effect."""
+        self._sum += weight * self._collect()
+
+    def update(self, micro_batches: int, loss: Tensor, workers: Workers) -> Tensor:
+        """Bring the running statistics up to date with a step of so many micro-batches over all workers.
+
+        loss: () this worker's share of the step's loss. Returns its sum over the workers, which travels along.
+        """
+        total = workers.sum(torch.cat([self._sum, loss.detach().float().reshape(1)]))
+        self._running = torch.lerp(self._running, total[:-1] / micro_batches, self._momentum)
+        self._steps += 1
+        self._sum.zero_()
+        for buffer, value in zip(self._buffers, self._running.split([len(b) for b in self._buffers]), strict=True):
+            buffer.copy_(value)
+        for counter in self._counters:
+            counter.fill_(self._steps)
+        return total[-1]

@@ -1,0 +1,71 @@
+"""The workers of one run, and what they say to each other. A process group always exists, also for one worker."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore, Store
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This worker's place among those of its run."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor's sum over the workers, in place, on all of them."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each worker's value, by rank, on the first; an empty list on the others."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size if self.is_first else []
+        dist.gather_object(value, values if self.is_first else None)
+        return values
+
+    def wait_for_all(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def process_group_backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
+
+
+@contextmanager
+def process_group(device: torch.device, rank: int, world_size: int, store: Store) -> Iterator[Workers]:
+    """This process as worker `rank` of `world_size` that meet at `store`, until the context ends."""
+    dist.init_process_group(process_group_backend(device), store=store, rank=rank, world_size=world_size)
+    try:
+        yield Workers(rank, world_size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def single_worker(device: torch.device) -> Iterator[Workers]:
+    """This process as the only worker of a run."""
+    with process_group(device, 0, 1, HashStore()) as workers:
+        yield workers
+
+
+def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
+    """The device of a worker: wanted is auto, cpu or cuda."""
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    return torch.device("cpu")

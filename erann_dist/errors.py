@@ -1,0 +1,17 @@
+"""Errors that are the user's to mend: shown as one line, never as a traceback.
+
+Exit codes of the `erann` command: 2 when what was typed can't be used (a command, an option, a recipe, a path that
+does not exist), 1 when the work failed on what it found (data, shards, checkpoints), 130 after Ctrl-C.
+"""
+
+
+class UserError(Exception):
+    """The work can't go on with what was found. The message is one line: what, which file or key, what to do."""
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """What was typed can't be used, whatever the data says."""
+
+    exit_code = 2

@@ -1,0 +1,140 @@
+"""Every clip of a shard set scored exactly once, on any number of workers, with the same result."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from erann_dist import loader
+from erann_dist.distributed import Workers
+from erann_dist.features import PAD_SAMPLES, LogMel
+from erann_dist.manifest import Manifest, Task
+from erann_dist.metrics import classification_metrics, tagging_metrics
+from erann_dist.model import ERANN
+
+MICRO_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The scores of a manifest's clips, in its order."""
+
+    scores: npt.NDArray[np.float32]  # (n, N) probabilities
+    targets: npt.NDArray[np.float32]  # (n, N) of 0 and 1
+
+
+def evaluation_batches(manifest: Manifest) -> list[npt.NDArray[np.int64]]:
+    """Rows in whole micro-batches of clips that pad to the same half second, fixed by the manifest alone.
+
+    So each clip is scored at its own full length, whoever scores it.
+    """
+    padded = -(-manifest.samples // PAD_SAMPLES)
+    order = np.argsort(padded, kind="stable")
+    bounds = np.flatnonzero(np.diff(padded[order])) + 1
+    return [
+        group[start : start + MICRO_BATCH]
+        for group in np.split(order, bounds)
+        for start in range(0, len(group), MICRO_BATCH)
+    ]
+
+
+@torch.inference_mode()
+def score(
+    model: ERANN,
+    manifest: Manifest,
+    workers: Workers,
+    *,
+    loader_threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Predictions | None:
+    """Full-length clips through the model. The answer is the first worker's; the others get None.
+
+    progress is told how many of this worker's clips are done, of how many. Raises UserError for a clip that can't be
+    read or decoded.
+    """
+    was_training = model.training
+    model.eval()
+    log_mel = LogMel().to(workers.device)
+    batches = np.array_split(np.array(evaluation_batches(manifest), dtype=object), workers.world_size)[workers.rank]
+    crops = [
+        loader.whole_clips(manifest, rows, -(-int(manifest.samples[rows[0]]) // PAD_SAMPLES) * PAD_SAMPLES)
+        for rows in batches
+    ]
+    total, done = sum(len(c.rows) for c in crops), 0
+    scores = np.zeros((total, manifest.num_classes), dtype=np.float32)
+    for batch in loader.load(manifest, crops, threads=loader_threads, ahead=2):
+        logits = model(log_mel(batch.pcm.to(workers.device).float() / 32768)).float()
+        probabilities = logits.sigmoid() if manifest.info.task == "tagging" else logits.softmax(dim=1)
+        scores[done : done + len(probabilities)] = probabilities.cpu().numpy()
+        done += len(probabilities)
+        progress(done, total)
+    model.train(was_training)
+    rows = np.concatenate([c.rows for c in crops]) if crops else np.zeros(0, np.int64)
+    parts = workers.gather((rows, scores))
+    if not workers.is_first:
+        return None
+    all_scores = np.full((len(manifest), manifest.num_classes), np.nan, dtype=np.float32)
+    for part_rows, part_scores in parts:
+        all_scores[part_rows] = part_scores
+    return Predictions(all_scores, manifest.targets(np.arange(len(manifest))))
+
+
+def summarise(predictions: Predictions, task: Task) -> dict[str, float]:
+    """The few numbers that stand for an evaluation."""
+    if task == "tagging":
+        tagging = tagging_metrics(predictions.scores, predictions.targets)
+        return {"mAP": tagging.mean_ap, "mAUC": tagging.mean_auc, "d_prime": tagging.d_prime}
+    return {"accuracy": classification_metrics(predictions.scores, predictions.targets).accuracy}
+
+
+def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[str, Any]:
+    """All metrics, per class too, with what they were measured on.
+
+    listed: source rows of the evaluated list, those that could not be packed included.
+    """
+    info = manifest.info
+    result: dict[str, Any] = {
+        "task": info.task,
+        **summarise(predictions, info.task),
+        "clips": len(manifest),
+        "listed": listed,
+        "coverage": len(manifest) / listed,
+        "list_hash": hashlib.sha256("\n".join(sorted(manifest.keys.to_pylist())).encode()).hexdigest(),
+    }
+    positives = predictions.targets.sum(axis=0).astype(int).tolist()
+    if info.task == "tagging":
+        tagging = tagging_metrics(predictions.scores, predictions.targets)
+        # What scores that know nothing of the clips would reach: each class's share of positives.
+        result["chance_mAP"] = float(np.mean([p / len(manifest) for p in positives if p]))
+        result["left_out"] = [info.label_names[c] for c in tagging.left_out]
+        columns = {"ap": tagging.ap, "auc": tagging.auc}
+    else:
+        classification = classification_metrics(predictions.scores, predictions.targets)
+        result["chance_accuracy"] = max(positives) / len(manifest)
+        result["confusion"] = classification.confusion.tolist()
+        columns = {"accuracy": classification.class_accuracy}
+    result["per_class"] = [
+        {"id": id_, "name": name, "positives": positives[c], **{k: float(v[c]) for k, v in columns.items()}}
+        for c, (id_, name) in enumerate(zip(info.label_ids, info.label_names, strict=True))
+    ]
+    return result
+
+
+def write_predictions(path: Path, predictions: Predictions, manifest: Manifest) -> None:
+    """One row per clip: key, scores (list of float, label order), targets (list of label indices)."""
+    targets = [np.flatnonzero(row).astype(np.int16) for row in predictions.targets]
+    table = pa.table(
+        {
+            "key": manifest.keys,
+            "scores": pa.array(list(predictions.scores), pa.list_(pa.float32())),
+            "targets": pa.array(targets, pa.list_(pa.int16())),
+        }
+    )
+    pq.write_table(table.replace_schema_metadata({"labels": "\n".join(manifest.info.label_ids)}), path)

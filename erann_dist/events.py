@@ -1,0 +1,101 @@
+"""What a run says while it goes on. The loop emits events; metrics.jsonl, TensorBoard and the live view read them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Started:
+    """Before the first step."""
+
+    step: int  # 0, or the checkpoint's from which the run goes on
+    steps: int
+    workers: int
+    device: str
+    train_clips: int
+    eval_clips: int
+    resumed_from: str | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """Averages over the steps since the last of these."""
+
+    step: int  # steps done
+    loss: float
+    lr: float
+    examples_per_s: float
+    clips_per_s: float  # decoded; twice the examples with fresh mixup partners
+    data_wait: float  # share of the time, on the first worker
+
+
+@dataclass(frozen=True)
+class EvaluationProgress:
+    """While an evaluation goes on, on the first worker."""
+
+    step: int
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    step: int
+    clips: int
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    step: int
+    path: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    step: int
+    seconds: float  # of this start of the run
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+
+Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Finished
+Emit = Callable[[Event], None]
+
+
+class MetricsFile:
+    """Appends the events to metrics.jsonl, a JSON object a line. What a lost stretch of the run wrote is taken out."""
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= from_step]
+            path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+
+    def __call__(self, event: Event) -> None:
+        if not isinstance(event, EvaluationProgress):
+            self._file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+
+
+class TensorBoard:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, folder: Path, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1)
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step):
+            values = {f"train/{k}": v for k, v in asdict(event).items() if k != "step"}
+        elif isinstance(event, Evaluated):
+            values = {f"eval/{k}": v for k, v in event.metrics.items()}
+        else:
+            return
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, event.step)
+        self._writer.flush()

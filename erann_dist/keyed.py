@@ -1,0 +1,89 @@
+"""Random numbers and permutations as pure functions of a key: no generator state, the same on every machine.
+
+A key is a tuple of integers, such as (seed, PURPOSE, position). Everything here is fixed 64-bit integer arithmetic on
+NumPy arrays, so that no library's generator can change a sample stream between versions. The mixing function is the
+finalizer of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+# What a stream of numbers is for. Streams of different purposes are independent; the values are part of the plan.
+ROUND, CLASS_PASS, EPOCH, CROP, MIXUP, TIME_MASK, FREQUENCY_MASK, SHARD_DEAL = range(1, 9)
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+_LOW32 = np.uint64(0xFFFFFFFF)
+_U32 = np.uint64(32)
+_ROUNDS = 8
+
+
+def _mix(x: U64) -> U64:
+    x = (x ^ (x >> np.uint64(30))) * _MIX1
+    x = (x ^ (x >> np.uint64(27))) * _MIX2
+    return x ^ (x >> np.uint64(31))
+
+
+def _word(value: int | npt.NDArray[np.integer]) -> U64:
+    """Any integer, or array of them, as 64-bit words (negative ones in two's complement)."""
+    if isinstance(value, np.ndarray):
+        return value.astype(np.uint64)
+    return np.array([value & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
+
+
+def keyed_hash(*key: int | npt.NDArray[np.integer]) -> U64:
+    """64 random bits for each key; array components broadcast. Returns (n,) uint64."""
+    state = np.zeros(1, np.uint64)
+    for component in key:
+        state = _mix((state ^ _word(component)) + _GOLDEN)
+    return _mix(state + _GOLDEN)
+
+
+def keyed_uniform(*key: int | npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+    """A number from the open interval (0, 1) for each key: never 0, never 1. Returns (n,) float64."""
+    return ((keyed_hash(*key) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+
+def keyed_integer(low: int | I64, high: int | I64, *key: int | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+    """An integer from low..high, both included, for each key. Returns (n,) int64."""
+    span = np.asarray(high) - np.asarray(low) + 1
+    return low + np.floor(keyed_uniform(*key) * span).astype(np.int64)
+
+
+def permute(index: npt.NDArray[np.integer], size: npt.NDArray[np.integer] | int, key: U64) -> I64:
+    """Entry `index` of the random permutation of range(size) that belongs to `key`, for each triple.
+
+    A Feistel network over a grid of a × b ≥ size cells (a, b near the square root), whose half-rounds add a keyed hash
+    of one coordinate to the other; what falls outside `size` walks on along its cycle. Costs the same for every index,
+    so a jump to any position is free.
+
+    index, size, key: (n,), broadcast; 0 <= index < size < 2**32. Returns (n,) int64.
+    """
+    x, size, key = np.broadcast_arrays(_word(index), _word(size), key)
+    # At least 2 × 2: a coordinate with one value only would leave nothing but rotations for sizes 2 and 3.
+    a = np.maximum(np.sqrt(size.astype(np.float64)).astype(np.uint64), np.uint64(2))
+    b = np.maximum((size + a - np.uint64(1)) // a, np.uint64(2))
+    result = _feistel(x, a, b, key)
+    outside = np.flatnonzero(result >= size)
+    while outside.size:
+        walked = _feistel(result[outside], a[outside], b[outside], key[outside])
+        result[outside] = walked
+        outside = outside[walked >= size[outside]]
+    return result.astype(np.int64)
+
+
+def _feistel(x: U64, a: U64, b: U64, key: U64) -> U64:
+    left, right = x // b, x % b
+    for number in range(_ROUNDS):
+        round_key = key + _GOLDEN * np.uint64(number + 1)
+        if number % 2 == 0:
+            left = left + (((_mix(right ^ round_key) & _LOW32) * a) >> _U32)
+            left = np.where(left >= a, left - a, left)
+        else:
+            right = right + (((_mix(left ^ round_key) & _LOW32) * b) >> _U32)
+            right = np.where(right >= b, right - b, right)
+    return left * b + right

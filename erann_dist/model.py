@@ -1,0 +1,143 @@
+"""ERANN, efficient residual audio neural networks: Verbitskiy, Berikov, Vyshegorodtsev (2021), arXiv 2106.01621.
+
+Table 1 of the paper gives the stages, Table 2 the residual block (ARB). A variant ERANN-s_m-W has the decreasing
+temporal size parameter s_m (0 to 3: how many of the stages 1 to 3 shrink the time by 4 and not by 2) and the widening
+factor W (8·W channels in stage 0, 128·W in stage 4).
+"""
+
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+MEL_BINS = 128
+NEGATIVE_SLOPE = 0.01
+# Kernel size and second convolution's padding for a stride (Table 2). The first convolution always pads by 1.
+_KERNELS = {1: (3, 3, 1), 2: (3, 3, 1), 4: (6, 5, 2)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which ERANN: `s_m` in 0..3 and the widening factor `width` >= 1."""
+
+    s_m: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.s_m <= 3 or self.width < 1:
+            raise ValueError(f"there is no {self}: s_m is 0, 1, 2 or 3 and the width at least 1")
+
+    @classmethod
+    def parse(cls, name: str) -> "Variant":
+        """The variant called, for example, "ERANN-1-6"."""
+        match = re.fullmatch(r"ERANN-(\d+)-(\d+)", name)
+        if not match:
+            raise ValueError(f"{name!r} is no ERANN variant; write ERANN-<s_m>-<width>, for example ERANN-1-6")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"ERANN-{self.s_m}-{self.width}"
+
+    @property
+    def frame_multiple(self) -> int:
+        """The number of input frames must be a multiple of this, else shortcut and main path differ in length."""
+        return 4**self.s_m
+
+
+class ARB(nn.Module):
+    """Audio residual block ARB(x, y, c) of Table 2: (B, c_in, F, T) -> (B, c_out, F / x, T / y)."""
+
+    def __init__(self, c_in: int, c_out: int, stride: tuple[int, int]) -> None:
+        super().__init__()
+        (k1_f, k2_f, p_f), (k1_t, k2_t, p_t) = (_KERNELS[s] for s in stride)
+        self.stride = stride
+        self.bn1 = nn.BatchNorm2d(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, (k1_f, k1_t), stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, (k2_f, k2_t), padding=(p_f, p_t), bias=False)
+        reshapes = c_in != c_out or stride != (1, 1)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if reshapes else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.leaky_relu(self.bn1(x), NEGATIVE_SLOPE))
+        # Faster than NCHW on CPU and on tensor cores. Converting here, not the weights, suits DeepSpeed, which
+        # flattens contiguous weights; from the first block on it is a no-op.
+        h = h.contiguous(memory_format=torch.channels_last)
+        h = self.conv2(F.leaky_relu(self.bn2(h), NEGATIVE_SLOPE))
+        if self.shortcut is None:
+            return h + x
+        # Slicing before a 1×1 convolution is the strided 1×1 convolution. Written as a stride it crashes in
+        # backward on CPU in channels_last (torch 2.11 and 2.13).
+        return h + self.shortcut(x[:, :, :: self.stride[0], :: self.stride[1]])
+
+
+class ERANN(nn.Module):
+    """ERANN-s_m-W with N outputs: (B, 1, 128, T) log-mel spectrogram in dB -> (B, N) logits.
+
+    The BatchNorm that standardises the input over the mel bins is part of the model. T must be a positive multiple of
+    4 to the power of s_m. Apply a sigmoid (tagging) or a softmax (classification) to the logits for probabilities.
+    """
+
+    def __init__(self, variant: Variant, num_classes: int) -> None:
+        super().__init__()
+        self.variant = variant
+        self.num_classes = num_classes
+        w = variant.width
+        self.input_bn = nn.BatchNorm2d(MEL_BINS)
+        self.stages = nn.Sequential(_stage(1, 8 * w, (1, 1)))
+        for number in (1, 2, 3, 4):
+            stride_t = 4 if number <= variant.s_m else 2
+            channels = 8 * w * 2**number
+            self.stages.append(_stage(channels // 2, channels, (2, stride_t)))
+        self.fc1 = nn.Linear(128 * w, 128 * w)
+        self.fc2 = nn.Linear(128 * w, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_name(cls, name: str, num_classes: int) -> "ERANN":
+        """The variant called, for example, "ERANN-1-6". ValueError when there is none of that name."""
+        return cls(Variant.parse(name), num_classes)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits (B, N) of log-mel spectrograms x (B, 1, 128, T).
+
+        mask: optional (B, 1, 128, T) bool, SpecAugment's: what is True is set to 0, the mean, behind the input
+        BatchNorm. ValueError when the shape can't work.
+        """
+        multiple = self.variant.frame_multiple
+        if x.ndim != 4 or x.shape[1:3] != (1, MEL_BINS) or x.shape[3] < 1 or x.shape[3] % multiple:
+            frames = "any T >= 1" if multiple == 1 else f"T a positive multiple of {multiple}"
+            raise ValueError(f"{self.variant} takes (B, 1, {MEL_BINS}, T) with {frames}, not {tuple(x.shape)}")
+        x = self.input_bn(x.transpose(1, 2)).transpose(1, 2)
+        if mask is not None:
+            x = x.masked_fill(mask, 0.0)
+        x = self.stages(x)
+        x = x.mean(dim=(2, 3)) + x.amax(dim=(2, 3))
+        logits: Tensor = self.fc2(F.leaky_relu(self.fc1(x), NEGATIVE_SLOPE))
+        return logits
+
+
+def _stage(c_in: int, c_out: int, stride: tuple[int, int]) -> nn.Sequential:
+    return nn.Sequential(ARB(c_in, c_out, stride), *(ARB(c_out, c_out, (1, 1)) for _ in range(3)))
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_macs(variant: Variant, num_classes: int, frames: int) -> int:
+    """Multiply-accumulate operations of the convolutions and FC layers for one clip of `frames` frames."""
+    with torch.device("meta"):
+        model = ERANN(variant, num_classes).eval()
+        spectrogram = torch.empty(1, 1, MEL_BINS, frames)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(spectrogram)
+    return counter.get_total_flops() // 2

@@ -1,0 +1,140 @@
+"""A trained model as a folder: weights, what they mean, how good they are, and a card for people.
+
+model.safetensors   the weights
+config.json         variant, task, label ids and names in order, sample rate, front end
+metrics.json        the evaluation at the end of training
+README.md           the model card
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save_file
+
+from erann_dist import checkpoint, features
+from erann_dist.errors import UserError
+from erann_dist.manifest import SetInfo, Task
+from erann_dist.model import ERANN, MEL_BINS
+from erann_dist.recipe import Recipe
+
+FORMAT = 1
+FRONT_END = {
+    "window": features.WINDOW,
+    "hop": features.HOP,
+    "mel_bins": MEL_BINS,
+    "f_min": features.F_MIN,
+    "f_max": features.F_MAX,
+    "mel_scale": "htk",
+    "power_floor": features.FLOOR,
+}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model's outputs and inputs are."""
+
+    variant: str
+    task: Task
+    label_ids: list[str]
+    label_names: list[str]
+    sample_rate: int
+    front_end: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(FRONT_END))
+    format: int = FORMAT
+
+
+def save_model(folder: Path, model: ERANN, info: ModelInfo, metrics: dict[str, Any], card: str) -> None:
+    """Write a model folder; one that stood there is replaced when the new one is whole."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part / "model.safetensors")
+    (part / "config.json").write_text(to_json(dataclasses.asdict(info)))
+    (part / "metrics.json").write_text(to_json(metrics))
+    (part / "README.md").write_text(card)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+
+
+def load_model(folder: Path) -> tuple[ERANN, ModelInfo]:
+    """The model of a folder, in evaluation mode. Raises UserError: which file, what is wrong."""
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError(f"{folder}: no model here (config.json is missing); a run's is in its folder model/")
+    try:
+        info = ModelInfo(**json.loads(config.read_text()))
+        model = ERANN.from_name(info.variant, len(info.label_ids))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{config}: not a model's configuration ({error})") from error
+    if info.format != FORMAT or info.front_end != FRONT_END:
+        raise UserError(f"{config}: made for another front end or format than this program's")
+    weights = checkpoint.read_tensors(folder / "model.safetensors")
+    checkpoint.require_shapes(folder / "model.safetensors", weights, dict(model.state_dict()))
+    model.load_state_dict(weights)
+    return model.eval(), info
+
+
+def require_fit(model_folder: Path, model: ModelInfo, shards: str, info: SetInfo) -> None:
+    """Raise UserError unless the model's labels, task and sample rate are those of the shard set."""
+    if model.sample_rate != info.sample_rate:
+        raise UserError(f"{shards} holds {info.sample_rate} Hz, the model {model_folder} takes {model.sample_rate} Hz")
+    if model.task != info.task:
+        raise UserError(f"{shards} is for {info.task}, the model {model_folder} for {model.task}")
+    if model.label_ids != info.label_ids:
+        differing = [i for i, (a, b) in enumerate(zip(model.label_ids, info.label_ids, strict=False)) if a != b]
+        where = f"; label {differing[0]} is {info.label_ids[differing[0]]} there" if differing else ""
+        raise UserError(
+            f"{shards} has {len(info.label_ids)} labels that are not the {len(model.label_ids)} of the model "
+            f"{model_folder}{where}"
+        )
+
+
+def model_card(info: ModelInfo, metrics: dict[str, Any], recipe: Recipe) -> str:
+    """The README of a model folder, in Markdown."""
+    names = ("mAP", "mAUC", "d_prime", "chance_mAP", "accuracy", "chance_accuracy")
+    figures = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in names if name in metrics)
+    left_out = f"\nClasses without positives, left out of the means: {', '.join(metrics['left_out'])}.\n"
+    return f"""# {info.variant} for {info.task}, {len(info.label_ids)} classes
+
+An ERANN (arXiv 2106.01621) trained by erann-dist: {info.sample_rate} Hz mono sound in, {len(info.label_ids)}
+{"independent probabilities (sigmoid)" if info.task == "tagging" else "probabilities (softmax)"} out, in the order of
+config.json's labels.
+
+    erann tag MODEL sound.wav
+    erann evaluate MODEL SHARDS
+
+## How good it is
+
+On {metrics["clips"]} clips of {", ".join(s.url for s in recipe.data.eval)} ({metrics["coverage"]:.1%} of the
+{metrics["listed"]} listed; hash of the list {metrics["list_hash"][:16]}), full length, weights of the last step:
+
+| metric | value |
+| --- | --- |
+{figures}
+{left_out if metrics.get("left_out") else ""}
+Each class's figure is in metrics.json.
+
+## How it was made
+
+```yaml
+{yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False).strip()}
+```
+"""
+
+
+def to_json(value: Any) -> str:
+    """JSON without NaN or infinity, which the format does not have: they become null."""
+
+    def plain(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: plain(x) for k, x in v.items()}
+        if isinstance(v, list | tuple):
+            return [plain(x) for x in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(plain(value), indent=1, ensure_ascii=False)

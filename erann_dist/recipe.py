@@ -1,0 +1,242 @@
+"""A run's recipe: YAML checked against a schema, with `key.path=value` overrides from the command line."""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from erann_dist.augment import Mixup, Partner
+from erann_dist.errors import UsageError
+from erann_dist.features import PAD_SAMPLES, SAMPLE_RATE
+from erann_dist.model import Variant
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _variant_name(name: str) -> str:
+    return str(Variant.parse(name))
+
+
+class ModelSection(_Section):
+    variant: Annotated[str, BeforeValidator(_variant_name)]  # ERANN-<s_m>-<width>
+
+
+class DataSource(_Section):
+    """A shard set, or the part of it in one split or in some folds. A plain string in a recipe is its url."""
+
+    url: str
+    split: str | None = None
+    fold: list[int] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+Sources = Annotated[list[DataSource], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+class DataSection(_Section):
+    train: Sources
+    eval: Sources
+    crop_s: float = Field(8.0, gt=0)  # length of a training crop; shorter clips are zero-padded
+    sampling: Literal["balanced", "uniform"] = "balanced"
+    loader_threads: int = Field(2, ge=1)
+
+    @property
+    def crop_samples(self) -> int:
+        return round(self.crop_s * SAMPLE_RATE)
+
+    @model_validator(mode="after")
+    def _half_seconds(self) -> "DataSection":
+        if self.crop_samples % PAD_SAMPLES:
+            raise ValueError(f"crop_s is a whole number of half seconds, not {self.crop_s:g}")
+        return self
+
+
+class AugmentSection(_Section):
+    mixup: Mixup = "modified"
+    partner: Partner = "fresh"
+    specaugment: bool = True
+
+
+class OptimSection(_Section):
+    global_batch: int = Field(32, ge=1)  # examples per optimizer step, whatever the number of workers
+    micro_batch: int = Field(32, ge=1)  # examples that share BatchNorm statistics
+    examples: int | None = Field(None, ge=1)  # length of the run, or
+    epochs: float | None = Field(None, gt=0)  # the same in passes over the training clips
+    lr: float = Field(1e-3, gt=0)
+    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OptimSection":
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"micro_batch ({self.micro_batch}) must divide global_batch ({self.global_batch})")
+        if (self.examples is None) == (self.epochs is None):
+            raise ValueError("give either examples or epochs")
+        return self
+
+
+class EvaluateSection(_Section):
+    every: int | None = Field(None, ge=1)  # steps; the end of the run is always evaluated
+
+
+class CheckpointSection(_Section):
+    every: int = Field(1000, ge=1)  # steps
+    keep_last: int = Field(2, ge=1)
+
+
+class RunSection(_Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    dir: str = "runs"
+    workers: int = Field(1, ge=1)
+    launcher: Literal["ray", "torchrun", "none"] = "ray"
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # On CPU a worker computes with this many threads. Results depend on it in the last bits, so it is no matter of
+    # how many cores a machine happens to have: for more speed run more workers.
+    threads: int = Field(1, ge=1)
+    seed: int = 0
+    log_every: int = Field(10, ge=1)  # steps
+
+
+class Recipe(_Section):
+    """All that defines a run. Sections and keys are docs/recipe.md's."""
+
+    model: ModelSection
+    data: DataSection
+    augment: AugmentSection = AugmentSection()
+    optim: OptimSection
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    run: RunSection
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        pairs = self.augment.mixup != "none" and self.augment.partner == "in_batch"
+        if pairs and self.optim.micro_batch % 2:
+            raise ValueError(f"augment.partner in_batch needs an even optim.micro_batch, not {self.optim.micro_batch}")
+        if self.run.workers > self.optim.global_batch // self.optim.micro_batch:
+            raise ValueError(
+                f"run.workers is {self.run.workers}, but a step of {self.optim.global_batch} examples has only "
+                f"{self.optim.global_batch // self.optim.micro_batch} micro-batches of {self.optim.micro_batch}; "
+                "use fewer workers or a smaller optim.micro_batch"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir) / self.run.name
+
+    def steps(self, training_clips: int) -> int:
+        """Optimizer steps in the whole run."""
+        if self.optim.examples is not None:
+            examples = self.optim.examples
+        else:
+            assert self.optim.epochs is not None
+            examples = round(self.optim.epochs * training_clips)
+        return -(-examples // self.optim.global_batch)
+
+    def function(self) -> dict[str, Any]:
+        """The part that decides what is computed: without where it runs, how often it logs, saves and evaluates."""
+        settings = self.model_dump(exclude={"checkpoint", "evaluate"})
+        settings["run"] = {"seed": self.run.seed}
+        del settings["data"]["loader_threads"]
+        return settings
+
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.function(), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(path: Path, overrides: list[str] = []) -> Recipe:  # noqa: B006 - never changed
+    """Read a YAML recipe and apply `key.path=value` overrides. Raises UsageError: file, key, what to do."""
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: a recipe has the sections {', '.join(Recipe.model_fields)}")
+    for override in overrides:
+        _apply(tree, override)
+    if isinstance(tree.get("run"), dict):
+        tree["run"].setdefault("name", path.stem)
+    elif tree.get("run") is None:
+        tree["run"] = {"name": path.stem}
+    return parse_recipe(tree, str(path))
+
+
+def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
+    """Check a recipe that was read. Raises UsageError, which names `origin` and the key."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(f"{origin}: {_explain(error.errors()[0])}") from error
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """The keys that decide what is computed and that differ, as "key: old -> new"."""
+    a, b = _flat(old.function()), _flat(new.function())
+    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UsageError(f"{override!r}: an override is written key.path=value, for example run.workers=2")
+    *parents, last = key.split(".")
+    node: Any = tree
+    try:
+        for name in parents:
+            node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
+        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
+    except (TypeError, AttributeError, ValueError, IndexError, yaml.YAMLError) as error:
+        raise UsageError(f"{override!r}: the recipe has no place for {key}") from error
+
+
+def _explain(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        names = _names_beside(error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
+        parent = "".join(f"{part}." for part in error["loc"][:-1])
+        hint = f"did you mean {parent}{near[0]}?" if near else f"there are {', '.join(parent + n for n in names)}"
+        return f"{path}: no such key; {hint}"
+    if error["type"] == "missing":
+        return f"{path}: this key is needed"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+
+
+def _names_beside(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(part, int):
+            section = DataSource
+        elif isinstance(section.model_fields[part].annotation, type):
+            section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}{name}.").items()}
+    if isinstance(tree, list) and tree and isinstance(tree[0], dict):
+        return _flat({str(i): sub for i, sub in enumerate(tree)}, prefix)
+    return {prefix[:-1]: tree}

@@ -1,0 +1,277 @@
+"""One training loop, under Ray Train, under torchrun or in a bare process.
+
+The global batch B and the micro-batch M are the recipe's. Micro-batch m of step s holds the examples
+[s·B + m·M, s·B + (m + 1)·M); the gradient is the sum of the examples' losses over B. So any number of workers up to
+B / M computes the same function, up to the order of summation.
+"""
+
+import importlib.metadata
+import math
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from erann_dist import checkpoint, evaluation, loader
+from erann_dist.augment import clip_positions, make_inputs
+from erann_dist.batchnorm import RunningStatistics
+from erann_dist.data import count_reported, load_sources
+from erann_dist.distributed import Workers
+from erann_dist.engine import Engine, make_engine
+from erann_dist.errors import UserError
+from erann_dist.events import (
+    CheckpointSaved,
+    Emit,
+    Evaluated,
+    EvaluationProgress,
+    Event,
+    Finished,
+    MetricsFile,
+    Started,
+    Step,
+    TensorBoard,
+)
+from erann_dist.features import LogMel
+from erann_dist.manifest import Manifest, Task, require_same_labels
+from erann_dist.model import ERANN
+from erann_dist.model_folder import ModelInfo, model_card, save_model
+from erann_dist.recipe import OptimSection, Recipe
+from erann_dist.sampling import BalancedSampler, Sampler, UniformSampler, class_lists
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A rank's piece of a step's work."""
+
+    examples: npt.NDArray[np.int64]  # (M,) positions of the examples in the run
+    weight: float  # 1, or 0 for the repetition that keeps a rank in step with the others
+
+
+def deal(step: int, optim: OptimSection, rank: int, world_size: int) -> list[MicroBatch]:
+    """The micro-batches of a step that are this rank's: a contiguous run, as many on every rank.
+
+    A rank that is one short repeats its last with weight 0, for the engines want equal counts.
+    """
+    count = optim.global_batch // optim.micro_batch
+    mine = np.array_split(np.arange(count), world_size)[rank]
+    starts = step * optim.global_batch + mine * optim.micro_batch
+    dealt = [MicroBatch(np.arange(s, s + optim.micro_batch), 1.0) for s in starts]
+    missing = micro_batches_per_rank(optim, world_size) - len(dealt)
+    return dealt + [MicroBatch(dealt[-1].examples, 0.0)] * missing
+
+
+def micro_batches_per_rank(optim: OptimSection, world_size: int) -> int:
+    return -(-optim.global_batch // optim.micro_batch // world_size)
+
+
+def learning_rate(step: int, steps: int, optim: OptimSection) -> float:
+    """The rate of step 0..steps−1: constant, or torch's OneCycleLR(max_lr, total_steps=steps) with its defaults."""
+    if optim.schedule == "constant":
+        return optim.lr
+    rise_end = 0.3 * steps - 1
+    start, peak, end = optim.lr / 25, optim.lr, optim.lr / 25 / 1e4
+    if step <= rise_end:
+        return _cosine(start, peak, step / rise_end)
+    return _cosine(peak, end, (step - rise_end) / (steps - 1 - rise_end))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+def example_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """Each example's loss (M,): binary cross-entropy averaged over the classes, or cross-entropy. targets: (M, N)."""
+    if task == "tagging":
+        return F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").mean(dim=1)
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def make_sampler(recipe: Recipe, clips: Manifest) -> Sampler:
+    if recipe.data.sampling == "uniform":
+        return UniformSampler(len(clips), recipe.run.seed)
+    lists = class_lists(clips.label_values, clips.label_offsets, clips.num_classes)
+    return BalancedSampler(lists, recipe.run.seed)
+
+
+def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
+    """Train, evaluate and write the model folder; go on from the run's last checkpoint if it has one.
+
+    All workers call it. The first one's events go to `emit`, metrics.jsonl and TensorBoard. Raises UserError.
+    """
+    began = time.perf_counter()
+    optim, seed = recipe.optim, recipe.run.seed
+    torch.set_num_threads(recipe.run.threads)
+    clips, eval_clips = load_sources(recipe.data.train), load_sources(recipe.data.eval)
+    require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
+    steps = recipe.steps(len(clips))
+
+    torch.manual_seed(seed)  # the initial weights; no other random choice is torch's
+    model = ERANN.from_name(recipe.model.variant, clips.num_classes).to(workers.device)
+    per_rank = micro_batches_per_rank(optim, workers.world_size)
+    engine = make_engine(recipe.run.engine, model, optim, per_rank, workers)
+    resumed_from = checkpoint.latest(run_dir / "checkpoints")
+    first_step = _resume(resumed_from, recipe, clips, engine) if resumed_from else 0
+    statistics = RunningStatistics(model)
+    log_mel = LogMel().to(workers.device)
+    sampler = make_sampler(recipe, clips)
+    clips_per_example = len(clip_positions(np.arange(1), recipe.augment.mixup, recipe.augment.partner))
+
+    say = _announcer(run_dir, first_step, emit) if workers.is_first else _silent
+    say(
+        Started(
+            step=first_step,
+            steps=steps,
+            workers=workers.world_size,
+            device=str(workers.device),
+            train_clips=len(clips),
+            eval_clips=len(eval_clips),
+            resumed_from=str(resumed_from) if resumed_from else None,
+        )
+    )
+
+    def crops_of(micro_batch: MicroBatch) -> loader.Crops:
+        positions = clip_positions(micro_batch.examples, recipe.augment.mixup, recipe.augment.partner)
+        return loader.random_crops(clips, sampler.draw(positions), positions, seed, recipe.data.crop_samples)
+
+    def evaluate(step: int) -> evaluation.Predictions | None:
+        predictions = evaluation.score(
+            model,
+            eval_clips,
+            workers,
+            loader_threads=recipe.data.loader_threads,
+            progress=lambda done, total: say(EvaluationProgress(step, done, total)),
+        )
+        if predictions:
+            say(Evaluated(step, len(eval_clips), evaluation.summarise(predictions, eval_clips.info.task)))
+        return predictions
+
+    def save(step: int) -> None:
+        saving = time.perf_counter()
+        state = engine.state()
+        if workers.is_first:
+            facts = _facts(step, recipe, clips)
+            path = checkpoint.save(run_dir / "checkpoints", facts, state, recipe.checkpoint.keep_last)
+            say(CheckpointSaved(step, str(path), time.perf_counter() - saving))
+        workers.wait_for_all()
+
+    batches = loader.load(
+        clips,
+        (crops_of(mb) for s in range(first_step, steps) for mb in deal(s, optim, workers.rank, workers.world_size)),
+        threads=recipe.data.loader_threads,
+        ahead=2 * per_rank,
+        pin_memory=workers.device.type == "cuda",
+    )
+    model.train()
+    with closing(batches):
+        window = _Window()
+        for step in range(first_step, steps):
+            lr = learning_rate(step, steps, optim)
+            step_loss = torch.zeros((), device=workers.device)
+            for micro_batch in deal(step, optim, workers.rank, workers.world_size):
+                waiting = time.perf_counter()
+                batch = next(batches)
+                window.waited += time.perf_counter() - waiting
+                inputs = make_inputs(
+                    batch.pcm.to(workers.device, non_blocking=True),
+                    torch.from_numpy(clips.targets(batch.crops.rows)).to(workers.device),
+                    micro_batch.examples,
+                    log_mel,
+                    mixup=recipe.augment.mixup,
+                    partner=recipe.augment.partner,
+                    spec_augment=recipe.augment.specaugment,
+                    seed=seed,
+                )
+                logits = engine.forward(inputs.log_mel, inputs.mask)
+                losses = example_losses(logits, inputs.targets, clips.info.task)
+                loss = losses.sum() * (micro_batch.weight / optim.global_batch)
+                engine.backward(loss)
+                statistics.add(micro_batch.weight)
+                step_loss += loss.detach()
+            engine.step(lr)
+            window.losses.append(statistics.update(optim.global_batch // optim.micro_batch, step_loss, workers))
+
+            done = step + 1
+            if done % recipe.run.log_every == 0 or done == steps:
+                say(window.report(done, lr, optim.global_batch, clips_per_example))
+                window = _Window()
+            if done % recipe.checkpoint.every == 0 or done == steps:
+                save(done)
+            if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:
+                evaluate(done)
+
+    predictions = evaluate(steps)
+    if predictions:
+        info = clips.info
+        listed = len(eval_clips) + count_reported(recipe.data.eval)
+        metrics = evaluation.detail(predictions, eval_clips, listed)
+        model_info = ModelInfo(recipe.model.variant, info.task, info.label_ids, info.label_names, info.sample_rate)
+        evaluation.write_predictions(run_dir / "predictions.parquet", predictions, eval_clips)
+        save_model(run_dir / "model", model, model_info, metrics, model_card(model_info, metrics, recipe))
+        outcome = evaluation.summarise(predictions, info.task) | {"model": str(run_dir / "model")}
+        say(Finished(steps, time.perf_counter() - began, outcome))
+    workers.wait_for_all()
+
+
+class _Window:
+    """What happened since the last Step event."""
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.waited = 0.0  # seconds, for data
+        self.losses: list[Tensor] = []
+
+    def report(self, step: int, lr: float, examples_per_step: int, clips_per_example: int) -> Step:
+        # Reading the losses waits for the device, so that the clock is read when the work is done.
+        loss = float(torch.stack(self.losses).mean())
+        seconds = time.perf_counter() - self.began
+        examples = len(self.losses) * examples_per_step / seconds
+        return Step(step, loss, lr, examples, examples * clips_per_example, self.waited / seconds)
+
+
+def _resume(path: Path, recipe: Recipe, clips: Manifest, engine: Engine) -> int:
+    """Take over a checkpoint's state; the number of steps that it has done."""
+    facts = checkpoint.load_facts(path)
+    if facts.train_hash != clips.info.content_hash:
+        raise UserError(f"{path}: made with other training clips than {recipe.data.train[0].url} now holds")
+    if facts.recipe_hash != recipe.hash():
+        raise UserError(f"{path}: made by another recipe; give this one another run.name")
+    engine.load_state(
+        checkpoint.load_state(path, {f"model.{k}": v for k, v in engine.model.state_dict().items()}),
+        facts.step,
+    )
+    return facts.step
+
+
+def _facts(step: int, recipe: Recipe, clips: Manifest) -> checkpoint.Facts:
+    return checkpoint.Facts(
+        step=step,
+        recipe_hash=recipe.hash(),
+        train_hash=clips.info.content_hash,
+        variant=recipe.model.variant,
+        threads=recipe.run.threads,
+        versions={name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
+    )
+
+
+def _announcer(run_dir: Path, first_step: int, emit: Emit) -> Emit:
+    readers: list[Emit] = [
+        MetricsFile(run_dir / "metrics.jsonl", first_step),
+        TensorBoard(run_dir / "tensorboard", first_step),
+        emit,
+    ]
+
+    def say(event: Event) -> None:
+        for reader in readers:
+            reader(event)
+
+    return say
+
+
+def _silent(event: Event) -> None:
+    pass

@@ -1,0 +1,1 @@
+"""What people run: the `erann` command and the jobs behind it."""

@@ -1,0 +1,62 @@
+"""The whole path on a small synthetic AudioSet, by the same steps as real data."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.embedded import ray_cluster
+from erann_dist.recipe import load_recipe
+from jobs.evaluate import tag
+from jobs.pack import pack
+from jobs.pretrain import pretrain
+from jobs.progress import RunView, console
+from jobs.recipes import find_recipe
+from jobs.verify import verify
+from shards.sources.audioset import read_audioset
+from shards.synthetic import SyntheticAudioSet, write_synthetic_audioset
+
+_CLIPS_PER_SHARD = 50
+
+
+def demo(folder: Path) -> dict[str, Any]:
+    """Synthesise, pack, verify, pretrain, evaluate, tag. Run again, it goes on where it was stopped."""
+    began = time.monotonic()
+    places = {"data.train": folder / "shards/train", "data.eval": folder / "shards/eval", "run.dir": folder / "runs"}
+    recipe = load_recipe(find_recipe(Path("demo.yaml")), [f"{k}={json.dumps(str(v))}" for k, v in places.items()])
+    _title("1 of 5  synthesise a small AudioSet")
+    synthetic = SyntheticAudioSet.at(folder / "audioset")
+    complete = folder / "audioset" / ".complete"
+    if not complete.exists():
+        with console.status("writing audio files"):
+            write_synthetic_audioset(folder / "audioset")
+        complete.touch()
+    packed = {}
+    with ray_cluster(cpus=recipe.run.workers):
+        _title("2 of 5  pack it into tar shards, and verify them")
+        for source, segments in zip(recipe.data.train + recipe.data.eval, synthetic.segments, strict=True):
+            rows = read_audioset(segments, synthetic.audio, synthetic.classes)
+            packed[source.url] = pack(rows, Path(source.url), _CLIPS_PER_SHARD)
+            verify(Path(source.url))
+        workers = f"{recipe.run.workers} DeepSpeed workers on an embedded Ray cluster"
+        _title(f"3 of 5  pretrain {recipe.model.variant}: {workers}")
+        with RunView() as view:
+            result = pretrain(recipe, "auto", None, view)
+    _title("4 of 5  evaluated on the held-out list; its model folder is written")
+    _title("5 of 5  tag a clip of the held-out list")
+    held_out = read_audioset(synthetic.segments[1], synthetic.audio, synthetic.classes)
+    clip = next(row for row in held_out.rows if row.path and len(row.labels) == 2)
+    assert clip.path
+    return {
+        "folder": str(folder),
+        "packed": packed,
+        **result,
+        "clip": str(clip.path),
+        "clip_labels": [held_out.label_names[i] for i in clip.labels],
+        "tags": tag(Path(result["model"]), clip.path, top=5),
+        "minutes": (time.monotonic() - began) / 60,
+    }
+
+
+def _title(text: str) -> None:
+    console.print(f"\n[bold]{text}[/bold]")

@@ -1,0 +1,79 @@
+"""Evaluating a model folder on a shard set, and tagging single files with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.launch import launch
+from erann_dist import evaluation
+from erann_dist.audio import DecodeError, decode, resample
+from erann_dist.data import count_reported, load_source
+from erann_dist.distributed import Workers
+from erann_dist.errors import UsageError, UserError
+from erann_dist.events import Emit, Evaluated, EvaluationProgress
+from erann_dist.features import LogMel
+from erann_dist.model_folder import load_model, require_fit, to_json
+from erann_dist.recipe import DataSource
+
+_TAG_WINDOW_SECONDS = 10
+
+
+def evaluate(
+    model: Path, source: DataSource, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
+) -> dict[str, Any]:
+    """Score each clip of the source once; write metrics.json and predictions.parquet to `out`. Raises UserError."""
+    _, info = load_model(model)
+    require_fit(model, info, source.url, load_source(source).info)
+    config = {"model": str(model), "source": source.model_dump(), "out": str(out)}
+    launch(evaluate_worker, config, launcher=launcher, num_workers=num_workers, device=device, on_event=on_event)
+    metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    return {"model": str(model), "out": str(out)} | metrics
+
+
+def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
+    """What each worker does."""
+    torch.set_num_threads(1)  # see run.threads of the recipe: the result must not depend on the machine
+    model, _ = load_model(Path(config["model"]))
+    source = DataSource(**config["source"])
+    clips = load_source(source)
+
+    def progress(done: int, total: int) -> None:
+        if workers.is_first:
+            emit(EvaluationProgress(0, done, total))
+
+    predictions = evaluation.score(model.to(workers.device), clips, workers, loader_threads=2, progress=progress)
+    if predictions:
+        metrics = evaluation.detail(predictions, clips, len(clips) + count_reported([source]))
+        out = Path(config["out"])
+        out.mkdir(parents=True, exist_ok=True)
+        evaluation.write_predictions(out / "predictions.parquet", predictions, clips)
+        (out / "metrics.json").write_text(to_json(metrics))
+        emit(Evaluated(0, len(clips), evaluation.summarise(predictions, clips.info.task)))
+    workers.wait_for_all()
+
+
+@torch.inference_mode()
+def tag(model_folder: Path, file: Path, top: int) -> list[dict[str, Any]]:
+    """The `top` likeliest labels of a sound file: [{id, name, score}, ...]. Raises UserError.
+
+    A file longer than 10 s is scored in windows of 10 s, and the scores are averaged.
+    """
+    model, info = load_model(model_folder)
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    try:
+        samples = resample(decode(file), info.sample_rate)
+    except DecodeError as error:
+        raise UserError(f"{file}: no sound could be decoded ({error})") from error
+    log_mel = LogMel()
+    logits = torch.cat(
+        [model(log_mel(w[None])) for w in torch.from_numpy(samples).split(_TAG_WINDOW_SECONDS * info.sample_rate)]
+    )
+    scores = (logits.sigmoid() if info.task == "tagging" else logits.softmax(dim=1)).mean(dim=0)
+    best = scores.topk(min(top, len(scores)))
+    return [
+        {"id": info.label_ids[i], "name": info.label_names[i], "score": round(score, 4)}
+        for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]

@@ -1,0 +1,76 @@
+"""A training run: check that it can be started or resumed, launch its workers, say what came of it."""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from cluster.launch import launch
+from erann_dist import checkpoint
+from erann_dist.data import load_sources
+from erann_dist.distributed import Workers
+from erann_dist.errors import UserError
+from erann_dist.events import Emit
+from erann_dist.manifest import require_same_labels
+from erann_dist.recipe import Recipe, differences, load_recipe, parse_recipe
+from erann_dist.training import train
+
+Resume = Literal["auto", "never", "must"]
+
+
+def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit) -> dict[str, Any]:
+    """Train by a recipe, from the last checkpoint if there is one. A run that is finished is not run again.
+
+    resume: never refuses to touch a run that exists, must refuses to start one. Raises UserError.
+    """
+    run_dir = recipe.run_dir
+    _check_run(recipe, run_dir, resume)
+    if not _is_finished(run_dir):
+        # What is wrong with the data shows here, before a cluster is started or a folder made.
+        train_set, eval_set = load_sources(recipe.data.train), load_sources(recipe.data.eval)
+        require_same_labels(train_set.info, eval_set.info, recipe.data.train[0].url, recipe.data.eval[0].url)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
+        part = run_dir / ".recipe.yaml.part"
+        part.write_text(text)
+        part.replace(run_dir / "recipe.yaml")
+        launch(
+            train_worker,
+            {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir)},
+            launcher=recipe.run.launcher,
+            num_workers=recipe.run.workers,
+            device=recipe.run.device,
+            on_event=on_event,
+            address=address,
+        )
+    return outcome(run_dir)
+
+
+def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
+    """What each worker does."""
+    train(parse_recipe(config["recipe"], "recipe"), Path(config["run_dir"]), workers, emit)
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """What a finished run came to."""
+    metrics = json.loads((run_dir / "model" / "metrics.json").read_text())
+    names = ("mAP", "mAUC", "d_prime", "chance_mAP", "accuracy", "chance_accuracy", "clips", "listed", "coverage")
+    return {"run": str(run_dir), "model": str(run_dir / "model")} | {k: metrics[k] for k in names if k in metrics}
+
+
+def _is_finished(run_dir: Path) -> bool:
+    return (run_dir / "model" / "config.json").exists()
+
+
+def _check_run(recipe: Recipe, run_dir: Path, resume: Resume) -> None:
+    before = run_dir / "recipe.yaml"
+    exists = before.exists()
+    if exists and resume == "never":
+        raise UserError(f"{run_dir}: this run exists, and --resume never was asked for; give another run.name")
+    if resume == "must" and checkpoint.latest(run_dir / "checkpoints") is None:
+        raise UserError(f"{run_dir}: no checkpoint to resume from, and --resume must was asked for")
+    if exists and (changes := differences(load_recipe(before), recipe)):
+        raise UserError(
+            f"{run_dir}: made with another recipe ({'; '.join(changes)}); give another run.name or the old recipe"
+        )

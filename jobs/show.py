@@ -1,0 +1,80 @@
+"""Results on stdout: for a person, or as one JSON object."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+console = Console(highlight=False, soft_wrap=True, markup=False)
+
+
+def show(result: dict[str, Any], as_json: bool, title: str) -> None:
+    """The plain facts of a result, a line each; all of it as JSON."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(
+        title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
+    )
+    for name, value in result.items():
+        if not isinstance(value, list | dict):
+            table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def show_packed(result: dict[str, Any]) -> None:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in result["not_packed"].items())
+    console.print(
+        f"{result['shards']}: {result['clips']} clips, {result['hours']:.2f} h, in {result['tars']} tars of "
+        f"{result['bytes'] / 1e6:.1f} MB together; not packed: {reasons or 'none'}"
+    )
+
+
+def show_tags(file: str, tags: list[dict[str, Any]]) -> None:
+    console.print(file)
+    for tag in tags:
+        console.print(f"  {tag['score']:.3f}  {tag['name']}")
+
+
+def show_classes(metrics: dict[str, Any]) -> None:
+    """The classes that went best and worst, and those left out."""
+    column = "ap" if metrics["task"] == "tagging" else "accuracy"
+    ranked = sorted((c for c in metrics["per_class"] if c[column] is not None), key=lambda c: -c[column])
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("class" if len(ranked) <= 12 else "class (best 6, worst 6)")
+    table.add_column(column, justify="right")
+    table.add_column("positives", justify="right")
+    for c in ranked if len(ranked) <= 12 else [*ranked[:6], *ranked[-6:]]:
+        table.add_row(c["name"], f"{c[column]:.3f}", str(c["positives"]))
+    console.print(table)
+    if metrics.get("left_out"):
+        console.print(f"left out of the means, without positives: {', '.join(metrics['left_out'])}")
+
+
+def show_demo(result: dict[str, Any]) -> None:
+    """The demo's last page: what was done, where it is, what to run next."""
+    folder = result["folder"]
+    for packed in result["packed"].values():
+        show_packed(packed)
+    console.print(
+        f"mAP {result['mAP']:.3f} on {result['clips']} held-out clips (chance: {result['chance_mAP']:.3f}), "
+        f"mAUC {result['mAUC']:.3f}, d′ {result['d_prime']:.2f}"
+    )
+    console.print(f"\n{result['clip']}, labelled {' + '.join(result['clip_labels'])}, is tagged")
+    for tag in result["tags"]:
+        console.print(f"  {tag['score']:.3f}  {tag['name']}")
+    console.print(
+        f"""
+took {result["minutes"]:.1f} minutes; everything is in {folder}/
+  {folder}/audioset        clips and segment lists, as AudioSet's lie on disk
+  {folder}/shards          the shard sets: tars, manifest.parquet, report.parquet
+  {result["run"]}       recipe, checkpoints, metrics.jsonl, TensorBoard, predictions.parquet
+  {result["model"]} the model: weights, config, metrics, card
+
+on real data:
+  erann pack audioset --segments balanced_train_segments.csv --audio AUDIO --out shard-sets/audioset/balanced_train
+  erann pack audioset --segments eval_segments.csv --audio AUDIO --out shard-sets/audioset/eval
+  erann pretrain audioset.yaml data.train=shard-sets/audioset/balanced_train run.workers=1
+  erann tag {result["model"]} YOUR.wav"""
+    )
