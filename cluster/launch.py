@@ -1,6 +1,7 @@
 """Start a run's workers: in this process, under torchrun, or by Ray Train. Their function is the same for all."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,20 +44,13 @@ def launch(
     else:
         if num_workers != 1:
             raise UsageError(f"launcher none runs 1 worker, not {num_workers}; use launcher ray or torchrun")
-        with single_worker(_local_device(device, 0)) as workers:
+        with single_worker(pick_device(device)) as workers:
             function(config, workers, on_event)
 
 
 def is_first_process() -> bool:
     """False in all but the first of the processes that torchrun started."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _local_device(wanted: str, local_rank: int) -> Any:
-    device = pick_device(wanted, local_rank)
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    return device
 
 
 def _launch_under_torchrun(
@@ -71,7 +65,7 @@ def _launch_under_torchrun(
         if code:
             raise UserError(f"torchrun ended with exit code {code}; its output is above")
         return
-    local_device = _local_device(device, int(os.environ["LOCAL_RANK"]))
+    local_device = pick_device(device, int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(process_group_backend(local_device))
     try:
         function(config, Workers(dist.get_rank(), dist.get_world_size(), local_device), on_event)
@@ -121,11 +115,15 @@ def _launch_on_ray(
         finished = threading.Event()
         listener = threading.Thread(target=_listen, args=(events, on_event, finished), daemon=True)
         listener.start()
+        before = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
+        except SystemExit as stop:  # what Ray Train makes of Ctrl-C
+            raise KeyboardInterrupt from stop
         except TrainingFailedError as error:
             raise _user_error(error) from error
         finally:
+            signal.signal(signal.SIGINT, before)
             finished.set()
             listener.join(timeout=10)
             events.shutdown()
@@ -137,10 +135,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
 
     os.chdir(settings["cwd"])
     context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    workers = Workers(context.get_world_rank(), context.get_world_size(), device)
+    workers = Workers(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
     def emit(event: Event) -> None:
         settings["events"].put(event)

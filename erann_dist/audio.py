@@ -47,13 +47,14 @@ def decode(path: Path) -> Sound:
     Nothing in the file's header is trusted for its length: what decodes is what counts. Raises DecodeError.
     """
     try:
-        with av.open(str(path), options={"format_whitelist": _DEMUXERS}) as container:
+        with av.open(str(path), options={"format_whitelist": _DEMUXERS}, metadata_errors="replace") as container:
             if not container.streams.audio:
                 raise DecodeError("no audio stream")
-            # The file's own channels are averaged here: FFmpeg's downmix would weigh surround channels.
-            to_float = av.AudioResampler(format="fltp")
+            # Averaged here: FFmpeg's downmix would weigh surround channels. Interleaved, because PyAV 18.1 crashes when
+            # it makes an array of eight planes.
+            to_float = av.AudioResampler(format="flt")
             channels = [
-                converted.to_ndarray().mean(axis=0, dtype=np.float32)
+                converted.to_ndarray().reshape(-1, converted.layout.nb_channels).mean(axis=1, dtype=np.float32)
                 for frame in container.decode(container.streams.audio[0])
                 for converted in to_float.resample(frame)
             ]

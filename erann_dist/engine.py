@@ -5,6 +5,7 @@ name, free of the number of workers and of the ZeRO stage.
 """
 
 import logging
+import os
 from typing import Any, Protocol
 
 import torch
@@ -84,7 +85,7 @@ class DeepSpeedEngine:
     """DeepSpeed at ZeRO stage 0, 1 or 2, over the process group that exists."""
 
     def __init__(self, model: ERANN, optim: OptimSection, micro_batches: int, workers: Workers) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = _import_deepspeed(workers.device)
         self.model = model
         self._workers = workers
         self._stage = optim.zero_stage
@@ -153,9 +154,12 @@ class DeepSpeedEngine:
                 safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"].to(self._workers.device), moment)
 
 
-def _import_deepspeed() -> Any:
+def _import_deepspeed(device: torch.device) -> Any:
     assert dist.is_initialized()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("LOCAL_RANK", "0")  # asked for although a process group exists
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     # A C++ extension for gloo over shared memory that is compiled at start-up; a killed compilation's lock file hangs

@@ -94,11 +94,18 @@ class ERANN(nn.Module):
             self.stages.append(_stage(channels // 2, channels, (2, stride_t)))
         self.fc1 = nn.Linear(128 * w, 128 * w)
         self.fc2 = nn.Linear(128 * w, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight, a=NEGATIVE_SLOPE)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """He et al. (2015) for LeakyReLU where one lies before a layer; unit gain for the linear path, the shortcuts
+        and FC1, whose input it would double from stage to stage; and small first logits."""
+        for name, layer in self.named_modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                linear_path = name.endswith("shortcut") or name == "fc1"
+                nn.init.kaiming_normal_(layer.weight, a=1.0 if linear_path else NEGATIVE_SLOPE)
+        for layer in (self.fc1, self.fc2):
+            nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.fc2.weight, std=0.01)
 
     @classmethod
     def from_name(cls, name: str, num_classes: int) -> "ERANN":

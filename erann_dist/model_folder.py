@@ -98,7 +98,7 @@ def model_card(info: ModelInfo, metrics: dict[str, Any], recipe: Recipe) -> str:
     """The README of a model folder, in Markdown."""
     names = ("mAP", "mAUC", "d_prime", "chance_mAP", "accuracy", "chance_accuracy")
     figures = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in names if name in metrics)
-    left_out = f"\nClasses without positives, left out of the means: {', '.join(metrics['left_out'])}.\n"
+    left_out = ", ".join(metrics.get("left_out", []))
     return f"""# {info.variant} for {info.task}, {len(info.label_ids)} classes
 
 An ERANN (arXiv 2106.01621) trained by erann-dist: {info.sample_rate} Hz mono sound in, {len(info.label_ids)}
@@ -116,7 +116,7 @@ On {metrics["clips"]} clips of {", ".join(s.url for s in recipe.data.eval)} ({me
 | metric | value |
 | --- | --- |
 {figures}
-{left_out if metrics.get("left_out") else ""}
+{f"Classes without positives, left out of the means: {left_out}." if left_out else ""}
 Each class's figure is in metrics.json.
 
 ## How it was made

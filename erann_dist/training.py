@@ -260,6 +260,7 @@ def _facts(step: int, recipe: Recipe, clips: Manifest) -> checkpoint.Facts:
 
 
 def _announcer(run_dir: Path, first_step: int, emit: Emit) -> Emit:
+    run_dir.mkdir(parents=True, exist_ok=True)
     readers: list[Emit] = [
         MetricsFile(run_dir / "metrics.jsonl", first_step),
         TensorBoard(run_dir / "tensorboard", first_step),

@@ -1,14 +1,13 @@
 """The `erann` command."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from erann_dist.errors import UsageError, UserError
+from erann_dist.errors import UserError
 from jobs.progress import RunView, console
 from jobs.show import show, show_classes, show_demo, show_packed, show_tags
 
@@ -199,30 +198,14 @@ def demo(
 
 def main() -> None:
     """The command: a user's error is one line on stderr and an exit code (errors.py), not a traceback."""
-    import click
-
     try:
-        code = app(standalone_mode=False)
-    except click.exceptions.Exit as stop:
-        code = stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = UsageError.exit_code
+        app()
     except UserError as error:
         console.print(f"erann: {error}", markup=False)
-        code = error.exit_code
-    except OSError as error:
+        sys.exit(error.exit_code)
+    except OSError as error:  # such as a full disk
         console.print(f"erann: {error.filename or 'system'}: {error.strerror or error}", markup=False)
-        code = UserError.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        console.print("erann: stopped", markup=False)
-        code = 130
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit after an interrupt: threads of libraries may still wait for what is gone.
-    if code == 130:
-        os._exit(code)
-    sys.exit(code)
+        sys.exit(UserError.exit_code)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ class SyntheticAudioSet:
 
 
 # The sounds: each function takes a generator, a number of samples and a rate in Hz, and returns (samples,) at
-# any level. Events fill the whole clip, so that a crop of two seconds holds what its label says; tones lie below
-# 8 kHz, so that they survive the lowest rate in use.
+# any level. Events fill the whole clip, so that a crop of two seconds holds what its label says; tones lie
+# below 8 kHz, so that they survive the lowest rate in use.
 
 
 def heartbeat(rng: Rng, samples: int, rate: int) -> Array:
@@ -80,23 +80,23 @@ def tick_tock(rng: Rng, samples: int, rate: int) -> Array:
 
 
 def beep(rng: Rng, samples: int, rate: int) -> Array:
-    """A tone of 0.8 to 2.6 kHz with a weak third harmonic, switched on and off at a steady pace."""
+    """A tone of 1.8 to 2.6 kHz with a weak third harmonic, switched on and off at a steady pace."""
     time = clock(rng, samples, rate)
-    on, off = rng.uniform(0.06, 0.3), rng.uniform(0.1, 0.5)
-    tone = harmonics(np.array([1.0, 0.0, rng.uniform(0.0, 0.3)]), rng.uniform(800, 2600) * time)
+    on, off = rng.uniform(0.08, 0.25), rng.uniform(0.1, 0.3)
+    tone = harmonics(np.array([1.0, 0.0, rng.uniform(0.0, 0.3)]), rng.uniform(1800, 2600) * time)
     return gate(time % (on + off), on, 0.003) * tone
 
 
 def sine_wave(rng: Rng, samples: int, rate: int) -> Array:
-    """One steady tone, 200 Hz to 6 kHz."""
-    return sine(200 * 30 ** rng.random() * clock(rng, samples, rate))
+    """One steady tone, 300 Hz to 1 kHz, as for testing."""
+    return sine(rng.uniform(300, 1000) * clock(rng, samples, rate))
 
 
 def chirp_tone(rng: Rng, samples: int, rate: int) -> Array:
-    """A pure tone swept over some three octaves, up or down, in 0.3 to 1.2 s, again and again."""
-    length = rng.uniform(0.3, 1.2)
-    phase = clock(rng, samples, rate) % (length + rng.uniform(0.05, 0.4))
-    start, end = rng.permutation([rng.uniform(250, 700), rng.uniform(2500, 6500)])
+    """A pure tone rising over four octaves in 0.4 to 1 s, again and again."""
+    length = rng.uniform(0.4, 1.0)
+    phase = clock(rng, samples, rate) % (length + rng.uniform(0.05, 0.2))
+    start, end = rng.uniform(250, 400), rng.uniform(4500, 6500)
     frequency = start * (end / start) ** np.minimum(phase / length, 1.0)
     return gate(phase, length, 0.01) * sine(np.cumsum(frequency) / rate)
 
@@ -132,8 +132,9 @@ def clock(rng: Rng, samples: int, rate: int) -> Array:
 
 
 def sine(cycles: Array) -> Array:
-    turn = (cycles - np.floor(cycles)).astype(np.float32)  # of one turn, single precision is enough, and faster
-    return np.sin(2 * np.pi * turn)
+    turn = (cycles - np.floor(cycles)).astype(np.float32)  # within one turn single precision is enough
+    wave: Array = np.sin(2 * np.pi * turn)
+    return wave
 
 
 def harmonics(levels: Array, cycles: Array) -> Array:
@@ -164,33 +165,33 @@ def coloured_noise(rng: Rng, samples: int, rate: int, exponent: float) -> Array:
 class Sound:
     mid: str
     display_name: str
-    positives: int  # in AudioSet's unbalanced training list; only their order counts here
+    rank: int  # 0: the commonest of the training list; those with the most to learn are common
     synthesise: Callable[[Rng, int, int], Array]
 
 
 SOUNDS = (  # in the order of AudioSet's class index
-    Sound("/m/01jg02", "Heart sounds, heartbeat", 913, heartbeat),
-    Sound("/m/09xqv", "Cricket", 732, cricket),
-    Sound("/m/02c8p", "Telephone dialing, DTMF", 334, dial),
-    Sound("/m/03kmc9", "Siren", 8079, siren),
-    Sound("/m/07qjznl", "Tick-tock", 2778, tick_tock),
-    Sound("/m/02fs_r", "Beep, bleep", 1477, beep),
-    Sound("/m/01v_m0", "Sine wave", 332, sine_wave),
-    Sound("/m/0hdsk", "Chirp tone", 111, chirp_tone),
-    Sound("/m/07rgkc5", "Static", 406, static),
-    Sound("/m/06xkwv", "Mains hum", 310, mains_hum),
-    Sound("/m/0chx_", "White noise", 1688, white_noise),
-    Sound("/m/0cj0r", "Pink noise", 890, pink_noise),
+    Sound("/m/01jg02", "Heart sounds, heartbeat", 3, heartbeat),
+    Sound("/m/09xqv", "Cricket", 2, cricket),
+    Sound("/m/02c8p", "Telephone dialing, DTMF", 4, dial),
+    Sound("/m/03kmc9", "Siren", 7, siren),
+    Sound("/m/07qjznl", "Tick-tock", 6, tick_tock),
+    Sound("/m/02fs_r", "Beep, bleep", 5, beep),
+    Sound("/m/01v_m0", "Sine wave", 0, sine_wave),
+    Sound("/m/0hdsk", "Chirp tone", 1, chirp_tone),
+    Sound("/m/07rgkc5", "Static", 10, static),
+    Sound("/m/06xkwv", "Mains hum", 11, mains_hum),
+    Sound("/m/0chx_", "White noise", 8, white_noise),
+    Sound("/m/0cj0r", "Pink noise", 9, pink_noise),
 )
 
 # Container, codec and rates in Hz, by the names of libsndfile; it has no AAC, which goes through PyAV.
 FORMATS = {
-    ".wav": ("WAV", "PCM_16", (16000, 22050, 32000, 44100, 48000)),
-    ".flac": ("FLAC", "PCM_16", (16000, 22050, 32000, 44100, 48000)),
+    ".wav": ("WAV", "PCM_16", (16000, 22050, 32000, 44100)),
+    ".flac": ("FLAC", "PCM_16", (16000, 32000, 48000)),
     ".ogg": ("OGG", "VORBIS", (32000, 44100)),
     ".mp3": ("MP3", "MPEG_LAYER_III", (16000, 22050, 44100)),
     ".opus": ("OGG", "OPUS", (48000,)),
-    ".m4a": ("mp4", "AAC", (44100,)),
+    ".m4a": ("mp4", "AAC", (32000, 44100)),
 }
 DEAL = [".m4a", ".opus", ".mp3", ".mp3"] + 4 * [".ogg", ".wav", ".flac", ".wav", ".flac", ".wav", ".flac"]
 ID_LETTERS = list("-_0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
@@ -219,8 +220,7 @@ def write_synthetic_audioset(
     rows = [f'{i},{sound.mid},"{sound.display_name}"\n' for i, sound in enumerate(SOUNDS)]
     (root / "class_labels_indices.csv").write_text("index,mid,display_name\n" + "".join(rows))
 
-    ranks = np.argsort(np.argsort([-sound.positives for sound in SOUNDS]))
-    unbalanced, balanced = np.geomspace(25.0, 1.0, len(SOUNDS))[ranks], np.ones(len(SOUNDS))
+    unbalanced, balanced = np.geomspace(25.0, 1.0, len(SOUNDS))[[sound.rank for sound in SOUNDS]], np.ones(len(SOUNDS))
     for split, (count, shares) in enumerate(((train_clips, unbalanced), (eval_clips, balanced))):
         # The clips themselves have the seeds below this one, [seed, split, 0] to [seed, split, count - 1].
         clips = plan_clips(np.random.default_rng([seed, split, count]), count, shares, duration, audio)
@@ -296,14 +296,13 @@ def write_clip(clip: Clip, duration: float, seed: list[int]) -> None:
 
 
 def mix(rng: Rng, sounds: list[Sound], samples: int, rate: int, channels: int) -> Array:
-    """The sounds within 12 dB of each other, each at its own place: (samples, channels) in [-1, 1]."""
-    mixed = np.zeros((samples, channels))
+    """The sounds within 10 dB of each other, each at its own place: (samples, channels) in [-1, 1]."""
+    # Under them lies a recorder's own noise, since no recording is silent between its sounds.
+    mixed = rng.standard_normal((samples, channels)) * 10 ** (-rng.uniform(45, 55) / 20)
     for sound in sounds:
         audio = sound.synthesise(rng, samples, rate)
-        # A tick is short and a hum is not: half-way between equal peaks and equal energy both stay audible.
-        loudness = np.sqrt(np.abs(audio).max() * np.sqrt(np.mean(audio**2)))
+        gain = 10 ** (-rng.uniform(0, 10) / 20) / np.sqrt(np.mean(audio**2))
         panorama = rng.uniform(0.5, 1.0, channels)
-        mixed += np.outer(audio / loudness * 10 ** (-rng.uniform(0, 12) / 20), panorama / panorama.mean())
-    peak = 0.95 * 10 ** (-rng.uniform(0, 18) / 20)
-    mixed *= peak / np.abs(mixed).max()
+        mixed += np.outer(gain * audio, panorama / panorama.mean())
+    mixed *= 0.95 * 10 ** (-rng.uniform(0, 12) / 20) / np.abs(mixed).max()
     return mixed

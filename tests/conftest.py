@@ -1,0 +1,92 @@
+"""What tests share: the real data beside the repository, small shard sets, and worker processes over gloo."""
+
+import os
+import shutil
+from pathlib import Path
+
+# Before anything imports Ray or torch: quiet, private, and independent of the machine's number of cores.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np
+import pytest
+import soundfile
+
+from erann_dist.recipe import Recipe
+from shards import build
+from shards.sources.audioset import read_audioset
+from shards.sources.rows import Source
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """../shared/data: real audio and the real AudioSet lists."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is absent ({SHARED})")
+    return SHARED
+
+
+def pack_here(source: Source, folder: Path, clips_per_shard: int = 8) -> Path:
+    """Pack a source in this process, without Ray."""
+    digest = build.source_hash(source, clips_per_shard)
+    assert build.start(folder, digest)
+    tasks = build.plan(source, folder, clips_per_shard)
+    build.finish(folder, source, [build.build_shard(task) for task in tasks], digest)
+    return folder
+
+
+def copy_tree(source: Path, target: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(source, target)
+    return target
+
+
+def write_tone_set(root: Path, clips: int, classes: int = 3, seconds: float = 1.5) -> tuple[Path, Path, Path]:
+    """A tiny AudioSet of tones: class c is a tone near 300·(c + 1) Hz. Returns segments, audio folder, class list."""
+    rng = np.random.default_rng(clips)
+    audio = root / "audio"
+    audio.mkdir(parents=True)
+    (root / "classes.csv").write_text(
+        "index,mid,display_name\n" + "".join(f'{c},/m/{c:03d},"Tone, {c}"\n' for c in range(classes))
+    )
+    lines = []
+    for i in range(clips):
+        labels = sorted({i % classes, int(rng.integers(classes))})
+        t = np.arange(round(44_100 * seconds * rng.uniform(0.7, 1))) / 44_100
+        sound = sum(np.sin(2 * np.pi * 300 * (c + 1) * rng.uniform(0.97, 1.03) * t) for c in labels)
+        soundfile.write(audio / f"{i:011d}.wav", 0.2 * sound + 0.01 * rng.standard_normal(len(t)), 44_100)
+        mids = ",".join(f"/m/{c:03d}" for c in labels)
+        lines.append(f'{i:011d}, 0.000, {seconds:.3f}, "{mids}"\n')
+    (root / "tone_segments.csv").write_text("# YTID, start_seconds, end_seconds, positive_labels\n" + "".join(lines))
+    return root / "tone_segments.csv", audio, root / "classes.csv"
+
+
+@pytest.fixture(scope="session")
+def tone_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed set of 40 tone clips in five shards."""
+    root = tmp_path_factory.mktemp("tones")
+    return pack_here(read_audioset(*write_tone_set(root, 40)), root / "shards")
+
+
+def small_recipe(shards: Path, run_dir: Path, **sections: dict[str, object]) -> Recipe:
+    """ERANN-3-1 on one-second crops, four micro-batches of four a step; sections override keys."""
+    tree: dict[str, dict[str, object]] = {
+        "model": {"variant": "ERANN-3-1"},
+        "data": {"train": str(shards), "eval": str(shards), "crop_s": 1.0},
+        "augment": {},
+        "optim": {"global_batch": 16, "micro_batch": 4, "examples": 64},
+        "checkpoint": {"every": 100},
+        "run": {
+            "name": run_dir.name,
+            "dir": str(run_dir.parent),
+            "launcher": "none",
+            "engine": "torch",
+            "log_every": 1,
+        },
+    }
+    for name, keys in sections.items():
+        tree.setdefault(name, {}).update(keys)
+    return Recipe.model_validate(tree)

@@ -1,0 +1,76 @@
+"""Each clip is scored once, at its own length, on any number of workers with the same result."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from erann_dist import evaluation
+from erann_dist.distributed import Workers, single_worker
+from erann_dist.features import LogMel
+from erann_dist.loader import load, whole_clips
+from erann_dist.manifest import load_manifest
+from erann_dist.model import ERANN
+from tests.workers import CPU, run_workers
+
+
+def score(workers: Workers, shards: str) -> tuple[np.ndarray, np.ndarray] | None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = ERANN.from_name("ERANN-2-1", 3)
+    predictions = evaluation.score(model, load_manifest(Path(shards)), workers, loader_threads=2)
+    return (predictions.scores, predictions.targets) if predictions else None
+
+
+def test_the_same_on_one_two_and_three_workers(tone_shards: Path) -> None:
+    results = {n: run_workers(score, n, str(tone_shards)) for n in (1, 2, 3)}
+    expected, targets = results[1][0]
+    assert not np.isnan(expected).any()
+    assert 1 < targets.sum(axis=1).max() <= 2
+    for n in (2, 3):
+        assert np.array_equal(results[n][0][0], expected)
+        assert np.array_equal(results[n][0][1], targets)
+        assert results[n][1:] == [None] * (n - 1)
+
+
+def test_every_clip_is_in_one_batch_of_its_length(tone_shards: Path) -> None:
+    manifest = load_manifest(tone_shards)
+    batches = evaluation.evaluation_batches(manifest)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(len(manifest)))
+    for rows in batches:
+        assert len(rows) <= evaluation.MICRO_BATCH
+        assert len(set(-(-manifest.samples[rows] // 22_050))) == 1
+
+
+def test_scores_are_the_models_on_the_whole_clip(tone_shards: Path) -> None:
+    manifest = load_manifest(tone_shards)
+    with single_worker(CPU) as workers:
+        scores, _ = score(workers, str(tone_shards))
+    torch.manual_seed(0)
+    model = ERANN.from_name("ERANN-2-1", 3).eval()
+    for row in (0, 17, 39):
+        crops = whole_clips(manifest, np.array([row]), int(manifest.samples[row]))
+        (batch,) = load(manifest, [crops], threads=1, ahead=0)
+        with torch.no_grad():
+            expected = model(LogMel()(batch.pcm.float() / 32768)).sigmoid()[0]
+        np.testing.assert_allclose(scores[row], expected, atol=1e-6)
+
+
+def test_predictions_and_detail(tone_shards: Path, tmp_path: Path) -> None:
+    manifest = load_manifest(tone_shards)
+    rng = np.random.default_rng(0)
+    targets = manifest.targets(np.arange(40))
+    targets[:, 1] = 0
+    predictions = evaluation.Predictions(rng.random((40, 3), dtype=np.float32), targets)
+    evaluation.write_predictions(tmp_path / "p.parquet", predictions, manifest)
+    table = pq.read_table(tmp_path / "p.parquet").to_pylist()
+    assert [row["key"] for row in table] == manifest.keys.to_pylist()
+    assert table[3]["scores"] == pytest.approx(predictions.scores[3].tolist())
+    assert table[3]["targets"] == np.flatnonzero(targets[3]).tolist()
+    detail = evaluation.detail(predictions, manifest, listed=50)
+    assert detail["coverage"] == 0.8
+    assert detail["left_out"] == ["Tone, 1"]
+    assert detail["per_class"][0]["positives"] == targets[:, 0].sum()
+    assert detail["chance_mAP"] == pytest.approx(targets[:, [0, 2]].mean())

@@ -1,0 +1,107 @@
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from erann_dist.errors import UserError
+from erann_dist.loader import Crops, load, random_crops, whole_clips
+from erann_dist.manifest import load_manifest
+from tests.conftest import copy_tree
+
+
+def whole_files(shards: Path) -> list[np.ndarray]:
+    """Each clip's samples by soundfile, through Python's own tarfile."""
+    import io
+    import tarfile
+
+    manifest = load_manifest(shards)
+    found = {}
+    for path in manifest.shard_paths:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name.endswith(".flac"):
+                    data = tar.extractfile(member).read()
+                    found[member.name.removesuffix(".flac")] = soundfile.read(io.BytesIO(data), dtype="int16")[0]
+    return [found[key] for key in manifest.keys.to_pylist()]
+
+
+def test_crops_are_the_clips_samples_in_order(tone_shards: Path) -> None:
+    manifest, files = load_manifest(tone_shards), whole_files(tone_shards)
+    rng = np.random.default_rng(0)
+    requests = []
+    for start in range(0, 120, 6):
+        positions = np.arange(start, start + 6)
+        requests.append(random_crops(manifest, rng.integers(len(manifest), size=6), positions, 5, 50_000))
+    batches = list(load(manifest, requests, threads=3, ahead=4))
+    assert [b.crops for b in batches] == requests
+    for batch in batches:
+        for row, start, count, pcm in zip(
+            batch.crops.rows, batch.crops.starts, batch.crops.counts, batch.pcm, strict=True
+        ):
+            assert np.array_equal(pcm[:count], files[row][start : start + count])
+            assert not pcm[count:].any()
+
+
+def test_crop_starts_are_spread_and_keyed(tone_shards: Path) -> None:
+    manifest = load_manifest(tone_shards)
+    rows = np.zeros(500, np.int64)
+    crops = random_crops(manifest, rows, np.arange(500), 1, 22_050)
+    again = random_crops(manifest, rows[:3], np.array([4, 499, 0]), 1, 22_050)
+    assert crops.starts[[4, 499, 0]].tolist() == again.starts.tolist()
+    last = manifest.samples[0] - 22_050
+    assert crops.starts.min() >= 0
+    assert crops.starts.max() <= last
+    assert abs(crops.starts.mean() - last / 2) < last / 10
+    longer = random_crops(manifest, rows, np.arange(500), 1, 10**7)
+    assert set(longer.starts.tolist()) == {0}
+    assert set(longer.counts.tolist()) == {manifest.samples[0]}
+
+
+def test_a_damaged_clip_is_named_and_ends_the_load(tone_shards: Path, tmp_path: Path) -> None:
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    manifest = load_manifest(shards)
+    path = manifest.shard_paths[manifest.shards[11]]
+    data = bytearray(path.read_bytes())
+    data[int(manifest.offsets[11]) + 500] ^= 1
+    path.write_bytes(data)
+    requests = [whole_clips(manifest, np.array([row]), 70_000) for row in range(40)]
+    threads_before = threading.active_count()
+    batches = load(manifest, requests, threads=2, ahead=3)
+    assert [next(batches).crops.rows[0] for _ in range(11)] == list(range(11))
+    with pytest.raises(UserError, match=rf"{path.name}: clip {manifest.keys[11]} is damaged"):
+        next(batches)
+    assert threading.active_count() == threads_before
+
+
+def test_a_shard_cut_short_is_named(tone_shards: Path, tmp_path: Path) -> None:
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    manifest = load_manifest(shards)
+    path = manifest.shard_paths[0]
+    path.write_bytes(path.read_bytes()[:50_000])
+    rows = np.flatnonzero(manifest.shards == 0)
+    with pytest.raises(UserError, match=f"{path.name}: clip .* is cut short"):
+        list(load(manifest, [Crops(rows, rows * 0, rows * 0 + 1, 10)], threads=2, ahead=1))
+
+
+def test_a_missing_shard_is_named(tone_shards: Path, tmp_path: Path) -> None:
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    manifest = load_manifest(shards)
+    manifest.shard_paths[0].unlink()
+    rows = np.flatnonzero(manifest.shards == 0)
+    with pytest.raises(UserError, match=f"{manifest.shard_paths[0].name}: No such file"):
+        list(load(manifest, [whole_clips(manifest, rows, 70_000)], threads=2, ahead=1))
+
+
+def test_stopping_early_leaves_no_thread_and_no_open_file(tone_shards: Path) -> None:
+    manifest = load_manifest(tone_shards)
+    threads_before, files_before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
+    batches = load(
+        manifest, (whole_clips(manifest, np.array([r % 40]), 70_000) for r in range(10**6)), threads=3, ahead=5
+    )
+    next(batches)
+    assert threading.active_count() > threads_before
+    batches.close()
+    assert threading.active_count() == threads_before
+    assert len(list(Path("/proc/self/fd").iterdir())) == files_before

@@ -1,0 +1,99 @@
+from pathlib import Path
+
+import pytest
+
+from erann_dist.errors import UsageError
+from erann_dist.recipe import differences, load_recipe
+from jobs.recipes import find_recipe
+
+RECIPE = """
+model: {variant: ERANN-1-6}
+data: {train: [a, {url: b, fold: [1, 2]}], eval: c}
+optim: {examples: 1000}
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_defaults_and_overrides(path: Path) -> None:
+    recipe = load_recipe(path, ["optim.lr=1e-4", "data.train.1.fold=[3]", "run.workers=1", "augment.mixup=none"])
+    assert recipe.run.name == "mine"
+    assert recipe.optim.lr == 1e-4
+    assert [(s.url, s.fold) for s in recipe.data.train] == [("a", None), ("b", [3])]
+    assert recipe.data.eval[0].url == "c"
+    assert recipe.augment.mixup == "none"
+    assert recipe.steps(10**6) == 32  # 1000 examples in batches of 32, the last one whole
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.learning_rate=1", "optim.learning_rate: no such key; there are optim.global_batch"),
+        ("optim.globl_batch=32", "optim.globl_batch: no such key; did you mean optim.global_batch?"),
+        ("optmi.lr=1", "optmi: no such key; did you mean optim?"),
+        ("data.train.1.folds=[1]", "data.train.1.folds: no such key; did you mean data.train.1.fold?"),
+        ("optim.lr=fast", "optim.lr: input should be a valid number, .*not 'fast'"),
+        ("optim.lr=-1", "optim.lr: input should be greater than 0, not -1"),
+        ("augment.mixup=maximal", "augment.mixup: input should be 'none', 'standard' or 'modified', not 'maximal'"),
+        ("optim.zero_stage=3", "optim.zero_stage: .*not 3"),
+        ("model.variant=CNN14", "model.variant: 'CNN14' is no ERANN variant"),
+        ("model.variant=ERANN-5-1", "model.variant: there is no ERANN-5-1: s_m is 0, 1, 2 or 3"),
+        ("data.crop_s=3.3", "data: crop_s is a whole number of half seconds, not 3.3"),
+        ("optim.micro_batch=5", r"optim: micro_batch \(5\) must divide global_batch \(32\)"),
+        ("optim.epochs=3", "optim: give either examples or epochs"),
+        ("run.workers=2", "run.workers is 2, but a step of 32 examples has only 1 micro-batches of 32"),
+        ("run.name=../elsewhere", "run.name: .*not '../elsewhere'"),
+        ("optim.lr", "'optim.lr': an override is written key.path=value"),
+        ("optim.lr.x=1", "'optim.lr.x=1': the recipe has no place for optim.lr.x"),
+        ("data=null", "data: .*not None"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_key(path: Path, override: str, message: str) -> None:
+    base = ["optim.lr=1.0"] if override.startswith("optim.lr.") else []
+    with pytest.raises(UsageError, match=message) as error:
+        load_recipe(path, [*base, override])
+    assert "\n" not in str(error.value)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("just words", "a recipe has the sections model, data"),
+        ("model: {variant: ERANN-1-6}", "data: this key is needed"),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        load_recipe(tmp_path / "r.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: No such file"):
+        load_recipe(Path("nowhere.yaml"))
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: no such recipe; with the program come .*esc10\.yaml"):
+        find_recipe(Path("nowhere.yaml"))
+
+
+@pytest.mark.parametrize("file", sorted(find_recipe(Path("demo.yaml")).parent.glob("*.yaml")), ids=lambda f: f.name)
+def test_recipes_that_come_along_are_valid(file: Path) -> None:
+    assert load_recipe(file).run.name == file.stem
+
+
+def test_only_what_decides_the_function_makes_a_difference(path: Path) -> None:
+    recipe = load_recipe(path)
+    same = load_recipe(path, ["run.launcher=none", "run.threads=2", "checkpoint.every=5", "data.loader_threads=9"])
+    assert differences(recipe, same) == []
+    assert recipe.hash() == same.hash()
+    other = load_recipe(path, ["optim.lr=0.5", "run.seed=1", "data.train.0=z"])
+    assert differences(recipe, other) == ["data.train.0.url: a -> z", "optim.lr: 0.001 -> 0.5", "run.seed: 0 -> 1"]
+    assert recipe.hash() != other.hash()

@@ -1,0 +1,207 @@
+"""The training loop: the same function for every engine and every number of workers, exact at every checkpoint."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from erann_dist.errors import UserError
+from erann_dist.events import Evaluated, Event, Step
+from erann_dist.recipe import OptimSection
+from erann_dist.training import deal, example_losses, learning_rate
+from tests.conftest import pack_here, small_recipe, write_tone_set
+from tests.workers import train_alone, train_on
+
+BATCHES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 9)).filter(lambda x: x[0] >= x[2])
+
+
+@given(BATCHES, st.integers(0, 10**6))
+@settings(deadline=None)
+def test_each_example_of_a_step_is_dealt_once(sizes: tuple[int, int, int], step: int) -> None:
+    micro_batches, micro_batch, world_size = sizes
+    optim = OptimSection(global_batch=micro_batches * micro_batch, micro_batch=micro_batch, examples=1)
+    ranks = [deal(step, optim, rank, world_size) for rank in range(world_size)]
+    assert len({len(dealt) for dealt in ranks}) == 1
+    counted = [mb.examples for dealt in ranks for mb in dealt if mb.weight == 1]
+    assert np.array_equal(np.concatenate(counted), step * optim.global_batch + np.arange(optim.global_batch))
+    for dealt in ranks:
+        assert {mb.weight for mb in dealt[1:-1]} <= {1.0}
+        assert dealt[0].weight == 1
+        if dealt[-1].weight == 0:
+            assert np.array_equal(dealt[-1].examples, dealt[-2].examples)
+
+
+@pytest.mark.parametrize("steps", [2, 7, 10, 100, 1001])
+def test_one_cycle_is_torchs(steps: int) -> None:
+    optim = OptimSection(lr=1e-3, schedule="one_cycle", examples=1)
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-3, total_steps=steps, cycle_momentum=False)
+    for step in range(steps):
+        assert learning_rate(step, steps, optim) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-9)
+        adam.step()
+        if step < steps - 1:
+            scheduler.step()
+    assert learning_rate(3, steps, optim.model_copy(update={"schedule": "constant"})) == 1e-3
+
+
+def test_losses_of_mixed_labels() -> None:
+    logits = torch.randn(4, 6, dtype=torch.float64)
+    targets = torch.rand(4, 6, dtype=torch.float64)
+    p = logits.sigmoid()
+    expected = -(targets * p.log() + (1 - targets) * (1 - p).log()).mean(dim=1)
+    torch.testing.assert_close(
+        example_losses(logits, targets.float(), "tagging").double(), expected, atol=1e-5, rtol=1e-5
+    )
+    shares = targets / targets.sum(dim=1, keepdim=True)
+    expected = -(shares * logits.log_softmax(dim=1)).sum(dim=1)
+    torch.testing.assert_close(
+        example_losses(logits, shares.float(), "classification").double(), expected, atol=1e-5, rtol=1e-5
+    )
+
+
+def losses(events: list[Event]) -> np.ndarray:
+    return np.array([event.loss for event in events if isinstance(event, Step)])
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    return load_file(run_dir / "model" / "model.safetensors")
+
+
+def test_deepspeed_equals_plain_pytorch_over_twenty_steps(tone_shards: Path, tmp_path: Path) -> None:
+    curves = {}
+    for engine in ("torch", "deepspeed"):
+        recipe = small_recipe(tone_shards, tmp_path / engine, run={"engine": engine}, optim={"examples": 320})
+        curves[engine] = losses(train_alone(recipe))
+    assert len(curves["torch"]) == 20
+    np.testing.assert_allclose(curves["deepspeed"], curves["torch"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_one_two_and_three_workers_compute_the_same(tone_shards: Path, tmp_path: Path, engine: str) -> None:
+    """Four micro-batches a step: evenly on 1 and 2 workers, unevenly (2, 1, 1) on 3. Equal up to summation order.
+
+    Compared is one Adam step's worth of weights too; later ones would compare how fast training amplifies rounding.
+    """
+    curves, statistics = {}, {}
+    for world_size in (1, 2, 3):
+        run_dir = tmp_path / f"{engine}-{world_size}"
+        recipe = small_recipe(tone_shards, run_dir, run={"engine": engine}, optim={"examples": 64, "lr": 1e-4})
+        curves[world_size] = losses(train_on(world_size, recipe))
+        statistics[world_size] = weights(run_dir)
+    for world_size in (2, 3):
+        np.testing.assert_allclose(curves[world_size], curves[1], rtol=1e-4)
+        for name, expected in statistics[1].items():
+            tolerance = {"atol": 2e-3, "rtol": 1e-2} if "running" in name else {"atol": 5e-4, "rtol": 0}
+            torch.testing.assert_close(statistics[world_size][name], expected, **tolerance, msg=name)
+
+
+def test_a_repeated_micro_batch_of_weight_zero_has_no_effect(tone_shards: Path, tmp_path: Path) -> None:
+    """One micro-batch per step is dealt as itself to one worker; compare with a world in which a rank repeats."""
+    optim = OptimSection(global_batch=12, micro_batch=4, examples=12)
+    assert [mb.weight for mb in deal(0, optim, 1, 2)] == [1.0, 0.0]
+    runs = {}
+    for world_size in (1, 2):
+        recipe = small_recipe(
+            tone_shards, tmp_path / str(world_size), optim={"global_batch": 12, "micro_batch": 4, "examples": 12}
+        )
+        runs[world_size] = train_on(world_size, recipe), weights(tmp_path / str(world_size))
+    assert losses(runs[1][0]) == pytest.approx(losses(runs[2][0]), rel=1e-6)
+    for name, expected in runs[1][1].items():
+        if "running" in name:
+            torch.testing.assert_close(runs[2][1][name], expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("engine", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)])
+def test_resume_is_bit_identical(tone_shards: Path, tmp_path: Path, engine: str, stage: int) -> None:
+    """A run that stopped after its first checkpoint and goes on ends with the weights of one that did not stop."""
+    sections = {"run": {"engine": engine}, "optim": {"zero_stage": stage}, "checkpoint": {"every": 2, "keep_last": 9}}
+    whole = small_recipe(tone_shards, tmp_path / "whole", **sections)
+    expected = train_on(2, whole)
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    shutil.rmtree(cut / "model")
+    shutil.rmtree(cut / "checkpoints" / "step-00000004")
+    events = train_on(2, small_recipe(tone_shards, cut, **sections))
+    assert events[0].resumed_from == str(cut / "checkpoints" / "step-00000002")
+    assert losses(events).tolist() == losses(expected)[2:].tolist()
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(cut)[name], value), name
+    steps = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps if line["event"] == "Step"] == [1, 2, 3, 4]
+
+
+def test_checkpoints_are_free_of_engine_stage_and_workers(tone_shards: Path, tmp_path: Path) -> None:
+    """What two workers at stage 2 wrote goes on with one worker at stage 1, at stage 0 and in plain PyTorch."""
+    start = {"checkpoint": {"every": 2, "keep_last": 9}}
+    whole = small_recipe(tone_shards, tmp_path / "whole", run={"engine": "deepspeed"}, optim={"zero_stage": 2}, **start)
+    expected = losses(train_on(2, whole))
+    for engine, stage in (("deepspeed", 1), ("deepspeed", 0), ("torch", 2)):
+        run_dir = tmp_path / f"{engine}-{stage}"
+        shutil.copytree(tmp_path / "whole", run_dir, ignore=shutil.ignore_patterns("model", "step-00000004"))
+        if stage != 2:
+            _rewrite_hash(run_dir, small_recipe(tone_shards, run_dir, optim={"zero_stage": stage}).hash())
+        recipe = small_recipe(tone_shards, run_dir, run={"engine": engine}, optim={"zero_stage": stage}, **start)
+        np.testing.assert_allclose(losses(train_on(1, recipe)), expected[2:], rtol=1e-4)
+
+
+def _rewrite_hash(run_dir: Path, digest: str) -> None:
+    """Give the checkpoint another recipe's hash (and so drop its marker's), as if that recipe had made it."""
+    from erann_dist.checkpoint import _sha256
+
+    path = run_dir / "checkpoints" / "step-00000002"
+    facts = json.loads((path / "state.json").read_text()) | {"recipe_hash": digest}
+    (path / "state.json").write_text(json.dumps(facts))
+    marker = {name: _sha256(path / name) for name in ("state.safetensors", "state.json")}
+    (path / "COMMITTED").write_text(json.dumps(marker))
+
+
+def test_learns_the_tones(tone_shards: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(
+        tone_shards,
+        tmp_path / "learn",
+        optim={"examples": 640, "micro_batch": 16},
+        augment={"mixup": "none", "specaugment": False},
+    )
+    events = train_alone(recipe)
+    (evaluated,) = [event for event in events if isinstance(event, Evaluated)]
+    assert losses(events)[-5:].mean() < losses(events)[:5].mean() / 2
+    assert evaluated.metrics["mAP"] > 0.8
+    metrics = json.loads((tmp_path / "learn" / "model" / "metrics.json").read_text())
+    assert metrics["mAP"] == evaluated.metrics["mAP"]
+    assert metrics["clips"] == metrics["listed"] == 40
+
+
+def test_data_that_is_not_the_checkpoints_is_refused(tone_shards: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(tone_shards, tmp_path / "run", optim={"examples": 16})
+    train_alone(recipe)
+    others = pack_here_tones(tmp_path / "others", 24)
+    with pytest.raises(UserError, match="other training clips"):
+        train_alone(small_recipe(others, tmp_path / "run", optim={"examples": 16}))
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tone_shards: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(tone_shards, tmp_path / "run", optim={"examples": 16})
+    train_alone(recipe)
+    wider = small_recipe(tone_shards, tmp_path / "run", optim={"examples": 16}, model={"variant": "ERANN-3-2"})
+    (tmp_path / "run" / "checkpoints" / "step-00000001").rename(tmp_path / "run" / "checkpoints" / "step-00000002")
+    _rewrite_hash(tmp_path / "run", wider.hash())
+    with pytest.raises(UserError, match=r"model\.fc1\.bias is \(128,\) in the file, \(256,\) in the model"):
+        train_alone(wider)
+
+
+def pack_here_tones(folder: Path, clips: int) -> Path:
+    from shards.sources.audioset import read_audioset
+
+    return pack_here(read_audioset(*write_tone_set(folder, clips)), folder / "shards")
+
+
+def test_events_are_plain_data() -> None:
+    step = Step(1, 0.5, 1e-3, 10.0, 20.0, 0.1)
+    assert json.loads(json.dumps(dataclasses.asdict(step)))["loss"] == 0.5
