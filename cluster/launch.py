@@ -53,11 +53,15 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def starts_torchrun(launcher: str) -> bool:
+    """Whether `launch` will run the user's command again, under torchrun: then that one does what is done once."""
+    return launcher == "torchrun" and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
 def _launch_under_torchrun(
     function: WorkerFunction, config: dict[str, Any], num_workers: int, device: str, on_event: Emit
 ) -> None:
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        # This is the user's own command: run the same one again under torchrun, which then comes by here.
+    if starts_torchrun("torchrun"):
         from cluster.embedded import WORKER_ENVIRONMENT
 
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers)]

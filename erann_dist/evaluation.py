@@ -56,8 +56,8 @@ def score(
 ) -> Predictions | None:
     """Full-length clips through the model. The answer is the first worker's; the others get None.
 
-    progress is told how many of this worker's clips are done, of how many. Raises UserError for a clip that can't be
-    read or decoded.
+    progress is told how many clips are done, of how many, judged by this worker's share. Raises UserError for a clip
+    that can't be read or decoded.
     """
     was_training = model.training
     model.eval()
@@ -74,7 +74,7 @@ def score(
         probabilities = logits.sigmoid() if manifest.info.task == "tagging" else logits.softmax(dim=1)
         scores[done : done + len(probabilities)] = probabilities.cpu().numpy()
         done += len(probabilities)
-        progress(done, total)
+        progress(done * len(manifest) // total, len(manifest))
     model.train(was_training)
     rows = np.concatenate([c.rows for c in crops]) if crops else np.zeros(0, np.int64)
     parts = workers.gather((rows, scores))

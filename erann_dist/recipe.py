@@ -129,6 +129,8 @@ class Recipe(_Section):
         pairs = self.augment.mixup != "none" and self.augment.partner == "in_batch"
         if pairs and self.optim.micro_batch % 2:
             raise ValueError(f"augment.partner in_batch needs an even optim.micro_batch, not {self.optim.micro_batch}")
+        if self.run.launcher == "none" and self.run.workers != 1:
+            raise ValueError(f"run.launcher none runs 1 worker, not {self.run.workers}; use ray or torchrun")
         if self.run.workers > self.optim.global_batch // self.optim.micro_batch:
             raise ValueError(
                 f"run.workers is {self.run.workers}, but a step of {self.optim.global_batch} examples has only "

@@ -1,6 +1,5 @@
 """The `erann` command."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +8,7 @@ import typer
 
 from erann_dist.errors import UserError
 from jobs.progress import RunView, console
-from jobs.show import show, show_classes, show_demo, show_packed, show_tags
+from jobs.show import demo_page, evaluation_page, facts_page, packed_page, show, tags_page
 
 app = typer.Typer(
     name="erann",
@@ -54,8 +53,7 @@ def pack_audioset(
 
     with console.status(f"reading {segments}"):
         source = read_audioset(segments, audio, classes or CLASSES)
-    result = pack(source, out, clips_per_shard, address)
-    print(json.dumps(result)) if as_json else show_packed(result)
+    show(pack(source, out, clips_per_shard, address), as_json, packed_page)
 
 
 @pack_app.command(
@@ -75,8 +73,7 @@ def pack_esc50(
     from jobs.pack import pack
     from shards.sources.esc50 import read_esc50
 
-    result = pack(read_esc50(root, esc10), out, clips_per_shard, address)
-    print(json.dumps(result)) if as_json else show_packed(result)
+    show(pack(read_esc50(root, esc10), out, clips_per_shard, address), as_json, packed_page)
 
 
 @app.command(
@@ -90,7 +87,7 @@ def verify(
 ) -> None:
     from jobs.verify import verify as run
 
-    show(run(shards), as_json, "the tars are as the manifest says")
+    show(run(shards), as_json, facts_page)
 
 
 @app.command(
@@ -125,7 +122,7 @@ def pretrain(
         console.print(f"stopped; run the same command again to go on from the last checkpoint in {loaded.run_dir}")
         raise
     if is_first_process():
-        show(result, as_json, "run")
+        show(result, as_json, facts_page)
 
 
 @app.command(
@@ -155,9 +152,7 @@ def evaluate(
     with RunView() as view:
         result = run(model, source, out, launcher or ("none" if workers == 1 else "ray"), workers, device, view)
     if is_first_process():
-        show(result, as_json, "evaluation")
-        if not as_json:
-            show_classes(result)
+        show(result, as_json, evaluation_page)
 
 
 @app.command(
@@ -173,12 +168,7 @@ def tag(
 ) -> None:
     from jobs.evaluate import tag as run
 
-    results = {str(file): run(model, file, top) for file in files}
-    if as_json:
-        print(json.dumps(results))
-    else:
-        for file, labels in results.items():
-            show_tags(file, labels)
+    show({str(file): run(model, file, top) for file in files}, as_json, tags_page)
 
 
 @app.command(
@@ -192,8 +182,7 @@ def demo(
 ) -> None:
     from jobs.demo import demo as run
 
-    result = run(folder)
-    print(json.dumps(result)) if as_json else show_demo(result)
+    show(run(folder), as_json, demo_page)
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ def demo(folder: Path) -> dict[str, Any]:
     packed = {}
     with ray_cluster(cpus=recipe.run.workers):
         _title("2 of 5  pack it into tar shards, and verify them")
-        for source, segments in zip(recipe.data.train + recipe.data.eval, synthetic.segments, strict=True):
+        lists = (synthetic.train_segments, synthetic.eval_segments)
+        for source, segments in zip(recipe.data.train + recipe.data.eval, lists, strict=True):
             rows = read_audioset(segments, synthetic.audio, synthetic.classes)
             packed[source.url] = pack(rows, Path(source.url), _CLIPS_PER_SHARD)
             verify(Path(source.url))
@@ -44,7 +45,7 @@ def demo(folder: Path) -> dict[str, Any]:
             result = pretrain(recipe, "auto", None, view)
     _title("4 of 5  evaluated on the held-out list; its model folder is written")
     _title("5 of 5  tag a clip of the held-out list")
-    held_out = read_audioset(synthetic.segments[1], synthetic.audio, synthetic.classes)
+    held_out = read_audioset(synthetic.eval_segments, synthetic.audio, synthetic.classes)
     clip = next(row for row in held_out.rows if row.path and len(row.labels) == 2)
     assert clip.path
     return {

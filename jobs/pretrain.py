@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
-from cluster.launch import launch
+from cluster.launch import is_first_process, launch, starts_torchrun
 from erann_dist import checkpoint
 from erann_dist.data import load_sources
 from erann_dist.distributed import Workers
@@ -25,16 +25,15 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
     resume: never refuses to touch a run that exists, must refuses to start one. Raises UserError.
     """
     run_dir = recipe.run_dir
-    _check_run(recipe, run_dir, resume)
+    if is_first_process():
+        _check_run(recipe, run_dir, resume)
     if not _is_finished(run_dir):
-        # What is wrong with the data shows here, before a cluster is started or a folder made.
-        train_set, eval_set = load_sources(recipe.data.train), load_sources(recipe.data.eval)
-        require_same_labels(train_set.info, eval_set.info, recipe.data.train[0].url, recipe.data.eval[0].url)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False)
-        part = run_dir / ".recipe.yaml.part"
-        part.write_text(text)
-        part.replace(run_dir / "recipe.yaml")
+        if is_first_process():
+            # What is wrong with the data shows here, before a cluster is started or a folder made.
+            train_set, eval_set = load_sources(recipe.data.train), load_sources(recipe.data.eval)
+            require_same_labels(train_set.info, eval_set.info, recipe.data.train[0].url, recipe.data.eval[0].url)
+            if not starts_torchrun(recipe.run.launcher):
+                _write_recipe(recipe, run_dir)
         launch(
             train_worker,
             {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir)},
@@ -45,6 +44,13 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
             address=address,
         )
     return outcome(run_dir)
+
+
+def _write_recipe(recipe: Recipe, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    part = run_dir / ".recipe.yaml.part"
+    part.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False))
+    part.replace(run_dir / "recipe.yaml")
 
 
 def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:

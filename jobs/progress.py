@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from erann_dist.events import CheckpointSaved, Evaluated, EvaluationProgress, Event, Finished, Started, Step
+from erann_dist.events import Evaluated, EvaluationProgress, Event, Started, Step
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 10.0
@@ -54,9 +54,9 @@ class RunView:
     """Shows a run's events. Use as a context, and call it with each event."""
 
     def __init__(self) -> None:
-        self.last: Event | None = None
-        self._open = bar("", 0)
+        self._open = ExitStack()
         self._bar: Bar | None = None
+        self._title = ""
         self._steps = 0
 
     def __enter__(self) -> "RunView":
@@ -66,7 +66,6 @@ class RunView:
         self._close()
 
     def __call__(self, event: Event) -> None:
-        self.last = event
         if isinstance(event, Started):
             self._steps = event.steps
             where = f"{event.workers} worker{'s' if event.workers > 1 else ''} on {event.device}"
@@ -82,17 +81,13 @@ class RunView:
             self._close()
             figures = "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
             console.print(f"step {event.step}: {figures}  on {event.clips} clips")
-        elif isinstance(event, CheckpointSaved | Finished):
-            pass
 
     def _show(self, title: str, total: int, done: int, note: str = "") -> None:
-        if self._bar is None or self._bar._title != title:
+        if self._bar is None or self._title != title:
             self._close()
-            self._open = bar(title, total)
-            self._bar = self._open.__enter__()
+            self._bar, self._title = self._open.enter_context(bar(title, total)), title
         self._bar.update(done, note)
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._open.__exit__(None, None, None)
-            self._bar = None
+        self._open.close()
+        self._bar = None

@@ -1,6 +1,7 @@
 """Results on stdout: for a person, or as one JSON object."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -9,21 +10,24 @@ from rich.table import Table
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
-def show(result: dict[str, Any], as_json: bool, title: str) -> None:
-    """The plain facts of a result, a line each; all of it as JSON."""
+def show(result: Any, as_json: bool, page: Callable[[Any], None]) -> None:
+    """A command's result on stdout, as a page for a person or as JSON."""
     if as_json:
         print(json.dumps(result))
-        return
-    table = Table(
-        title=title, title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
+    else:
+        page(result)
+
+
+def facts_page(result: dict[str, Any]) -> None:
+    """The plain facts of a result, a line each."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in result.items():
         if not isinstance(value, list | dict):
             table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
     console.print(table)
 
 
-def show_packed(result: dict[str, Any]) -> None:
+def packed_page(result: dict[str, Any]) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in result["not_packed"].items())
     console.print(
         f"{result['shards']}: {result['clips']} clips, {result['hours']:.2f} h, in {result['tars']} tars of "
@@ -31,14 +35,16 @@ def show_packed(result: dict[str, Any]) -> None:
     )
 
 
-def show_tags(file: str, tags: list[dict[str, Any]]) -> None:
-    console.print(file)
-    for tag in tags:
-        console.print(f"  {tag['score']:.3f}  {tag['name']}")
+def tags_page(result: dict[str, list[dict[str, Any]]]) -> None:
+    for file, tags in result.items():
+        console.print(file)
+        for tag in tags:
+            console.print(f"  {tag['score']:.3f}  {tag['name']}")
 
 
-def show_classes(metrics: dict[str, Any]) -> None:
-    """The classes that went best and worst, and those left out."""
+def evaluation_page(metrics: dict[str, Any]) -> None:
+    """The facts, then the classes that went best and worst, and those left out."""
+    facts_page(metrics)
     column = "ap" if metrics["task"] == "tagging" else "accuracy"
     ranked = sorted((c for c in metrics["per_class"] if c[column] is not None), key=lambda c: -c[column])
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -52,18 +58,17 @@ def show_classes(metrics: dict[str, Any]) -> None:
         console.print(f"left out of the means, without positives: {', '.join(metrics['left_out'])}")
 
 
-def show_demo(result: dict[str, Any]) -> None:
+def demo_page(result: dict[str, Any]) -> None:
     """The demo's last page: what was done, where it is, what to run next."""
     folder = result["folder"]
     for packed in result["packed"].values():
-        show_packed(packed)
+        packed_page(packed)
     console.print(
         f"mAP {result['mAP']:.3f} on {result['clips']} held-out clips (chance: {result['chance_mAP']:.3f}), "
         f"mAUC {result['mAUC']:.3f}, d′ {result['d_prime']:.2f}"
     )
-    console.print(f"\n{result['clip']}, labelled {' + '.join(result['clip_labels'])}, is tagged")
-    for tag in result["tags"]:
-        console.print(f"  {tag['score']:.3f}  {tag['name']}")
+    console.print(f"\ntagged, a clip that is labelled {' + '.join(result['clip_labels'])}:")
+    tags_page({result["clip"]: result["tags"]})
     console.print(
         f"""
 took {result["minutes"]:.1f} minutes; everything is in {folder}/

@@ -26,6 +26,12 @@ class SyntheticAudioSet:
     eval_segments: Path
     audio: Path  # folder with one file per clip, train and eval both
 
+    @classmethod
+    def at(cls, root: Path) -> "SyntheticAudioSet":
+        """Where write_synthetic_audioset(root) puts it."""
+        names = ("class_labels_indices.csv", "train_segments.csv", "eval_segments.csv", "audio")
+        return cls(*(root / name for name in names))
+
 
 # The sounds: each function takes a generator, a number of samples and a rate in Hz, and returns (samples,) at
 # any level. Events fill the whole clip, so that a crop of two seconds holds what its label says; tones lie
@@ -215,10 +221,11 @@ def write_synthetic_audioset(
     The training list falls by a factor of 25 from the commonest class to the rarest; one of its clips has no
     file and one file is no audio. The evaluation list is balanced and complete.
     """
-    audio, lists = root / "audio", (root / "train_segments.csv", root / "eval_segments.csv")
+    places = SyntheticAudioSet.at(root)
+    audio, lists = places.audio, (places.train_segments, places.eval_segments)
     audio.mkdir(parents=True, exist_ok=True)
     rows = [f'{i},{sound.mid},"{sound.display_name}"\n' for i, sound in enumerate(SOUNDS)]
-    (root / "class_labels_indices.csv").write_text("index,mid,display_name\n" + "".join(rows))
+    places.classes.write_text("index,mid,display_name\n" + "".join(rows))
 
     unbalanced, balanced = np.geomspace(25.0, 1.0, len(SOUNDS))[[sound.rank for sound in SOUNDS]], np.ones(len(SOUNDS))
     for split, (count, shares) in enumerate(((train_clips, unbalanced), (eval_clips, balanced))):
@@ -232,7 +239,7 @@ def write_synthetic_audioset(
             missing, corrupt = [clip for clip in clips if clip.labels == [int(np.argmax(shares))]][:2]
             missing.path.unlink()
             corrupt.path.write_bytes(b"<html><body>403 Forbidden</body></html>\n")
-    return SyntheticAudioSet(root / "class_labels_indices.csv", *lists, audio)
+    return places
 
 
 def plan_clips(rng: Rng, count: int, shares: Array, duration: float, audio: Path) -> list[Clip]:

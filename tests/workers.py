@@ -20,7 +20,9 @@ CPU = torch.device("cpu")
 
 def run_workers(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """function(workers, *args) on each of so many new processes; what each returned, by rank."""
-    context = multiprocessing.get_context("spawn")
+    # Forked from a server that has imported all that takes long.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.workers", "deepspeed"])
     answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")

@@ -1,0 +1,218 @@
+"""The whole path by the real command on an embedded Ray cluster, with DeepSpeed over gloo, and what stops it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from tests.conftest import small_recipe, write_tone_set
+
+ERANN = [str(Path(sys.executable).parent / "erann")]
+
+
+def erann(cwd: Path, *arguments: object, code: int = 0) -> Any:
+    """Run the command to its end; its JSON if it was to succeed, else its last line on stderr."""
+    command = [*ERANN, *map(str, arguments), *(["--json"] if code == 0 else [])]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout) if code == 0 else done.stderr.strip().splitlines()[-1]
+
+
+class Running:
+    """A command in a session of its own, as a terminal has it, and all the processes it starts."""
+
+    def __init__(self, cwd: Path, *arguments: object) -> None:
+        self.log = (cwd / "log").open("w+")
+        self.process = subprocess.Popen(
+            [*ERANN, *map(str, arguments)], cwd=cwd, stdout=self.log, stderr=self.log, start_new_session=True
+        )
+        self.family: dict[int, psutil.Process] = {}
+
+    def wait_for(self, path: Path, seconds: float = 180) -> None:
+        deadline = time.monotonic() + seconds
+        while not path.exists():
+            assert time.monotonic() < deadline, f"no {path}: {self.text()}"
+            assert self.process.poll() is None, self.text()
+            self._watch()
+            time.sleep(0.1)
+        self._watch()
+
+    def _watch(self) -> None:
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            self.family[child.pid] = child
+
+    def end(self, how: signal.Signals) -> int:
+        """Send the signal, to the whole foreground group if it is Ctrl-C; the exit code."""
+        if how == signal.SIGINT:
+            os.killpg(self.process.pid, how)
+        else:
+            self.process.send_signal(how)
+        return self.process.wait(timeout=120)
+
+    def text(self) -> str:
+        self.log.flush()
+        return Path(self.log.name).read_text()
+
+    def survivors(self) -> list[str]:
+        """What is still running of all that the command ever started, after a grace period."""
+        _, alive = psutil.wait_procs(list(self.family.values()), timeout=30)
+        return [" ".join(process.cmdline()) for process in alive if process.is_running()]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a packed set of tones, by the command."""
+    place = tmp_path_factory.mktemp("place")
+    segments, audio, classes = write_tone_set(place / "set", 40)
+    options = ["--segments", segments, "--audio", audio, "--classes", classes, "--out", "shards"]
+    packed = erann(place, "pack", "audioset", *options, "--clips-per-shard", 8)
+    assert (packed["clips"], packed["tars"], packed["not_packed"]) == (40, 5, {})
+    return place
+
+
+def write_recipe(place: Path, name: str, steps: int = 12, **run: object) -> Path:
+    settings = {"launcher": "ray", "engine": "deepspeed", "workers": 2, **run}
+    recipe = small_recipe(
+        Path("shards"), Path("runs") / name, run=settings, optim={"examples": steps * 16}, checkpoint={"every": 2}
+    )
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
+    return place / f"{name}.yaml"
+
+
+def run_steps(place: Path, name: str) -> dict[int, dict[str, Any]]:
+    lines = [json.loads(line) for line in (place / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line for line in lines if line["event"] == "Step"}
+
+
+def weights(place: Path, name: str) -> dict[str, Any]:
+    return load_file(place / "runs" / name / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path) -> str:
+    """A run of twelve steps with two DeepSpeed workers under Ray, not disturbed."""
+    erann(place, "pretrain", write_recipe(place, "undisturbed"))
+    return "undisturbed"
+
+
+def test_pretrain_on_ray(place: Path, undisturbed: str) -> None:
+    run = place / "runs" / undisturbed
+    steps = run_steps(place, undisturbed)
+    assert sorted(steps) == list(range(1, 13))
+    assert {"loss", "lr", "examples_per_s", "clips_per_s", "data_wait"} <= set(steps[1])
+    assert steps[4]["clips_per_s"] == pytest.approx(2 * steps[4]["examples_per_s"])
+    assert (run / "model" / "README.md").read_text().startswith("# ERANN-3-1 for tagging, 3 classes")
+    assert any(p.name.startswith("events.out.tfevents") for p in (run / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2), ("torchrun", 3)])
+def test_the_same_run_without_ray(place: Path, undisturbed: str, launcher: str, workers: int) -> None:
+    name = f"{launcher}-{workers}"
+    erann(place, "pretrain", write_recipe(place, name, workers=workers), "--launcher", launcher)
+    expected, found = run_steps(place, undisturbed), run_steps(place, name)
+    exact = workers == 2
+    for step in range(1, 13 if exact else 5):
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=0 if exact else 1e-3)
+        assert found[step]["lr"] == expected[step]["lr"]
+    if exact:
+        assert all(np.array_equal(v, weights(place, undisturbed)[k]) for k, v in weights(place, name).items())
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_run_again(place: Path, undisturbed: str, how: signal.Signals) -> None:
+    """Nothing survives the command, and the next one ends with the weights of the undisturbed run."""
+    name = f"stopped-{how.name}"
+    recipe = write_recipe(place, name)
+    running = Running(place, "pretrain", recipe)
+    running.wait_for(place / "runs" / name / "checkpoints" / "step-00000004")
+    code = running.end(how)
+    assert running.survivors() == []
+    assert "Traceback" not in running.text()
+    if how == signal.SIGINT:
+        assert code == 130
+        assert "run the same command again to go on" in running.text()
+    assert not (place / "runs" / name / "model").exists()
+    erann(place, "pretrain", recipe, "--resume", "must")
+    expected, found = run_steps(place, undisturbed), run_steps(place, name)
+    assert {k: v["loss"] for k, v in found.items()} == {k: v["loss"] for k, v in expected.items()}
+    assert all(np.array_equal(v, weights(place, undisturbed)[k]) for k, v in weights(place, name).items())
+
+
+def test_resumed_on_another_number_of_workers(place: Path, undisturbed: str) -> None:
+    recipe = write_recipe(place, "fewer")
+    running = Running(place, "pretrain", recipe)
+    running.wait_for(place / "runs" / "fewer" / "checkpoints" / "step-00000002")
+    running.end(signal.SIGKILL)
+    assert running.survivors() == []
+    erann(place, "pretrain", recipe, "run.workers=3")
+    expected, found = run_steps(place, undisturbed), run_steps(place, "fewer")
+    assert sorted(found) == list(range(1, 13))
+    for step in range(1, 6):
+        assert found[step]["loss"] == pytest.approx(expected[step]["loss"], rel=1e-3)
+        assert found[step]["lr"] == expected[step]["lr"]
+
+
+def test_interrupted_before_the_first_step(place: Path) -> None:
+    recipe = write_recipe(place, "early")
+    running = Running(place, "pretrain", recipe)
+    running.wait_for(place / "runs" / "early" / "recipe.yaml")
+    time.sleep(2)
+    running._watch()
+    assert running.end(signal.SIGINT) == 130
+    assert running.survivors() == []
+    assert "Traceback" not in running.text()
+
+
+def test_evaluate_on_one_two_and_three_workers(place: Path, undisturbed: str) -> None:
+    model = place / "runs" / undisturbed / "model"
+    results = []
+    for workers in (1, 2, 3):
+        out = place / f"evaluation-{workers}"
+        result = erann(place, "evaluate", model, "shards", "--workers", workers, "--out", out)
+        results.append({k: v for k, v in result.items() if k != "out"})
+    assert results[0] == results[1] == results[2]
+    assert results[0]["mAP"] == json.loads((model / "metrics.json").read_text())["mAP"]
+
+
+def test_a_workers_error_is_one_line(place: Path) -> None:
+    """A shard that is damaged behind a manifest that is sound: found by a worker, said by the command."""
+    recipe = write_recipe(place, "damaged")
+    subprocess.run(["cp", "-r", "shards", "broken"], cwd=place, check=True)
+    for tar in (place / "broken").glob("*.tar"):
+        data = bytearray(tar.read_bytes())
+        data[3000::2000] = bytes(x ^ 1 for x in data[3000::2000])
+        tar.write_bytes(data)
+    line = erann(place, "pretrain", recipe, "data.train=broken", code=1)
+    assert line.startswith("erann: broken/audioset-")
+    assert "is damaged; check the set with erann verify" in line
+
+
+def test_packing_interrupted_and_run_again(place: Path) -> None:
+    options = ["--segments", "set/tone_segments.csv", "--audio", "set/audio", "--classes", "set/classes.csv"]
+    command = ["pack", "audioset", *options, "--out", "again", "--clips-per-shard", 8]
+    running = Running(place, *command)
+    running.wait_for(place / "again" / ".pack" / "000000.json")
+    assert running.end(signal.SIGINT) == 130
+    assert running.survivors() == []
+    assert not (place / "again" / "manifest.parquet").exists()
+    erann(place, *command)
+    names = {p.name for p in (place / "shards").iterdir()}
+    assert {p.name for p in (place / "again").iterdir()} == names
+    for name in names:
+        assert (place / "again" / name).read_bytes() == (place / "shards" / name).read_bytes()
+
+
+def test_no_cluster_at_the_address(place: Path) -> None:
+    recipe = write_recipe(place, "nowhere")
+    line = erann(place, "pretrain", recipe, "--address", "127.0.0.1:1", code=1)
+    assert line.startswith("erann: no Ray cluster at 127.0.0.1:1")

@@ -1,0 +1,236 @@
+"""The command as a user meets it: help, exit codes, and one clear line for everything that can be wrong."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from erann_dist.manifest import MANIFEST
+from jobs import cli
+from tests.conftest import copy_tree, small_recipe, write_tone_set
+
+COMMANDS = ["pack audioset", "pack esc50", "verify", "pretrain", "evaluate", "tag", "demo"]
+
+
+class Outcome:
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+        self.line = err.strip().splitlines()[-1] if err.strip() else ""
+
+
+@pytest.fixture
+def erann(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Run a command in this process."""
+
+    def run(*arguments: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["erann", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return Outcome(int(stop.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+def assert_refused(outcome: Outcome, code: int, message: str) -> None:
+    assert re.search(message, outcome.line), outcome.err
+    assert outcome.line.startswith("erann: ")
+    assert outcome.code == code
+    assert "Traceback" not in outcome.err
+    assert outcome.out == ""
+
+
+@pytest.fixture
+def recipe(tone_shards: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        yaml.safe_dump(small_recipe(tone_shards, tmp_path / "runs" / "mine", optim={"examples": 32}).model_dump())
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained(tone_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on the tones."""
+    from tests.workers import train_alone
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train_alone(small_recipe(tone_shards, folder, optim={"examples": 32}))
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_of_itself(erann, command: str) -> None:
+    outcome = erann(*command.split(), "--help")
+    assert outcome.code == 0
+    assert re.search(rf"Example:\s+erann {command}", outcome.out)
+    assert "--json" in outcome.out
+
+
+def test_help_shows_the_commands(erann) -> None:
+    outcome = erann("--help")
+    assert all(re.search(rf"│ {command}\s", outcome.out) for command in {c.split()[0] for c in COMMANDS})
+
+
+@pytest.mark.parametrize("arguments", [["pakc"], ["verify"], ["pretrain", "--resum"], ["tag", "--top", "x", "m", "f"]])
+def test_wrong_usage_exits_with_2(erann, arguments: list[str]) -> None:
+    outcome = erann(*arguments)
+    assert outcome.code == 2
+    assert "Usage: erann" in outcome.err
+
+
+def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
+    outcome = erann("verify", tone_shards, "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out) == {"shards": str(tone_shards), "clips": 40, "tars": 5}
+
+    cut = copy_tree(tone_shards, tmp_path / "cut")
+    tar = cut / "audioset-000003.tar"
+    tar.write_bytes(tar.read_bytes()[:100_000])
+    outcome = erann("verify", cut)
+    assert_refused(outcome, 1, "cut: 1 problem")
+    assert f"{tar}: cut short, 100000 bytes" in outcome.err
+
+    other = copy_tree(tone_shards, tmp_path / "other")
+    table = pq.read_table(other / MANIFEST)
+    pq.write_table(table.slice(0, 39), other / MANIFEST)
+    outcome = erann("verify", other)
+    assert_refused(outcome, 1, "other: 4 problems")
+    assert "content hash" in outcome.err
+
+    assert_refused(erann("verify", tmp_path / "nothing"), 1, "nothing: no shard set here")
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "message"),
+    [
+        ("optim.learning_rat=1", 2, r"mine.yaml: optim.learning_rat: no such key"),
+        ("optim.epoch=1", 2, r"did you mean optim.epochs\?"),
+        ("optim.lr=fast", 2, "optim.lr: input should be a valid number"),
+        ("data.train=nowhere", 1, "nowhere: no shard set here"),
+        (
+            "data.train={url: SHARDS, fold: [7]}",
+            2,
+            r"no clip has split None and fold \[7\]; there are the splits \['tone'\]",
+        ),
+        ("run.workers=3", 2, "run.launcher none runs 1 worker, not 3"),
+    ],
+)
+def test_a_wrong_recipe_is_one_line_and_leaves_nothing(
+    erann, recipe: Path, tmp_path: Path, tone_shards: Path, override: str, code: int, message: str
+) -> None:
+    outcome = erann("pretrain", recipe, override.replace("SHARDS", str(tone_shards)))
+    assert_refused(outcome, code, message)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_not_run_again_nor_with_another_recipe(erann, recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "mine"
+    assert_refused(erann("pretrain", recipe, "--resume", "must"), 1, "mine: no checkpoint to resume from")
+    first = erann("pretrain", recipe, "--json")
+    assert first.code == 0
+    result = json.loads(first.out)
+    assert result["model"] == str(run / "model")
+    assert {"mAP", "mAUC", "d_prime", "chance_mAP"} <= set(result)
+    assert {p.name for p in run.iterdir()} == {
+        "checkpoints",
+        "metrics.jsonl",
+        "model",
+        "predictions.parquet",
+        "recipe.yaml",
+        "tensorboard",
+    }
+    before = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    again = erann("pretrain", recipe, "--json")
+    assert json.loads(again.out) == result
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert_refused(
+        erann("pretrain", recipe, "optim.lr=0.01", "run.seed=4"),
+        1,
+        r"mine: made with another recipe \(optim.lr: 0.001 -> 0.01; run.seed: 0 -> 4\)",
+    )
+    assert_refused(erann("pretrain", recipe, "--resume", "never"), 1, "this run exists")
+    assert erann("pretrain", recipe, "run.threads=2", "checkpoint.every=7").code == 0
+
+
+def test_evaluate_and_tag(erann, trained: Path, tone_shards: Path, tmp_path: Path) -> None:
+    model = trained / "model"
+    outcome = erann("evaluate", model, tone_shards, "--out", tmp_path / "e", "--json")
+    assert outcome.code == 0
+    result = json.loads(outcome.out)
+    written = json.loads((model / "metrics.json").read_text())
+    assert result["mAP"] == written["mAP"]
+    assert result["list_hash"] == written["list_hash"]
+    assert pq.read_table(tmp_path / "e" / "predictions.parquet").equals(pq.read_table(trained / "predictions.parquet"))
+    outcome = erann("evaluate", model, tone_shards, "--out", tmp_path / "e")
+    assert "Tone, 1" in outcome.out
+
+    _, audio, _ = write_tone_set(tmp_path / "tones", 3)
+    clip = sorted(audio.iterdir())[0]
+    tags = json.loads(erann("tag", model, clip, "--json").out)[str(clip)]
+    assert len(tags) == 3
+    assert sorted(t["name"] for t in tags) == ["Tone, 0", "Tone, 1", "Tone, 2"]
+    assert tags == sorted(tags, key=lambda t: -t["score"])
+    assert "Tone, " in erann("tag", model, clip, "--top", "1").out
+
+    (tmp_path / "text.wav").write_text("no sound")
+    assert_refused(erann("tag", model, tmp_path / "text.wav"), 1, "text.wav: no sound could be decoded")
+    assert_refused(erann("tag", model, tmp_path / "gone.wav"), 2, "gone.wav: no such file")
+    assert_refused(erann("tag", tmp_path, clip), 1, "no model here")
+
+
+def test_models_and_shards_that_do_not_fit(erann, trained: Path, tone_shards: Path, tmp_path: Path) -> None:
+    def changed_model(name: str, **changes: object) -> Path:
+        model = copy_tree(trained / "model", tmp_path / name)
+        config = json.loads((model / "config.json").read_text()) | changes
+        (model / "config.json").write_text(json.dumps(config))
+        return model
+
+    cases = [
+        (
+            changed_model("labels", label_ids=["/m/000", "/m/x", "/m/002"]),
+            "labels that are not the 3 of .*label 1 is /m/001",
+        ),
+        (changed_model("rate", sample_rate=32_000), "holds 44100 Hz, the model .* takes 32000 Hz"),
+        (changed_model("task", task="classification"), "is for tagging, the model .* for classification"),
+        (changed_model("shape", variant="ERANN-3-2"), r"fc1.bias is \(128,\) in the file, \(256,\) in the model"),
+        (changed_model("variant", variant="CNN14"), "config.json: not a model's configuration"),
+    ]
+    for model, message in cases:
+        assert_refused(erann("evaluate", model, tone_shards, "--out", tmp_path / "out"), 1, message)
+    cut = copy_tree(trained / "model", tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
+    assert_refused(
+        erann("evaluate", cut, tone_shards, "--out", tmp_path / "out"), 1, "model.safetensors: can't be read"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
+    segments, audio, classes = write_tone_set(tmp_path / "set", 3)
+    out = tmp_path / "out"
+
+    def pack(**changes: object) -> Outcome:
+        options = {"segments": segments, "audio": audio, "classes": classes, "out": out} | changes
+        return erann("pack", "audioset", *(word for k, v in options.items() for word in (f"--{k}", v)))
+
+    (tmp_path / "empty").mkdir()
+    malformed = tmp_path / "malformed.csv"
+    malformed.write_text(segments.read_text() + "abc, 1.0\n")
+    assert_refused(pack(audio=tmp_path / "nowhere"), 2, "nowhere: no such folder of audio")
+    assert_refused(pack(audio=tmp_path / "empty"), 1, "empty: no audio file in it or below it")
+    assert_refused(pack(segments=malformed), 1, "malformed.csv:5: not a segment")
+    assert_refused(pack(segments=tmp_path / "gone.csv"), 2, "gone.csv: no such file")
+    assert_refused(
+        erann("pack", "audioset", "--segments", segments, "--audio", audio, "--out", out),
+        1,
+        "tone_segments.csv:2: unknown MID '/m/000'",
+    )
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    assert_refused(pack(out=tmp_path / "full"), 1, "full: is there and is no shard set")
+    assert not out.exists()
