@@ -227,7 +227,8 @@ def write_synthetic_audioset(
     rows = [f'{i},{sound.mid},"{sound.display_name}"\n' for i, sound in enumerate(SOUNDS)]
     places.classes.write_text("index,mid,display_name\n" + "".join(rows))
 
-    unbalanced, balanced = np.geomspace(25.0, 1.0, len(SOUNDS))[[sound.rank for sound in SOUNDS]], np.ones(len(SOUNDS))
+    balanced = np.ones(len(SOUNDS))
+    unbalanced = np.geomspace(25.0, 1.0, len(SOUNDS))[[sound.rank for sound in SOUNDS]]
     for split, (count, shares) in enumerate(((train_clips, unbalanced), (eval_clips, balanced))):
         # The clips themselves have the seeds below this one, [seed, split, 0] to [seed, split, count - 1].
         clips = plan_clips(np.random.default_rng([seed, split, count]), count, shares, duration, audio)

@@ -37,6 +37,7 @@ def signals() -> dict[str, np.ndarray]:
         "low tone": 0.9 * np.sin(2 * np.pi * 61.7 * t),
         "two tones": 0.5 * np.sin(2 * np.pi * 440 * t) + 0.01 * np.sin(2 * np.pi * 9000.7 * t),
         "chirp": 0.8 * np.sin(2 * np.pi * (50 * t + (14_000 - 50) / 4 * t**2)),
+        "rumble under a quiet tone": 0.9 * np.sin(2 * np.pi * 11.3 * t) + 1e-3 * np.sin(2 * np.pi * 3000.7 * t),
         "clicks": (np.arange(len(t)) % 4410 == 0).astype(np.float64),
     }
 
@@ -63,7 +64,7 @@ def test_within_a_thousandth_of_a_decibel_on_real_clips(
     real_data: Path, record_property: Callable[[str, object], None]
 ) -> None:
     worst_elsewhere = 0.0
-    for path in sorted((real_data / "esc10" / "audio").glob("*.ogg"))[::40]:
+    for path in sorted((real_data / "esc10" / "audio").glob("*.ogg"))[::10]:
         samples, rate = soundfile.read(path, dtype="float32")
         assert rate == RATE
         loud, elsewhere = worst_errors(samples)
