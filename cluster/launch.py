@@ -169,5 +169,7 @@ def _user_error(error: Any) -> UserError:
             if isinstance(cause, UserError):
                 return cause
             cause = getattr(cause, "cause", None) or cause.__cause__
+    # A fault of this program or of the machine: what the worker said in full, for whoever is to find it.
+    print(failures[0], file=sys.stderr)
     lines = str(failures[0]).strip().splitlines() or [repr(failures[0])]
     return UserError(f"a worker failed: {lines[-1]}; run the same command again to go on from the last checkpoint")

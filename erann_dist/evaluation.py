@@ -62,10 +62,11 @@ def score(
     was_training = model.training
     model.eval()
     log_mel = LogMel().to(workers.device)
-    batches = np.array_split(np.array(evaluation_batches(manifest), dtype=object), workers.world_size)[workers.rank]
+    batches = evaluation_batches(manifest)
+    mine = [batches[i] for i in np.array_split(np.arange(len(batches)), workers.world_size)[workers.rank]]
     crops = [
         loader.whole_clips(manifest, rows, -(-int(manifest.samples[rows[0]]) // PAD_SAMPLES) * PAD_SAMPLES)
-        for rows in batches
+        for rows in mine
     ]
     total, done = sum(len(c.rows) for c in crops), 0
     scores = np.zeros((total, manifest.num_classes), dtype=np.float32)

@@ -58,6 +58,18 @@ def test_scores_are_the_models_on_the_whole_clip(tone_shards: Path) -> None:
         np.testing.assert_allclose(scores[row], expected, atol=1e-6)
 
 
+def test_clips_of_one_length(tone_shards: Path) -> None:
+    manifest = load_manifest(tone_shards)
+    padded = -(-manifest.samples // 22_050)
+    same = manifest.select(padded == padded.max())
+    assert len(same) % evaluation.MICRO_BATCH
+    with single_worker(CPU) as workers:
+        model = ERANN.from_name("ERANN-2-1", 3)
+        predictions = evaluation.score(model, same, workers, loader_threads=1)
+    assert predictions
+    assert np.isfinite(predictions.scores).all()
+
+
 def test_predictions_and_detail(tone_shards: Path, tmp_path: Path) -> None:
     manifest = load_manifest(tone_shards)
     rng = np.random.default_rng(0)

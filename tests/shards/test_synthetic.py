@@ -63,9 +63,8 @@ def test_lists_have_audiosets_format(dataset: SyntheticAudioSet, split: str, cou
     header = segments.read_text().splitlines()[:3]
     labels = positives(segments)
     assert all(line.startswith("# ") for line in header)
-    assert header[1] == (
-        f"# num_ytids={count}, num_segs={count}, num_unique_labels={len(labels)}, num_positive_labels={labels.total()}"
-    )
+    clips, kinds = f"num_ytids={count}, num_segs={count}", f"num_unique_labels={len(labels)}"
+    assert header[1] == f"# {clips}, {kinds}, num_positive_labels={labels.total()}"
     assert header[2] == "# YTID, start_seconds, end_seconds, positive_labels"
     listed = rows(segments)
     ytids = [row[0] for row in listed]
@@ -117,22 +116,24 @@ def test_training_list_is_unbalanced_and_evaluation_list_is_not(tmp_path: Path) 
     assert min(held_out.values()) >= 8
     assert max(held_out.values()) / min(held_out.values()) < 1.2
     sizes = Counter(len(row[3].split(",")) for row in rows(full.train_segments))
-    assert sizes == {1: 220, 2: 120, 3: 60}
+    assert set(sizes) == {1, 2, 3}
+    assert 0.5 * sizes.total() <= sizes[1] <= 0.7 * sizes.total()
+    assert sizes[2] > sizes[3] >= 0.08 * sizes.total()
 
 
 def test_a_seed_gives_the_same_bytes_and_another_does_not(tmp_path: Path) -> None:
-    first, second, other = (
-        write_synthetic_audioset(tmp_path / name, 40, 12, 0.2, seed) for name, seed in [("a", 5), ("b", 5), ("c", 6)]
-    )
+    folders = {"first": 5, "second": 5, "other": 6}
+    sets = [write_synthetic_audioset(tmp_path / name, 40, 12, 0.5, seed) for name, seed in folders.items()]
 
     def contents(dataset: SyntheticAudioSet) -> dict[str, bytes]:
         # Ogg files carry a random serial number, so only the uncompressed ones are compared.
-        wavs = {path.name: path.read_bytes() for path in dataset.audio.glob("*.wav")}
-        return wavs | {path.name: path.read_bytes() for path in (dataset.train_segments, dataset.eval_segments)}
+        paths = [*dataset.audio.glob("*.wav"), dataset.train_segments, dataset.eval_segments]
+        return {path.name: path.read_bytes() for path in paths}
 
-    assert len(contents(first)) > 10
-    assert contents(first) == contents(second)
-    assert not set(contents(first).values()) & set(contents(other).values())
+    first, second, other = (contents(dataset) for dataset in sets)
+    assert len(first) > 10
+    assert first == second
+    assert not set(first.values()) & set(other.values())
 
 
 @pytest.mark.parametrize("sound", SOUNDS, ids=lambda sound: sound.display_name)
@@ -149,10 +150,10 @@ def test_a_sound_fills_its_clip_and_varies(sound: Sound) -> None:
 
 def test_every_sound_of_a_mix_is_audible() -> None:
     # In the band where it is alone a tone must stand out of noise, whichever levels are drawn.
-    sine, noise = (next(s for s in SOUNDS if s.display_name == name) for name in ("Cricket", "Pink noise"))
+    tone, noise = (next(s for s in SOUNDS if s.display_name == name) for name in ("Sine wave", "Pink noise"))
     for seed in range(5):
-        audio = mix(np.random.default_rng(seed), [sine, noise], 2 * 16000, 16000, 2).mean(axis=1)
+        audio = mix(np.random.default_rng(seed), [tone, noise], 2 * 16000, 16000, 2).mean(axis=1)
         power = np.abs(np.fft.rfft(audio)) ** 2
-        band, below = power[2 * 4000 : 2 * 5500], power[2 * 3000 : 2 * 3900]
-        assert band.max() > 20 * below.mean()
-        assert below.mean() > 1e-6 * band.max()
+        band, beside = power[2 * 300 : 2 * 1000], power[2 * 1100 : 2 * 2000]
+        assert band.max() > 20 * beside.mean()
+        assert beside.mean() > 1e-6 * band.max()
