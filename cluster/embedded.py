@@ -12,17 +12,8 @@ os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 
 import ray
 
+from cluster.launch import WORKER_ENVIRONMENT
 from erann_dist.errors import UserError
-
-# glibc gives large buffers back to the system after each step and asks for them anew in the next, at a cost of up to a
-# fifth of a step on CPU. It reads these before a process starts.
-WORKER_ENVIRONMENT = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-    "OMP_NUM_THREADS": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-}
 
 
 @contextmanager

@@ -50,7 +50,9 @@ def save(folder: Path, facts: Facts, state: dict[str, Tensor], keep_last: int) -
     (part / _MARKER).write_text(marker)
     _sync(part / _MARKER)
     part.rename(target)
-    for old in committed(folder)[:-keep_last]:
+    # One of a later step is what a damaged checkpoint left that the run has gone back behind.
+    earlier = [path for path in committed(folder) if path.name <= target.name]
+    for old in set(committed(folder)) - set(earlier[-keep_last:]):
         shutil.rmtree(old)
     return target
 
@@ -61,14 +63,20 @@ def committed(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The last committed checkpoint whose files are what its marker says."""
-    for path in reversed(committed(folder)):
+    """The last committed checkpoint whose files are what its marker says; None when nothing was committed.
+
+    Raises UserError when there are checkpoints and all of them are damaged.
+    """
+    paths = committed(folder)
+    for path in reversed(paths):
         try:
             marker = json.loads((path / _MARKER).read_text())
             if all(_sha256(path / name) == digest for name, digest in marker.items()):
                 return path
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             continue
+    if paths:
+        raise UserError(f"{paths[-1]}: damaged, and no other checkpoint is whole; remove {folder} to start anew")
     return None
 
 

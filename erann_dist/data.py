@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -13,17 +15,13 @@ from erann_dist.recipe import DataSource
 
 
 def load_source(source: DataSource) -> Manifest:
-    """The clips of one source. Raises UserError when there are none, or at a rate that no ERANN takes."""
+    """The clips of one source. Raises UsageError when there are none, UserError at a rate that no ERANN takes."""
     manifest = load_manifest(Path(source.url))
     if manifest.info.sample_rate != SAMPLE_RATE:
         raise UserError(
             f"{source.url}: holds {manifest.info.sample_rate} Hz, ERANN takes {SAMPLE_RATE} Hz; pack it anew"
         )
-    keep = np.ones(len(manifest), dtype=np.bool_)
-    if source.split is not None:
-        keep &= pc.equal(manifest.splits, source.split).fill_null(False).to_numpy()
-    if source.fold is not None:
-        keep &= np.isin(manifest.folds, source.fold)
+    keep = _selected(source, manifest.splits, manifest.folds)
     if not keep.any():
         folds = sorted(set(manifest.folds[manifest.folds >= 0].tolist()))
         splits = sorted(s for s in pc.unique(manifest.splits).to_pylist() if s is not None)
@@ -39,6 +37,16 @@ def load_sources(sources: list[DataSource]) -> Manifest:
     return concatenate([load_source(source) for source in sources])
 
 
-def count_reported(sources: list[DataSource]) -> int:
-    """Source rows that did not get into the sources' shard sets."""
-    return sum(pq.read_metadata(Path(source.url) / REPORT).num_rows for source in sources)
+def count_reported(source: DataSource) -> int:
+    """Source rows of the split and folds asked for that did not get into the shard set."""
+    report = pq.read_table(Path(source.url) / REPORT)
+    return int(_selected(source, report["split"], report["fold"].fill_null(-1).to_numpy()).sum())
+
+
+def _selected(source: DataSource, splits: pa.ChunkedArray, folds: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:
+    keep = np.ones(len(folds), dtype=np.bool_)
+    if source.split is not None:
+        keep &= pc.equal(splits, source.split).fill_null(False).to_numpy()
+    if source.fold is not None:
+        keep &= np.isin(folds, source.fold)
+    return keep

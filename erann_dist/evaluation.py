@@ -138,4 +138,6 @@ def write_predictions(path: Path, predictions: Predictions, manifest: Manifest) 
             "targets": pa.array(targets, pa.list_(pa.int16())),
         }
     )
-    pq.write_table(table.replace_schema_metadata({"labels": "\n".join(manifest.info.label_ids)}), path)
+    part = path.with_name(f"{path.name}.part")
+    pq.write_table(table.replace_schema_metadata({"labels": "\n".join(manifest.info.label_ids)}), part)
+    part.replace(path)

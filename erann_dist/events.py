@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from erann_dist import strict_json
+
 
 @dataclass(frozen=True)
 class Started:
@@ -71,14 +73,23 @@ class MetricsFile:
 
     def __init__(self, path: Path, from_step: int) -> None:
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= from_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in path.read_text().splitlines() if _is_of_step(line, from_step)]
+            part = path.with_name(f"{path.name}.part")
+            part.write_text("".join(f"{line}\n" for line in kept))
+            part.replace(path)
         self._file = path.open("a", buffering=1)
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, EvaluationProgress):
-            self._file.write(json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+            self._file.write(strict_json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+
+
+def _is_of_step(line: str, last: int) -> bool:
+    """False for a later step's line, and for one that a kill cut short."""
+    try:
+        return bool(json.loads(line)["step"] <= last)
+    except ValueError:
+        return False
 
 
 class TensorBoard:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from erann_dist.errors import UserError
+from erann_dist.errors import UsageError, UserError
 
 SCHEMA_VERSION = 1
 MANIFEST, SHARDS, REPORT = "manifest.parquet", "shards.parquet", "report.parquet"
@@ -46,7 +46,14 @@ SHARD_SCHEMA = pa.schema(
     ]
 )
 REPORT_SCHEMA = pa.schema(
-    [("key", pa.string()), ("source", pa.string()), ("reason", pa.string()), ("detail", pa.string())]
+    [
+        ("key", pa.string()),
+        ("source", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("split", pa.string()),
+        ("fold", pa.int8()),
+    ]
 )
 
 Task = Literal["tagging", "classification"]
@@ -121,6 +128,8 @@ class Manifest:
 
 def load_manifest(folder: Path) -> Manifest:
     """The manifest of the shard set in a folder. Raises UserError when there is none or it can't be read."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; make a shard set with erann pack")
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{folder}: no shard set here ({MANIFEST} is missing); make one with erann pack")

@@ -8,7 +8,6 @@ README.md           the model card
 
 import dataclasses
 import json
-import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from typing import Any
 import yaml
 from safetensors.torch import save_file
 
-from erann_dist import checkpoint, features
-from erann_dist.errors import UserError
+from erann_dist import checkpoint, features, strict_json
+from erann_dist.errors import UsageError, UserError
 from erann_dist.manifest import SetInfo, Task
 from erann_dist.model import ERANN, MEL_BINS
 from erann_dist.recipe import Recipe
@@ -54,8 +53,8 @@ def save_model(folder: Path, model: ERANN, info: ModelInfo, metrics: dict[str, A
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part / "model.safetensors")
-    (part / "config.json").write_text(to_json(dataclasses.asdict(info)))
-    (part / "metrics.json").write_text(to_json(metrics))
+    (part / "config.json").write_text(strict_json.dumps(dataclasses.asdict(info), indent=1))
+    (part / "metrics.json").write_text(strict_json.dumps(metrics, indent=1))
     (part / "README.md").write_text(card)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
@@ -63,6 +62,8 @@ def save_model(folder: Path, model: ERANN, info: ModelInfo, metrics: dict[str, A
 
 def load_model(folder: Path) -> tuple[ERANN, ModelInfo]:
     """The model of a folder, in evaluation mode. Raises UserError: which file, what is wrong."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; a run's model is in its folder model/")
     config = folder / "config.json"
     if not config.is_file():
         raise UserError(f"{folder}: no model here (config.json is missing); a run's is in its folder model/")
@@ -125,16 +126,3 @@ Each class's figure is in metrics.json.
 {yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False).strip()}
 ```
 """
-
-
-def to_json(value: Any) -> str:
-    """JSON without NaN or infinity, which the format does not have: they become null."""
-
-    def plain(v: Any) -> Any:
-        if isinstance(v, dict):
-            return {k: plain(x) for k, x in v.items()}
-        if isinstance(v, list | tuple):
-            return [plain(x) for x in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
-    return json.dumps(plain(value), indent=1, ensure_ascii=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from erann_dist.augment import Mixup, Partner
 from erann_dist.errors import UsageError
@@ -24,7 +24,7 @@ def _variant_name(name: str) -> str:
 
 
 class ModelSection(_Section):
-    variant: Annotated[str, BeforeValidator(_variant_name)]  # ERANN-<s_m>-<width>
+    variant: Annotated[str, AfterValidator(_variant_name)]  # ERANN-<s_m>-<width>
 
 
 class DataSource(_Section):
@@ -50,7 +50,7 @@ Sources = Annotated[list[DataSource], BeforeValidator(_as_list), Field(min_lengt
 class DataSection(_Section):
     train: Sources
     eval: Sources
-    crop_s: float = Field(8.0, gt=0)  # length of a training crop; shorter clips are zero-padded
+    crop_s: float = Field(8.0, gt=0, le=600)  # length of a training crop; shorter clips are zero-padded
     sampling: Literal["balanced", "uniform"] = "balanced"
     loader_threads: int = Field(2, ge=1)
 
@@ -75,8 +75,8 @@ class OptimSection(_Section):
     global_batch: int = Field(32, ge=1)  # examples per optimizer step, whatever the number of workers
     micro_batch: int = Field(32, ge=1)  # examples that share BatchNorm statistics
     examples: int | None = Field(None, ge=1)  # length of the run, or
-    epochs: float | None = Field(None, gt=0)  # the same in passes over the training clips
-    lr: float = Field(1e-3, gt=0)
+    epochs: float | None = Field(None, gt=0, allow_inf_nan=False)  # the same in passes over the training clips
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2] = 0
@@ -109,7 +109,7 @@ class RunSection(_Section):
     # On CPU a worker computes with this many threads. Results depend on it in the last bits, so it is no matter of
     # how many cores a machine happens to have: for more speed run more workers.
     threads: int = Field(1, ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)  # steps
 
 

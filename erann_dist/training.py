@@ -5,12 +5,14 @@ The global batch B and the micro-batch M are the recipe's. Micro-batch m of step
 B / M computes the same function, up to the order of summation.
 """
 
+import fcntl
 import importlib.metadata
 import math
 import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +107,7 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
     All workers call it. The first one's events go to `emit`, metrics.jsonl and TensorBoard. Raises UserError.
     """
     began = time.perf_counter()
+    lock = _lock(run_dir) if workers.is_first else None  # until this function ends
     optim, seed = recipe.optim, recipe.run.seed
     torch.set_num_threads(recipe.run.threads)
     clips, eval_clips = load_sources(recipe.data.train), load_sources(recipe.data.eval)
@@ -200,15 +203,18 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
             if done % recipe.run.log_every == 0 or done == steps:
                 say(window.report(done, lr, optim.global_batch, clips_per_example))
                 window = _Window()
-            if done % recipe.checkpoint.every == 0 or done == steps:
-                save(done)
+            paused = time.perf_counter()
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:
                 evaluate(done)
+            # Behind the evaluation, so that what a killed run repeats is what its files do not have.
+            if done % recipe.checkpoint.every == 0 or done == steps:
+                save(done)
+            window.began += time.perf_counter() - paused
 
     predictions = evaluate(steps)
     if predictions:
         info = clips.info
-        listed = len(eval_clips) + count_reported(recipe.data.eval)
+        listed = len(eval_clips) + sum(count_reported(source) for source in recipe.data.eval)
         metrics = evaluation.detail(predictions, eval_clips, listed)
         model_info = ModelInfo(recipe.model.variant, info.task, info.label_ids, info.label_names, info.sample_rate)
         evaluation.write_predictions(run_dir / "predictions.parquet", predictions, eval_clips)
@@ -216,6 +222,8 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
         outcome = evaluation.summarise(predictions, info.task) | {"model": str(run_dir / "model")}
         say(Finished(steps, time.perf_counter() - began, outcome))
     workers.wait_for_all()
+    if lock:
+        lock.close()
 
 
 class _Window:
@@ -259,8 +267,18 @@ def _facts(step: int, recipe: Recipe, clips: Manifest) -> checkpoint.Facts:
     )
 
 
-def _announcer(run_dir: Path, first_step: int, emit: Emit) -> Emit:
+def _lock(run_dir: Path) -> IO[str]:
+    """Hold the run's folder for this process: two trainings of one run would spoil each other's files."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"{run_dir}: this run is being trained by another process; stop that first") from error
+    return file
+
+
+def _announcer(run_dir: Path, first_step: int, emit: Emit) -> Emit:
     readers: list[Emit] = [
         MetricsFile(run_dir / "metrics.jsonl", first_step),
         TensorBoard(run_dir / "tensorboard", first_step),

@@ -93,7 +93,7 @@ def verify(
 @app.command(
     help="Train by a recipe, from the run's last checkpoint if there is one. Keys of the recipe are set behind it."
     + _EXAMPLE
-    + "erann pretrain esc10.yaml run.workers=2 optim.epochs=2",
+    + "erann pretrain esc10.yaml run.name=esc10-short optim.epochs=2",
 )
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
@@ -148,7 +148,8 @@ def evaluate(
     from jobs.evaluate import evaluate as run
 
     source = DataSource(url=shards, split=split, fold=fold or None)
-    out = out or model / "evaluations" / Path(shards).name
+    part = "".join([f"-{split}" if split else "", *(f"-fold{number}" for number in fold or [])])
+    out = out or model / "evaluations" / f"{Path(shards).name}{part}"
     with RunView() as view:
         result = run(model, source, out, launcher or ("none" if workers == 1 else "ray"), workers, device, view)
     if is_first_process():
@@ -168,7 +169,7 @@ def tag(
 ) -> None:
     from jobs.evaluate import tag as run
 
-    show({str(file): run(model, file, top) for file in files}, as_json, tags_page)
+    show(run(model, files, top), as_json, tags_page)
 
 
 @app.command(

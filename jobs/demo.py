@@ -54,7 +54,7 @@ def demo(folder: Path) -> dict[str, Any]:
         **result,
         "clip": str(clip.path),
         "clip_labels": [held_out.label_names[i] for i in clip.labels],
-        "tags": tag(Path(result["model"]), clip.path, top=5),
+        "tags": tag(Path(result["model"]), [clip.path], top=5)[str(clip.path)],
         "minutes": (time.monotonic() - began) / 60,
     }
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from cluster.launch import launch
-from erann_dist import evaluation
+from erann_dist import evaluation, strict_json
 from erann_dist.audio import DecodeError, decode, resample
 from erann_dist.data import count_reported, load_source
 from erann_dist.distributed import Workers
 from erann_dist.errors import UsageError, UserError
 from erann_dist.events import Emit, Evaluated, EvaluationProgress
 from erann_dist.features import LogMel
-from erann_dist.model_folder import load_model, require_fit, to_json
+from erann_dist.model_folder import load_model, require_fit
 from erann_dist.recipe import DataSource
 
 _TAG_WINDOW_SECONDS = 10
@@ -45,35 +45,40 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
 
     predictions = evaluation.score(model.to(workers.device), clips, workers, loader_threads=2, progress=progress)
     if predictions:
-        metrics = evaluation.detail(predictions, clips, len(clips) + count_reported([source]))
+        metrics = evaluation.detail(predictions, clips, len(clips) + count_reported(source))
         out = Path(config["out"])
         out.mkdir(parents=True, exist_ok=True)
         evaluation.write_predictions(out / "predictions.parquet", predictions, clips)
-        (out / "metrics.json").write_text(to_json(metrics))
+        part = out / "metrics.json.part"
+        part.write_text(strict_json.dumps(metrics, indent=1))
+        part.replace(out / "metrics.json")
         emit(Evaluated(0, len(clips), evaluation.summarise(predictions, clips.info.task)))
     workers.wait_for_all()
 
 
 @torch.inference_mode()
-def tag(model_folder: Path, file: Path, top: int) -> list[dict[str, Any]]:
-    """The `top` likeliest labels of a sound file: [{id, name, score}, ...]. Raises UserError.
+def tag(model_folder: Path, files: list[Path], top: int) -> dict[str, list[dict[str, Any]]]:
+    """The `top` likeliest labels of sound files: path -> [{id, name, score}, ...]. Raises UserError.
 
-    A file longer than 10 s is scored in windows of 10 s, and the scores are averaged.
+    A file much longer than 10 s is scored in equal windows of about 10 s, and the scores are averaged.
     """
     model, info = load_model(model_folder)
-    if not file.is_file():
-        raise UsageError(f"{file}: no such file")
-    try:
-        samples = resample(decode(file), info.sample_rate)
-    except DecodeError as error:
-        raise UserError(f"{file}: no sound could be decoded ({error})") from error
     log_mel = LogMel()
-    logits = torch.cat(
-        [model(log_mel(w[None])) for w in torch.from_numpy(samples).split(_TAG_WINDOW_SECONDS * info.sample_rate)]
-    )
-    scores = (logits.sigmoid() if info.task == "tagging" else logits.softmax(dim=1)).mean(dim=0)
-    best = scores.topk(min(top, len(scores)))
-    return [
-        {"id": info.label_ids[i], "name": info.label_names[i], "score": round(score, 4)}
-        for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-    ]
+
+    def tags(file: Path) -> list[dict[str, Any]]:
+        if not file.is_file():
+            raise UsageError(f"{file}: no such file")
+        try:
+            samples = resample(decode(file), info.sample_rate)
+        except DecodeError as error:
+            raise UserError(f"{file}: no sound could be decoded ({error})") from error
+        count = max(1, round(len(samples) / info.sample_rate / _TAG_WINDOW_SECONDS))
+        logits = torch.cat([model(log_mel(part[None])) for part in torch.from_numpy(samples).tensor_split(count)])
+        scores = (logits.sigmoid() if info.task == "tagging" else logits.softmax(dim=1)).mean(dim=0)
+        best = scores.topk(min(top, len(scores)))
+        return [
+            {"id": info.label_ids[i], "name": info.label_names[i], "score": round(score, 4)}
+            for score, i in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+    return {str(file): tags(file) for file in files}

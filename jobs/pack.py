@@ -23,7 +23,7 @@ def pack(source: Source, out: Path, clips_per_shard: int, address: str | None = 
     if not build.start(out, digest):
         console.print(f"{out}: these rows are packed already")
         return summary(out)
-    tasks = build.plan(source, out, clips_per_shard)
+    tasks = build.plan(source, out.absolute(), clips_per_shard)  # the cluster's workers start in folders of their own
     results = {task.shard: result for task in tasks if (result := build.finished_result(task))}
     if results:
         console.print(f"{out}: going on, {len(results)} of {len(tasks)} shards are there")
@@ -79,6 +79,6 @@ def _build_all(tasks: list[ShardTask]) -> Any:
         task = running.pop(ready)
         try:
             yield task, ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            raise UserError(f"{task.path}: {type(cause).__name__}: {cause}") from error
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", error)
+            raise UserError(f"{task.path}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from error

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import yaml
 
-from cluster.launch import is_first_process, launch, starts_torchrun
+from cluster.launch import is_first_process, launch
 from erann_dist import checkpoint
 from erann_dist.data import load_sources
 from erann_dist.distributed import Workers
@@ -32,8 +32,7 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
             # What is wrong with the data shows here, before a cluster is started or a folder made.
             train_set, eval_set = load_sources(recipe.data.train), load_sources(recipe.data.eval)
             require_same_labels(train_set.info, eval_set.info, recipe.data.train[0].url, recipe.data.eval[0].url)
-            if not starts_torchrun(recipe.run.launcher):
-                _write_recipe(recipe, run_dir)
+            _write_recipe(recipe, run_dir)
         launch(
             train_worker,
             {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir)},
@@ -70,13 +69,13 @@ def _is_finished(run_dir: Path) -> bool:
 
 
 def _check_run(recipe: Recipe, run_dir: Path, resume: Resume) -> None:
-    before = run_dir / "recipe.yaml"
-    exists = before.exists()
+    # A start that failed before its first checkpoint does not claim the name.
+    exists = _is_finished(run_dir) or bool(checkpoint.committed(run_dir / "checkpoints"))
     if exists and resume == "never":
         raise UserError(f"{run_dir}: this run exists, and --resume never was asked for; give another run.name")
     if resume == "must" and checkpoint.latest(run_dir / "checkpoints") is None:
         raise UserError(f"{run_dir}: no checkpoint to resume from, and --resume must was asked for")
-    if exists and (changes := differences(load_recipe(before), recipe)):
+    if exists and (changes := differences(load_recipe(run_dir / "recipe.yaml"), recipe)):
         raise UserError(
             f"{run_dir}: made with another recipe ({'; '.join(changes)}); give another run.name or the old recipe"
         )

@@ -1,6 +1,8 @@
 """Results on stdout: for a person, or as one JSON object."""
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -60,12 +62,12 @@ def evaluation_page(metrics: dict[str, Any]) -> None:
 
 def demo_page(result: dict[str, Any]) -> None:
     """The demo's last page: what was done, where it is, what to run next."""
-    folder = result["folder"]
+    folder, erann = result["folder"], os.path.relpath(sys.argv[0])
     for packed in result["packed"].values():
         packed_page(packed)
     console.print(
         f"mAP {result['mAP']:.3f} on {result['clips']} held-out clips (chance: {result['chance_mAP']:.3f}), "
-        f"mAUC {result['mAUC']:.3f}, d′ {result['d_prime']:.2f}"
+        f"mAUC {result['mAUC']:.3f}"
     )
     console.print(f"\ntagged, a clip that is labelled {' + '.join(result['clip_labels'])}:")
     tags_page({result["clip"]: result["tags"]})
@@ -78,8 +80,8 @@ took {result["minutes"]:.1f} minutes; everything is in {folder}/
   {result["model"]} the model: weights, config, metrics, card
 
 on real data:
-  erann pack audioset --segments balanced_train_segments.csv --audio AUDIO --out shard-sets/audioset/balanced_train
-  erann pack audioset --segments eval_segments.csv --audio AUDIO --out shard-sets/audioset/eval
-  erann pretrain audioset.yaml data.train=shard-sets/audioset/balanced_train run.workers=1
-  erann tag {result["model"]} YOUR.wav"""
+  {erann} pack audioset --segments balanced_train_segments.csv --audio AUDIO --out shard-sets/audioset/balanced_train
+  {erann} pack audioset --segments eval_segments.csv --audio AUDIO --out shard-sets/audioset/eval
+  {erann} pretrain audioset.yaml data.train=shard-sets/audioset/balanced_train run.workers=1
+  {erann} tag {result["model"]} YOUR.wav"""
     )

@@ -88,7 +88,8 @@ def build_shard(task: ShardTask) -> ShardResult:
                 pcm, peak = load_clip(row)
             except Rejected as rejection:
                 reason, detail = rejection.args
-                report.append({"key": row.key, "source": row.source, "reason": reason, "detail": detail})
+                place = {"split": row.split, "fold": row.fold}
+                report.append({"key": row.key, "source": row.source, "reason": reason, "detail": detail, **place})
                 continue
             flac = encode_flac(pcm)
             description = {
@@ -179,10 +180,12 @@ def start(folder: Path, digest: str) -> bool:
         if plan_file.read_text() != digest:
             raise UserError(f"{folder}: holds another shard set, not finished; choose another --out or remove it")
         return True
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(path.name != ".pack" for path in folder.iterdir())):
         raise UserError(f"{folder}: is there and is no shard set; choose another --out")
-    plan_file.parent.mkdir(parents=True)
-    plan_file.write_text(digest)
+    plan_file.parent.mkdir(parents=True, exist_ok=True)
+    part = plan_file.with_suffix(".part")
+    part.write_text(digest)
+    part.replace(plan_file)
     return True
 
 

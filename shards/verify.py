@@ -67,7 +67,7 @@ def _shard_problems(path: Path, shard: dict[str, Any], clips: list[dict[str, Any
                         problems.append(f"{path}: {member.name} has other labels than {MANIFEST}")
                 else:
                     problems.append(f"{path}: {member.name} is not in {MANIFEST}, or is there twice")
-    except (tarfile.TarError, OSError, ValueError, KeyError) as error:
+    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         problems.append(f"{path}: not a readable tar ({error})")
     problems += [f"{path}: {name} is in {MANIFEST} and not in the tar" for name in (*wanted, *descriptions)]
     return problems

@@ -2,12 +2,13 @@
 
 import csv
 import gzip
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from erann_dist.errors import UsageError, UserError
-from shards.sources.rows import Source, SourceRow, find_audio
+from shards.sources.rows import Source, SourceRow, find_audio, safe_key
 
 # AudioSet's class_labels_indices.csv, 527 classes, by Google, CC BY 4.0.
 CLASSES = Path(__file__).parent / "audioset_classes.csv"
@@ -27,19 +28,19 @@ def read_audioset(segments: Path, audio: Path, classes: Path = CLASSES) -> Sourc
             start, end = float(start_text), float(end_text)
         except ValueError as error:
             raise UserError(f'{where}: not a segment; wanted: YTID, start, end, "MID,MID"') from error
-        if not 0 <= start < end:
-            raise UserError(f"{where}: the segment ends ({end:g}) before it starts ({start:g})")
+        if not ytid or not 0 <= start < end < math.inf:
+            raise UserError(f"{where}: no segment of a video (YTID {ytid!r}, from {start:g} to {end:g} s)")
         unknown = [mid for mid in mids.split(",") if mid not in index]
         if unknown:
             raise UserError(f"{where}: unknown MID {unknown[0]!r}; it is not in {classes}")
-        key = f"{ytid}_{round(start * 1000)}"
+        key = f"{safe_key(ytid)}_{round(start * 1000)}"
         if key in rows:
             raise UserError(f"{where}: the segment {ytid} at {start:g} s is listed twice")
         found = next((files[name][0] for name in _file_names(ytid, start, end) if name in files), None)
         rows[key] = SourceRow(
             key=key,
             labels=tuple(sorted({index[mid] for mid in mids.split(",")})),
-            path=audio / found if found else None,
+            path=(audio / found).resolve() if found else None,
             source=found or ytid,
             split=split,
             segment=(start, end),

@@ -19,29 +19,39 @@ def read_esc50(root: Path, esc10: bool = False) -> Source:
         raise UsageError(f"{path}: no such file; --root is the folder that holds meta/ and audio/")
     audio = root / "audio"
     files = find_audio(audio)
-    lines = []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if not set(reader.fieldnames or ()) >= _COLUMNS:
-            raise UserError(f"{path}:1: the columns {', '.join(sorted(_COLUMNS))} are needed")
-        for line in reader:
-            try:
+    lines: dict[str, tuple[int, str, int]] = {}  # by the file's stem: target, category, fold
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not set(reader.fieldnames or ()) >= _COLUMNS:
+                raise UserError(f"{path}:1: the columns {', '.join(sorted(_COLUMNS))} are needed")
+            for line in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in line or None in line.values() or line["esc10"] not in ("True", "False"):
+                    raise UserError(f"{where}: not a clip; wanted a value for each column, True or False for esc10")
+                stem = Path(line["filename"]).stem
+                if stem in lines:
+                    raise UserError(f"{where}: {stem} is listed twice")
+                try:
+                    clip = int(line["target"]), line["category"], int(line["fold"])
+                except ValueError as error:
+                    raise UserError(f"{where}: not a clip ({error})") from error
                 if not esc10 or line["esc10"] == "True":
-                    lines.append(
-                        (int(line["target"]), line["category"], int(line["fold"]), Path(line["filename"]).stem)
-                    )
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{path}:{reader.line_num}: not a clip ({error})") from error
-    names = dict(sorted({target: category for target, category, _, _ in lines}.items()))
+                    lines[stem] = clip
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a CSV file ({error})") from error
+    if not lines:
+        raise UserError(f"{path}: lists no clip")
+    names = dict(sorted({target: category for target, category, _ in lines.values()}.items()))
     index = {target: i for i, target in enumerate(names)}
     rows = []
-    for target, _, fold, stem in lines:
+    for stem, (target, _, fold) in lines.items():
         found = files[stem][0] if stem in files else None
         rows.append(
             SourceRow(
                 key=safe_key(stem),
                 labels=(index[target],),
-                path=audio / found if found else None,
+                path=(audio / found).resolve() if found else None,
                 source=found or stem,
                 fold=fold,
             )

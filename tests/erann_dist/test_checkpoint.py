@@ -21,9 +21,14 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_keeps_the_last_ones(tmp_path: Path) -> None:
-    for step in (5, 10, 100, 20):
+    for step in (5, 10, 100):
         save(tmp_path, step, keep_last=2)
-    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000020", "step-00000100"]
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000010", "step-00000100"]
+    # A run that went back behind a damaged checkpoint replaces it.
+    save(tmp_path, 20, keep_last=2)
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000010", "step-00000020"]
+    save(tmp_path, 5, keep_last=1)
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000005"]
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json", "COMMITTED"])
@@ -39,6 +44,11 @@ def test_a_damaged_checkpoint_does_not_count(tmp_path: Path, file: str, damage: 
     else:
         (bad / file).unlink()
     assert checkpoint.latest(tmp_path) == good
+    (good / "state.safetensors").write_bytes(b"")
+    if file == "COMMITTED" and damage == "gone":
+        bad.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="damaged, and no other checkpoint is whole"):
+        checkpoint.latest(tmp_path)
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:

@@ -8,11 +8,15 @@ import pytest
 import torch
 
 from erann_dist import evaluation
+from erann_dist.data import count_reported
 from erann_dist.distributed import Workers, single_worker
 from erann_dist.features import LogMel
 from erann_dist.loader import load, whole_clips
 from erann_dist.manifest import load_manifest
 from erann_dist.model import ERANN
+from erann_dist.recipe import DataSource
+from shards.sources.rows import Source, SourceRow
+from tests.conftest import pack_here
 from tests.workers import CPU, run_workers
 
 
@@ -68,6 +72,22 @@ def test_clips_of_one_length(tone_shards: Path) -> None:
         predictions = evaluation.score(model, same, workers, loader_threads=1)
     assert predictions
     assert np.isfinite(predictions.scores).all()
+
+
+def test_coverage_counts_the_rows_of_the_folds_asked_for(tmp_path: Path) -> None:
+    import soundfile
+
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), 44_100)
+    places = [(1, "a"), (1, None), (2, "a"), (2, None), (2, None)]
+    rows = [
+        SourceRow(str(i), (0,), tmp_path / "a.wav" if name else None, "x", fold=fold)
+        for i, (fold, name) in enumerate(places)
+    ]
+    shards = pack_here(Source("s", "classification", ["a"], ["A"], rows), tmp_path / "shards")
+    assert count_reported(DataSource(url=str(shards))) == 3
+    assert count_reported(DataSource(url=str(shards), fold=[1])) == 1
+    assert count_reported(DataSource(url=str(shards), fold=[2])) == 2
+    assert count_reported(DataSource(url=str(shards), fold=[3])) == 0
 
 
 def test_predictions_and_detail(tone_shards: Path, tmp_path: Path) -> None:

@@ -51,6 +51,13 @@ def test_defaults_and_overrides(path: Path) -> None:
         ("optim.lr", "'optim.lr': an override is written key.path=value"),
         ("optim.lr.x=1", "'optim.lr.x=1': the recipe has no place for optim.lr.x"),
         ("data=null", "data: .*not None"),
+        ("model.variant=5", "model.variant: input should be a valid string, not 5"),
+        ("model.variant=", "model.variant: input should be a valid string, not None"),
+        ("data.crop_s=.inf", "data.crop_s: .*not inf"),
+        ("optim.lr=.nan", "optim.lr: .*not nan"),
+        ("optim.lr=[1]", r"optim.lr: input should be a valid number, not \[1\]"),
+        ("run.seed=-1", "run.seed: .*not -1"),
+        ("run.workers=two", "run.workers: .*not 'two'"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_key(path: Path, override: str, message: str) -> None:

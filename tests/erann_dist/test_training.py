@@ -1,6 +1,5 @@
 """The training loop: the same function for every engine and every number of workers, exact at every checkpoint."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from erann_dist.errors import UserError
-from erann_dist.events import Evaluated, Event, Step
+from erann_dist.events import Evaluated, Event, MetricsFile, Step
 from erann_dist.recipe import OptimSection
-from erann_dist.training import deal, example_losses, learning_rate
+from erann_dist.training import _lock, deal, example_losses, learning_rate
 from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.workers import train_alone, train_on
 
@@ -83,42 +82,54 @@ def test_deepspeed_equals_plain_pytorch_over_twenty_steps(tone_shards: Path, tmp
     np.testing.assert_allclose(curves["deepspeed"], curves["torch"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
-def test_one_two_and_three_workers_compute_the_same(tone_shards: Path, tmp_path: Path, engine: str) -> None:
-    """Four micro-batches a step: evenly on 1 and 2 workers, unevenly (2, 1, 1) on 3. Equal up to summation order.
+ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
 
-    Compared is one Adam step's worth of weights too; later ones would compare how fast training amplifies rounding.
+
+def first_step(
+    shards: Path, run_dir: Path, engine: str, stage: int, world_size: int
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of one step and the checkpoint behind it, whose first moments are a tenth of the step's gradient."""
+    recipe = small_recipe(shards, run_dir, run={"engine": engine}, optim={"zero_stage": stage, "examples": 16})
+    (loss,) = losses(train_on(world_size, recipe))
+    return loss, load_file(run_dir / "checkpoints" / "step-00000001" / "state.safetensors")
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_gradients_and_statistics_are_the_same_on_any_number_of_workers(
+    tone_shards: Path, tmp_path: Path, engine: str, stage: int
+) -> None:
+    """Four micro-batches a step: even on 1 and 2 workers, uneven on 3, where two repeat their one with weight 0.
+
+    The reference is plain PyTorch on one worker, so that a wrong scale can't hide behind Adam.
     """
-    curves, statistics = {}, {}
+    expected_loss, expected = first_step(tone_shards, tmp_path / "reference", "torch", 0, 1)
     for world_size in (1, 2, 3):
-        run_dir = tmp_path / f"{engine}-{world_size}"
-        recipe = small_recipe(tone_shards, run_dir, run={"engine": engine}, optim={"examples": 64, "lr": 1e-4})
-        curves[world_size] = losses(train_on(world_size, recipe))
-        statistics[world_size] = weights(run_dir)
-    for world_size in (2, 3):
-        np.testing.assert_allclose(curves[world_size], curves[1], rtol=1e-4)
-        for name, expected in statistics[1].items():
-            tolerance = {"atol": 2e-3, "rtol": 1e-2} if "running" in name else {"atol": 5e-4, "rtol": 0}
-            torch.testing.assert_close(statistics[world_size][name], expected, **tolerance, msg=name)
+        loss, state = first_step(tone_shards, tmp_path / f"{world_size}", engine, stage, world_size)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert state.keys() == expected.keys()
+        for name, value in expected.items():
+            if name.startswith("exp_avg.") or "running" in name:
+                scale = float(value.abs().max())
+                torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4 * scale + 1e-9, msg=name)
 
 
-def test_a_repeated_micro_batch_of_weight_zero_has_no_effect(tone_shards: Path, tmp_path: Path) -> None:
-    """One micro-batch per step is dealt as itself to one worker; compare with a world in which a rank repeats."""
-    optim = OptimSection(global_batch=12, micro_batch=4, examples=12)
-    assert [mb.weight for mb in deal(0, optim, 1, 2)] == [1.0, 0.0]
-    runs = {}
-    for world_size in (1, 2):
+@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+def test_the_loss_curve_is_the_same_on_one_two_and_three_workers(
+    tone_shards: Path, tmp_path: Path, engine: str
+) -> None:
+    """Over 20 steps. Rounding in the order of summation grows as training goes on, the more the higher the rate."""
+    curves = {}
+    for world_size in (1, 2, 3):
         recipe = small_recipe(
-            tone_shards, tmp_path / str(world_size), optim={"global_batch": 12, "micro_batch": 4, "examples": 12}
+            tone_shards, tmp_path / str(world_size), run={"engine": engine}, optim={"examples": 320, "lr": 1e-4}
         )
-        runs[world_size] = train_on(world_size, recipe), weights(tmp_path / str(world_size))
-    assert losses(runs[1][0]) == pytest.approx(losses(runs[2][0]), rel=1e-6)
-    for name, expected in runs[1][1].items():
-        if "running" in name:
-            torch.testing.assert_close(runs[2][1][name], expected, atol=1e-5, rtol=1e-5, msg=name)
+        curves[world_size] = losses(train_on(world_size, recipe))
+    assert len(curves[1]) == 20
+    for world_size in (2, 3):
+        np.testing.assert_allclose(curves[world_size], curves[1], rtol=1e-3)
 
 
-@pytest.mark.parametrize(("engine", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)])
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
 def test_resume_is_bit_identical(tone_shards: Path, tmp_path: Path, engine: str, stage: int) -> None:
     """A run that stopped after its first checkpoint and goes on ends with the weights of one that did not stop."""
     sections = {"run": {"engine": engine}, "optim": {"zero_stage": stage}, "checkpoint": {"every": 2, "keep_last": 9}}
@@ -196,12 +207,25 @@ def test_a_checkpoint_of_other_shapes_is_refused(tone_shards: Path, tmp_path: Pa
         train_alone(wider)
 
 
+def test_a_run_is_trained_by_one_process_at_a_time(tone_shards: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(tone_shards, tmp_path / "run", optim={"examples": 16})
+    with _lock(tmp_path / "run"), pytest.raises(UserError, match="another process"):
+        train_alone(recipe)
+    train_alone(recipe)
+
+
+def test_a_line_that_a_kill_cut_short_is_taken_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"event": "Step", "step": 1}\n{"event": "Step", "step": 3}\n{"event": "Evaluated", "step": 2, "metrics": {"mAP": 1}\n'
+    )
+    MetricsFile(path, 2)(Step(3, float("nan"), 1e-3, 1.0, 1.0, 0.0))
+    kept, new = (json.loads(line) for line in path.read_text().splitlines())
+    assert kept == {"event": "Step", "step": 1}
+    assert (new["step"], new["loss"]) == (3, None)
+
+
 def pack_here_tones(folder: Path, clips: int) -> Path:
     from shards.sources.audioset import read_audioset
 
     return pack_here(read_audioset(*write_tone_set(folder, clips)), folder / "shards")
-
-
-def test_events_are_plain_data() -> None:
-    step = Step(1, 0.5, 1e-3, 10.0, 20.0, 0.1)
-    assert json.loads(json.dumps(dataclasses.asdict(step)))["loss"] == 0.5

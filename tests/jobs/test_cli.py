@@ -5,8 +5,11 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import soundfile
+import typer
 import yaml
 
 from erann_dist.manifest import MANIFEST
@@ -64,6 +67,18 @@ def trained(tone_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_arguments_are_understood(erann, command: str) -> None:
+    """The words behind "Example:" parse as a command line: names of options, numbers, how many arguments."""
+    text = erann(*command.split(), "--help").out
+    words = " ".join(text.split("Example:")[1].split("╭")[0].split()).removeprefix("erann ").split()
+    node, context = typer.main.get_command(cli.app), None
+    while hasattr(node, "commands"):
+        context = typer.Context(node, info_name=words[0], parent=context)
+        node = node.commands[words.pop(0)]
+    assert node.make_context(command, words, parent=context).params
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example_of_itself(erann, command: str) -> None:
     outcome = erann(*command.split(), "--help")
     assert outcome.code == 0
@@ -102,7 +117,8 @@ def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
     assert_refused(outcome, 1, "other: 4 problems")
     assert "content hash" in outcome.err
 
-    assert_refused(erann("verify", tmp_path / "nothing"), 1, "nothing: no shard set here")
+    assert_refused(erann("verify", tmp_path / "nothing"), 2, "nothing: no such folder")
+    assert_refused(erann("verify", tmp_path), 1, "no shard set here")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +127,7 @@ def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
         ("optim.learning_rat=1", 2, r"mine.yaml: optim.learning_rat: no such key"),
         ("optim.epoch=1", 2, r"did you mean optim.epochs\?"),
         ("optim.lr=fast", 2, "optim.lr: input should be a valid number"),
-        ("data.train=nowhere", 1, "nowhere: no shard set here"),
+        ("data.train=nowhere", 2, "nowhere: no such folder"),
         (
             "data.train={url: SHARDS, fold: [7]}",
             2,
@@ -143,6 +159,7 @@ def test_a_run_is_not_run_again_nor_with_another_recipe(erann, recipe: Path, tmp
         "predictions.parquet",
         "recipe.yaml",
         "tensorboard",
+        ".lock",
     }
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
     again = erann("pretrain", recipe, "--json")
@@ -176,6 +193,14 @@ def test_evaluate_and_tag(erann, trained: Path, tone_shards: Path, tmp_path: Pat
     assert sorted(t["name"] for t in tags) == ["Tone, 0", "Tone, 1", "Tone, 2"]
     assert tags == sorted(tags, key=lambda t: -t["score"])
     assert "Tone, " in erann("tag", model, clip, "--top", "1").out
+
+    # A little over ten seconds is one window, not one and a sliver that counts as much.
+    t = np.arange(round(10.03 * 44_100)) / 44_100
+    soundfile.write(tmp_path / "long.wav", 0.3 * np.sin(2 * np.pi * 600 * t), 44_100)
+    soundfile.write(tmp_path / "whole.wav", 0.3 * np.sin(2 * np.pi * 600 * t[:441_000]), 44_100)
+    both = json.loads(erann("tag", model, tmp_path / "long.wav", tmp_path / "whole.wav", "--json").out)
+    long, whole = ({t["name"]: t["score"] for t in tags} for tags in both.values())
+    assert all(long[name] == pytest.approx(whole[name], abs=0.05) for name in whole)
 
     (tmp_path / "text.wav").write_text("no sound")
     assert_refused(erann("tag", model, tmp_path / "text.wav"), 1, "text.wav: no sound could be decoded")

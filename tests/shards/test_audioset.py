@@ -55,6 +55,12 @@ def test_the_most_specific_name_wins(tmp_path: Path) -> None:
     assert [row.source for row in rows] == ["-abcdefghij_30000_40000.wav", "-abcdefghij.wav"]
 
 
+def test_odd_video_ids_make_safe_keys(tmp_path: Path) -> None:
+    touch(tmp_path / "audio", "x.wav")
+    (row,) = read_audioset(write(tmp_path / "s.csv", 'a.b/c, 0.000, 10.000, "/m/09x0r"'), tmp_path / "audio").rows
+    assert row.key == "a%2Eb%2Fc_0"
+
+
 def test_files_that_are_not_there_stay_rows(tmp_path: Path) -> None:
     touch(tmp_path / "audio", "abcdefghijk_31.wav")
     segments = write(tmp_path / "s.csv", 'abcdefghijk, 30.000, 40.000, "/m/09x0r"')
@@ -67,7 +73,9 @@ def test_files_that_are_not_there_stay_rows(tmp_path: Path) -> None:
     [
         ("abcdefghijk, 30.000, 40.000", "s.csv:4: not a segment"),
         ('abcdefghijk, thirty, 40.000, "/m/09x0r"', "s.csv:4: not a segment"),
-        ('abcdefghijk, 40.000, 30.000, "/m/09x0r"', r"s.csv:4: the segment ends \(30\) before it starts \(40\)"),
+        ('abcdefghijk, 40.000, 30.000, "/m/09x0r"', "s.csv:4: no segment of a video .*from 40 to 30 s"),
+        (', 30.000, 40.000, "/m/09x0r"', "s.csv:4: no segment of a video .YTID ''"),
+        ('abcdefghijk, 0, inf, "/m/09x0r"', "s.csv:4: no segment of a video .*from 0 to inf s"),
         ('abcdefghijk, 30.000, 40.000, "/m/nothing"', "s.csv:4: unknown MID '/m/nothing'"),
         ('abcdefghijk, 30.000, 40.000, "/m/09x0r', "s.csv:4: unexpected end of data"),
     ],
@@ -158,7 +166,14 @@ def test_esc10_is_the_official_subset(real_data: Path) -> None:
     ("text", "message"),
     [
         ("filename,fold\na.wav,1\n", "esc50.csv:1: the columns"),
-        ("filename,fold,target,category,esc10\na.wav,x,1,dog,True\n", "esc50.csv:2"),
+        ("filename,fold,target,category,esc10\na.wav,x,1,dog,True\n", "esc50.csv:2: not a clip"),
+        ("filename,fold,target,category,esc10\na.wav,1,1,dog,True\nb.wav,1\n", "esc50.csv:3: not a clip"),
+        ("filename,fold,target,category,esc10\na.wav,1,1,dog,yes\n", "esc50.csv:2: not a clip"),
+        (
+            "filename,fold,target,category,esc10\na.wav,1,1,dog,True\na.ogg,1,1,dog,True\n",
+            "esc50.csv:3: a is listed twice",
+        ),
+        ("filename,fold,target,category,esc10\n", "esc50.csv: lists no clip"),
     ],
 )
 def test_malformed_esc50_list(tmp_path: Path, text: str, message: str) -> None:
