@@ -107,10 +107,12 @@ def test_gradients_and_statistics_are_the_same_on_any_number_of_workers(
         loss, state = first_step(tone_shards, tmp_path / f"{world_size}", engine, stage, world_size)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert state.keys() == expected.keys()
+        # Some gradients are 0 but for rounding, such as the scale of a BatchNorm that another follows.
+        rounding = 1e-6 * max(float(v.abs().max()) for k, v in expected.items() if k.startswith("exp_avg."))
         for name, value in expected.items():
             if name.startswith("exp_avg.") or "running" in name:
-                scale = float(value.abs().max())
-                torch.testing.assert_close(state[name], value, rtol=1e-3, atol=1e-4 * scale + 1e-9, msg=name)
+                tolerance = 1e-4 * float(value.abs().max()) + rounding
+                torch.testing.assert_close(state[name], value, rtol=1e-3, atol=tolerance, msg=name)
 
 
 @pytest.mark.parametrize("engine", ["torch", "deepspeed"])
@@ -217,7 +219,8 @@ def test_a_run_is_trained_by_one_process_at_a_time(tone_shards: Path, tmp_path: 
 def test_a_line_that_a_kill_cut_short_is_taken_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        '{"event": "Step", "step": 1}\n{"event": "Step", "step": 3}\n{"event": "Evaluated", "step": 2, "metrics": {"mAP": 1}\n'
+        '{"event": "Step", "step": 1}\n{"event": "Step", "step": 3}\n'
+        '{"event": "Evaluated", "step": 2, "metrics": {"mAP": 1}\n'
     )
     MetricsFile(path, 2)(Step(3, float("nan"), 1e-3, 1.0, 1.0, 0.0))
     kept, new = (json.loads(line) for line in path.read_text().splitlines())
