@@ -64,8 +64,11 @@ class Running:
         return Path(self.log.name).read_text()
 
     def survivors(self) -> list[str]:
-        """What is still running of all that the command ever started, after a grace period."""
-        _, alive = psutil.wait_procs(list(self.family.values()), timeout=30)
+        """What is still running of all that the command ever started, after a grace period.
+
+        After SIGKILL the workers are gone at once; two of Ray's own agents notice it within some 65 s.
+        """
+        _, alive = psutil.wait_procs(list(self.family.values()), timeout=150)
         return [" ".join(process.cmdline()) for process in alive if process.is_running()]
 
 
