@@ -1,6 +1,7 @@
 """A connection to Ray: the cluster at an address, or one embedded in this process that ends with it."""
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,6 +15,13 @@ import ray
 
 from cluster.launch import WORKER_ENVIRONMENT
 from erann_dist.errors import UserError
+
+
+def _require_listening(address: str) -> None:
+    """Raise OSError at once when nothing answers at host:port, for which Ray would wait many minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:  # not "auto"
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 @contextmanager
@@ -30,6 +38,7 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[None]:
     runtime_env = {"env_vars": WORKER_ENVIRONMENT}
     try:
         if address:
+            _require_listening(address)
             ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
@@ -41,7 +50,7 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[None]:
                 logging_level="ERROR",
                 _node_ip_address="127.0.0.1",
             )
-    except (ConnectionError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from error
     try:
         yield

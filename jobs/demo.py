@@ -46,15 +46,15 @@ def demo(folder: Path) -> dict[str, Any]:
     _title("4 of 5  evaluated on the held-out list; its model folder is written")
     _title("5 of 5  tag a clip of the held-out list")
     held_out = read_audioset(synthetic.eval_segments, synthetic.audio, synthetic.classes)
-    clip = next(row for row in held_out.rows if row.path and len(row.labels) == 2)
-    assert clip.path
+    row = next(row for row in held_out.rows if row.path and len(row.labels) == 2)
+    clip = synthetic.audio / row.source
     return {
         "folder": str(folder),
         "packed": packed,
         **result,
-        "clip": str(clip.path),
-        "clip_labels": [held_out.label_names[i] for i in clip.labels],
-        "tags": tag(Path(result["model"]), [clip.path], top=5)[str(clip.path)],
+        "clip": str(clip),
+        "clip_labels": [held_out.label_names[i] for i in row.labels],
+        "tags": tag(Path(result["model"]), [clip], top=5)[str(clip)],
         "minutes": (time.monotonic() - began) / 60,
     }
 
