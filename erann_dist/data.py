@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from erann_dist.errors import UsageError, UserError
 from erann_dist.features import SAMPLE_RATE
-from erann_dist.manifest import REPORT, Manifest, concatenate, load_manifest
-from erann_dist.recipe import DataSource
+from erann_dist.manifest import REPORT, Manifest, concatenate, load_manifest, require_same_labels
+from erann_dist.recipe import DataSection, DataSource
 
 
 def load_source(source: DataSource) -> Manifest:
@@ -35,6 +35,13 @@ def load_source(source: DataSource) -> Manifest:
 def load_sources(sources: list[DataSource]) -> Manifest:
     """The clips of all sources as one. Raises UserError when their labels differ."""
     return concatenate([load_source(source) for source in sources])
+
+
+def load_train_and_eval(data: DataSection) -> tuple[Manifest, Manifest]:
+    """A recipe's training and evaluation clips. Raises UserError when their labels, task or rate differ."""
+    clips, eval_clips = load_sources(data.train), load_sources(data.eval)
+    require_same_labels(clips.info, eval_clips.info, data.train[0].url, data.eval[0].url)
+    return clips, eval_clips
 
 
 def count_reported(source: DataSource) -> int:

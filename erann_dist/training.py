@@ -23,7 +23,7 @@ from torch import Tensor
 from erann_dist import checkpoint, evaluation, loader
 from erann_dist.augment import clip_positions, make_inputs
 from erann_dist.batchnorm import RunningStatistics
-from erann_dist.data import count_reported, load_sources
+from erann_dist.data import count_reported, load_train_and_eval
 from erann_dist.distributed import Workers
 from erann_dist.engine import Engine, make_engine
 from erann_dist.errors import UserError
@@ -40,7 +40,7 @@ from erann_dist.events import (
     TensorBoard,
 )
 from erann_dist.features import LogMel
-from erann_dist.manifest import Manifest, Task, require_same_labels
+from erann_dist.manifest import Manifest, Task
 from erann_dist.model import ERANN
 from erann_dist.model_folder import ModelInfo, model_card, save_model
 from erann_dist.recipe import OptimSection, Recipe
@@ -110,8 +110,7 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
     lock = _lock(run_dir) if workers.is_first else None  # until this function ends
     optim, seed = recipe.optim, recipe.run.seed
     torch.set_num_threads(recipe.run.threads)
-    clips, eval_clips = load_sources(recipe.data.train), load_sources(recipe.data.eval)
-    require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
+    clips, eval_clips = load_train_and_eval(recipe.data)
     steps = recipe.steps(len(clips))
 
     torch.manual_seed(seed)  # the initial weights; no other random choice is torch's

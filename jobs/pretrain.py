@@ -8,11 +8,10 @@ import yaml
 
 from cluster.launch import is_first_process, launch
 from erann_dist import checkpoint
-from erann_dist.data import load_sources
+from erann_dist.data import load_train_and_eval
 from erann_dist.distributed import Workers
 from erann_dist.errors import UserError
 from erann_dist.events import Emit
-from erann_dist.manifest import require_same_labels
 from erann_dist.recipe import Recipe, differences, load_recipe, parse_recipe
 from erann_dist.training import train
 
@@ -30,8 +29,7 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
     if not _is_finished(run_dir):
         if is_first_process():
             # What is wrong with the data shows here, before a cluster is started or a folder made.
-            train_set, eval_set = load_sources(recipe.data.train), load_sources(recipe.data.eval)
-            require_same_labels(train_set.info, eval_set.info, recipe.data.train[0].url, recipe.data.eval[0].url)
+            load_train_and_eval(recipe.data)
             _write_recipe(recipe, run_dir)
         launch(
             train_worker,
