@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from erann_dist import strict_json
+from erann_dist.storage import write_text
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,7 @@ class MetricsFile:
     def __init__(self, path: Path, from_step: int) -> None:
         if path.exists():
             kept = [line for line in path.read_text().splitlines() if _is_of_step(line, from_step)]
-            part = path.with_name(f"{path.name}.part")
-            part.write_text("".join(f"{line}\n" for line in kept))
-            part.replace(path)
+            write_text(path, "".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
 
     def __call__(self, event: Event) -> None:

@@ -1,4 +1,4 @@
-"""A clip's bytes by shard, offset and size, checked against its CRC."""
+"""A clip's bytes by shard, offset and size, checked against its CRC; and small files that are whole or not there."""
 
 import os
 import threading
@@ -7,6 +7,13 @@ from pathlib import Path
 
 from erann_dist.errors import UserError
 from erann_dist.manifest import Manifest
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears under its name, or replaces the one there, only when it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    part.replace(path)
 
 
 class ClipReader:

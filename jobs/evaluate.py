@@ -16,6 +16,7 @@ from erann_dist.events import Emit, Evaluated, EvaluationProgress
 from erann_dist.features import LogMel
 from erann_dist.model_folder import load_model, require_fit
 from erann_dist.recipe import DataSource
+from erann_dist.storage import write_text
 
 _TAG_WINDOW_SECONDS = 10
 
@@ -49,9 +50,7 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
         out = Path(config["out"])
         out.mkdir(parents=True, exist_ok=True)
         evaluation.write_predictions(out / "predictions.parquet", predictions, clips)
-        part = out / "metrics.json.part"
-        part.write_text(strict_json.dumps(metrics, indent=1))
-        part.replace(out / "metrics.json")
+        write_text(out / "metrics.json", strict_json.dumps(metrics, indent=1))
         emit(Evaluated(0, len(clips), evaluation.summarise(predictions, clips.info.task)))
     workers.wait_for_all()
 

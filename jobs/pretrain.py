@@ -13,6 +13,7 @@ from erann_dist.distributed import Workers
 from erann_dist.errors import UserError
 from erann_dist.events import Emit
 from erann_dist.recipe import Recipe, differences, load_recipe, parse_recipe
+from erann_dist.storage import write_text
 from erann_dist.training import train
 
 Resume = Literal["auto", "never", "must"]
@@ -45,9 +46,8 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
 
 def _write_recipe(recipe: Recipe, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
-    part = run_dir / ".recipe.yaml.part"
-    part.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False))
-    part.replace(run_dir / "recipe.yaml")
+    settings = recipe.model_dump(mode="json", exclude_none=True)
+    write_text(run_dir / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
 def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:

@@ -33,6 +33,7 @@ from erann_dist.manifest import (
     load_manifest,
     write_shard_set_tables,
 )
+from erann_dist.storage import write_text
 from shards.sources.rows import Source, SourceRow
 
 CLIPS_PER_SHARD = 2500
@@ -183,9 +184,7 @@ def start(folder: Path, digest: str) -> bool:
     if folder.exists() and (not folder.is_dir() or any(path.name != ".pack" for path in folder.iterdir())):
         raise UserError(f"{folder}: is there and is no shard set; choose another --out")
     plan_file.parent.mkdir(parents=True, exist_ok=True)
-    part = plan_file.with_suffix(".part")
-    part.write_text(digest)
-    part.replace(plan_file)
+    write_text(plan_file, digest)
     return True
 
 
@@ -197,10 +196,7 @@ def finished_result(task: ShardTask) -> ShardResult | None:
 
 def keep_result(task: ShardTask, result: ShardResult) -> None:
     """Note a finished shard."""
-    file = _result_file(task)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(asdict(result)))
-    part.replace(file)
+    write_text(_result_file(task), json.dumps(asdict(result)))
 
 
 def _result_file(task: ShardTask) -> Path:
