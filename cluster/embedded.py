@@ -13,7 +13,7 @@ os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 
 import ray
 
-from cluster.launch import WORKER_ENVIRONMENT
+from cluster.environment import WORKER_ENVIRONMENT
 from erann_dist.errors import UserError
 
 

@@ -1,22 +1,22 @@
 """A recipe's data: the clips that its sources select."""
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from erann_dist import SAMPLE_RATE
 from erann_dist.errors import UsageError, UserError
-from erann_dist.features import SAMPLE_RATE
-from erann_dist.manifest import REPORT, Manifest, concatenate, load_manifest, require_same_labels
+from erann_dist.folder import LocalFolder, open_folder
+from erann_dist.manifest import REPORT, Manifest, concatenate, load_manifest, read_table, require_same_labels
 from erann_dist.recipe import DataSection, DataSource
 
 
 def load_source(source: DataSource) -> Manifest:
     """The clips of one source. Raises UsageError when there are none, UserError at a rate that no ERANN takes."""
-    manifest = load_manifest(Path(source.url))
+    if not isinstance(open_folder(source.url), LocalFolder):
+        raise UsageError(f"{source.url}: training and evaluation read shard sets on a disk so far; copy it there")
+    manifest = load_manifest(source.url)
     if manifest.info.sample_rate != SAMPLE_RATE:
         raise UserError(
             f"{source.url}: holds {manifest.info.sample_rate} Hz, ERANN takes {SAMPLE_RATE} Hz; pack it anew"
@@ -45,9 +45,10 @@ def load_train_and_eval(data: DataSection) -> tuple[Manifest, Manifest]:
 
 
 def count_reported(source: DataSource) -> int:
-    """Source rows of the split and folds asked for that did not get into the shard set."""
-    report = pq.read_table(Path(source.url) / REPORT)
-    return int(_selected(source, report["split"], report["fold"].fill_null(-1).to_numpy()).sum())
+    """Listed clips of the split and folds asked for that did not get into the shard set."""
+    report = read_table(open_folder(source.url), REPORT)
+    once = pc.not_equal(report["reason"], "duplicate").to_numpy()  # a duplicate is not one more clip
+    return int((once & _selected(source, report["split"], report["fold"].fill_null(-1).to_numpy())).sum())
 
 
 def _selected(source: DataSource, splits: pa.ChunkedArray, folds: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:

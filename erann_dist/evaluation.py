@@ -1,6 +1,5 @@
 """Every clip of a shard set scored exactly once, on any number of workers, with the same result."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from erann_dist import loader
 from erann_dist.distributed import Workers
 from erann_dist.features import PAD_SAMPLES, LogMel
-from erann_dist.manifest import Manifest, Task
+from erann_dist.manifest import Manifest, Task, list_hash
 from erann_dist.metrics import classification_metrics, tagging_metrics
 from erann_dist.model import ERANN
 
@@ -107,7 +106,7 @@ def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[st
         "clips": len(manifest),
         "listed": listed,
         "coverage": len(manifest) / listed,
-        "list_hash": hashlib.sha256("\n".join(sorted(manifest.keys.to_pylist())).encode()).hexdigest(),
+        "list_hash": list_hash(manifest.keys),
     }
     positives = predictions.targets.sum(axis=0).astype(int).tolist()
     if info.task == "tagging":

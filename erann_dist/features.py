@@ -6,9 +6,9 @@ import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
 
+from erann_dist import SAMPLE_RATE
 from erann_dist.model import MEL_BINS
 
-SAMPLE_RATE = 44_100
 WINDOW = 1380
 HOP = 345
 F_MIN, F_MAX = 50.0, 14_000.0

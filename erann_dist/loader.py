@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from erann_dist.audio import DecodeError, decode_flac
+from erann_dist.audio import DecodeError, decode_crop
 from erann_dist.errors import UserError
 from erann_dist.keyed import CROP, keyed_uniform
 from erann_dist.manifest import Manifest
@@ -63,9 +63,9 @@ def load(
     pending: deque[tuple[Batch, list[Future[None]]]] = deque()
 
     def decode_into(row: int, start: int, count: int, out: npt.NDArray[np.int16]) -> None:
-        flac = reader.read(row)
+        data = reader.read(row)
         try:
-            out[:count] = decode_flac(flac, start, count)
+            out[:count] = decode_crop(data, start, count)
         except DecodeError as error:
             path = manifest.shard_paths[manifest.shards[row]]
             raise UserError(f"{path}: clip {manifest.keys[row]} does not decode: {error}") from error

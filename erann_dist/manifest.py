@@ -1,24 +1,29 @@
 """A shard set's manifest: one row per packed clip, in Parquet, and the facts about the set in its metadata.
 
-A shard set is a folder with `manifest.parquet`, `shards.parquet` (one row per tar), `report.parquet` (one row per
-source row that did not get in) and the tars. docs/shards.md describes the columns.
+A shard set is a folder, on a disk or in S3, with `manifest.parquet`, `shards.parquet` (one row per tar),
+`report.parquet` (one row per source row that did not get in) and the tars. docs/shards.md describes the columns.
 """
 
 import dataclasses
 import hashlib
+import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from erann_dist.errors import UsageError, UserError
+from erann_dist.folder import Folder, LocalFolder, open_folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST, SHARDS, REPORT = "manifest.parquet", "shards.parquet", "report.parquet"
 
 CLIP_SCHEMA = pa.schema(
@@ -28,12 +33,13 @@ CLIP_SCHEMA = pa.schema(
         ("split", pa.string()),
         ("fold", pa.int8()),
         ("shard", pa.int32()),
-        ("offset", pa.int64()),  # of the FLAC inside its tar, bytes
+        ("offset", pa.int64()),  # of the FLAC (or WAV) inside its tar, bytes
         ("size", pa.int32()),  # of the FLAC, bytes
         ("samples", pa.int64()),
-        ("peak", pa.float32()),  # before clipping to 16 bits: above 1 the source was overloaded
+        ("peak", pa.float32()),  # before clipping to 16 bits: above 1 the source was overloaded; null if indexed
         ("crc32", pa.uint32()),  # of the FLAC
         ("source", pa.string()),
+        ("format", pa.string()),  # that the source was in: codec, rate, channels; null if indexed
     ]
 )
 SHARD_SCHEMA = pa.schema(
@@ -51,6 +57,7 @@ REPORT_SCHEMA = pa.schema(
         ("source", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
+        ("labels", pa.list_(pa.int16())),
         ("split", pa.string()),
         ("fold", pa.int8()),
     ]
@@ -71,6 +78,7 @@ class SetInfo:
     codec: str
     resampler: dict[str, str]
     versions: dict[str, str]  # of what decoded, resampled and encoded
+    packing: dict[str, Any]  # the options: see shards.clip.Packing; empty for an indexed set
     source_hash: str  # of the source rows and the packing options
     content_hash: str  # of the manifest's rows, not of its Parquet bytes
     schema_version: int = SCHEMA_VERSION
@@ -126,26 +134,50 @@ class Manifest:
         )
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """The manifest of the shard set in a folder. Raises UserError when there is none or it can't be read."""
-    if not folder.is_dir():
+def read_manifest(folder: Folder, columns: list[str] | None = None) -> tuple[SetInfo, pa.Table]:
+    """The facts about the shard set in a folder, and columns of its manifest. Raises as read_table."""
+    with _opened(folder, MANIFEST) as file:
+        parquet = pq.ParquetFile(file)
+        return _info(folder, parquet.schema_arrow), parquet.read(columns).replace_schema_metadata()
+
+
+def read_info(folder: Folder) -> SetInfo:
+    """The facts about the shard set in a folder. Raises as read_table."""
+    with _opened(folder, MANIFEST) as file:
+        return _info(folder, pq.read_schema(file))
+
+
+def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
+    """Another one of the set's tables.
+
+    Raises UsageError when there is no such folder, UserError when the table is not there or can't be read.
+    """
+    with _opened(folder, name) as file:
+        return pq.read_table(file, columns=columns)
+
+
+@contextmanager
+def _opened(folder: Folder, name: str) -> Iterator[BinaryIO]:
+    if isinstance(folder, LocalFolder) and not Path(folder.url).is_dir():
         raise UsageError(f"{folder}: no such folder; make a shard set with erann pack")
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise UserError(f"{folder}: no shard set here ({MANIFEST} is missing); make one with erann pack")
     try:
-        table = pq.read_table(path)
-        names = pq.read_table(folder / SHARDS, columns=["name"])["name"].to_pylist()
-        info = SetInfo(**json.loads(table.schema.metadata[b"erann"]))
-        table = table.select(CLIP_SCHEMA.names).cast(CLIP_SCHEMA)
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a shard set's manifest ({str(error).splitlines()[0]})") from error
-    if info.schema_version != SCHEMA_VERSION:
-        raise UserError(f"{path}: schema version {info.schema_version}, this program reads {SCHEMA_VERSION}")
+        with folder.reading(name) as file:
+            yield file
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: no shard set here ({name} is missing); make one with erann pack") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{folder}/{name}: damaged ({str(error).splitlines()[0]})") from error
+
+
+def load_manifest(url: str | Path, endpoint: str | None = None) -> Manifest:
+    """The manifest of the shard set in a folder. Raises as read_table."""
+    folder = open_folder(str(url), endpoint)
+    info, table = read_manifest(folder)
+    names = read_table(folder, SHARDS, ["name"])["name"].to_pylist()
     labels = table["labels"].combine_chunks()
     return Manifest(
         info=info,
-        shard_paths=[folder / name for name in names],
+        shard_paths=[Path(folder.url, name) for name in names],
         keys=table["key"],
         label_values=labels.flatten().to_numpy(),
         label_offsets=np.concatenate([[0], np.cumsum(labels.value_lengths().to_numpy())]).astype(np.int64),
@@ -157,6 +189,23 @@ def load_manifest(folder: Path) -> Manifest:
         samples=table["samples"].to_numpy(),
         crc32s=table["crc32"].to_numpy(),
     )
+
+
+def _info(folder: Folder, schema: pa.Schema) -> SetInfo:
+    where = f"{folder}/{MANIFEST}"
+    try:
+        facts = json.loads(schema.metadata[b"erann"])
+        if facts["schema_version"] != SCHEMA_VERSION:
+            version = facts["schema_version"]
+            raise UserError(
+                f"{where}: schema version {version}, this program reads {SCHEMA_VERSION}; pack the set anew"
+            )
+        info = SetInfo(**facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: not a shard set's manifest ({error})") from error
+    if schema.remove_metadata() != CLIP_SCHEMA:
+        raise UserError(f"{where}: its columns are not those of a shard set's manifest")
+    return info
 
 
 def concatenate(manifests: list[Manifest]) -> Manifest:
@@ -204,23 +253,46 @@ def _first_difference(a: SetInfo, b: SetInfo) -> str:
     return f"{index} ({a.label_ids[index]} and {b.label_ids[index]})"
 
 
-def content_hash(clips: pa.Table) -> str:
-    """SHA-256 of the rows: the same for the same rows, whatever Parquet makes of them."""
+def content_hash(table: pa.Table) -> str:
+    """SHA-256 of the rows: the same for the same rows, whatever Arrow and Parquet make of them."""
     digest = hashlib.sha256()
-    for start in range(0, len(clips), 65_536):
-        digest.update(json.dumps(clips.slice(start, 65_536).to_pydict()).encode())
+    for start in range(0, len(table), 65_536):
+        for name, column in zip(table.column_names, table.slice(start, 65_536).columns, strict=True):
+            digest.update(name.encode())
+            for data in _canonical(pa.concat_arrays(column.chunks) if column.num_chunks else column.combine_chunks()):
+                digest.update(data.tobytes())
     return digest.hexdigest()
 
 
-def clip_table(rows: list[dict[str, Any]]) -> pa.Table:
-    return pa.Table.from_pylist(rows, CLIP_SCHEMA)
+def list_hash(keys: pa.ChunkedArray) -> str:
+    """SHA-256 of the keys in ascending order, joined by line feeds: the same for the same clips, however packed."""
+    digest = hashlib.sha256()
+    ordered = keys.take(pc.array_sort_indices(keys)).combine_chunks()
+    for start in range(0, len(ordered), 65_536):
+        digest.update(("\n" * (start > 0) + "\n".join(ordered.slice(start, 65_536).to_pylist())).encode())
+    return digest.hexdigest()
 
 
-def write_shard_set_tables(folder: Path, info: SetInfo, clips: pa.Table, shards: pa.Table, report: pa.Table) -> None:
-    """Write the three tables; the manifest last and in one move, since a folder with a manifest is a finished set."""
-    pq.write_table(report, folder / REPORT)
-    pq.write_table(shards, folder / SHARDS)
-    part = folder / f"{MANIFEST}.part"
-    metadata = json.dumps(dataclasses.asdict(info))
-    pq.write_table(clips.replace_schema_metadata({"erann": metadata}), part)
-    part.replace(folder / MANIFEST)
+def _canonical(column: pa.Array) -> Iterator[npt.NDArray[Any]]:
+    """What a column says, as arrays that do not depend on how Arrow holds it: which are null, lengths, values."""
+    yield column.is_valid().to_numpy(zero_copy_only=False)
+    if pa.types.is_list(column.type):
+        yield column.value_lengths().fill_null(0).to_numpy().astype("<i4")
+        yield from _canonical(column.flatten())
+    elif pa.types.is_string(column.type) or pa.types.is_binary(column.type):
+        values = column.cast(pa.binary()).drop_null()
+        yield pc.binary_length(values).to_numpy().astype("<i4")
+        yield np.frombuffer(b"".join(values.to_pylist()), np.uint8)
+    else:
+        values = column.drop_null().to_numpy(zero_copy_only=False)
+        yield values.astype(values.dtype.newbyteorder("<"))
+
+
+def write_shard_set_tables(folder: Folder, info: SetInfo, clips: pa.Table, shards: pa.Table, report: pa.Table) -> None:
+    """Write the three tables, the manifest last: a folder with a manifest is a finished set."""
+    tables = {REPORT: report, SHARDS: shards, MANIFEST: clips}
+    tables[MANIFEST] = clips.replace_schema_metadata({"erann": json.dumps(dataclasses.asdict(info))})
+    for name, table in tables.items():
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        folder.write(name, buffer.getvalue())

@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from erann_dist import SAMPLE_RATE
 from erann_dist.augment import Mixup, Partner
 from erann_dist.errors import UsageError
-from erann_dist.features import PAD_SAMPLES, SAMPLE_RATE
+from erann_dist.features import PAD_SAMPLES
 from erann_dist.model import Variant
 
 

@@ -7,8 +7,10 @@ from typing import Annotated, Literal
 import typer
 
 from erann_dist.errors import UserError
+from jobs import shard_commands
+from jobs.options import EXAMPLE, Address, Json, Launcher
 from jobs.progress import RunView, console
-from jobs.show import demo_page, evaluation_page, facts_page, packed_page, show, tags_page
+from jobs.show import demo_page, evaluation_page, facts_page, show, tags_page
 
 app = typer.Typer(
     name="erann",
@@ -18,81 +20,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-pack_app = typer.Typer(no_args_is_help=True, help="Pack a data set into a shard set.", rich_markup_mode="markdown")
-app.add_typer(pack_app, name="pack")
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout at the end, and nothing else there.")
-]
-Address = Annotated[str | None, typer.Option(help="Address of a Ray cluster; without one, an embedded one is started.")]
-Out = Annotated[Path, typer.Option(help="Folder of the shard set.")]
-ClipsPerShard = Annotated[int, typer.Option(min=1, help="Clips in a tar; 2500 clips of 10 s are about 1 GB.")]
-Launcher = Literal["ray", "torchrun", "none"]
-
-_EXAMPLE = "\n\nExample:\n\n    "
-
-
-@pack_app.command(
-    "audioset",
-    help="Pack AudioSet clips, listed in AudioSet's own CSV, under any of the usual file names and formats."
-    + _EXAMPLE
-    + "erann pack audioset --segments demo/audioset/train_segments.csv --audio demo/audioset/audio "
-    "--classes demo/audioset/class_labels_indices.csv --out shard-sets/demo-train",
-)
-def pack_audioset(
-    segments: Annotated[Path, typer.Option(help="AudioSet's segment list, such as balanced_train_segments.csv[.gz].")],
-    audio: Annotated[Path, typer.Option(help="Folder of the clips, nested or flat.")],
-    out: Out,
-    classes: Annotated[Path | None, typer.Option(help="class_labels_indices.csv; AudioSet's 527 if not given.")] = None,
-    clips_per_shard: ClipsPerShard = 2500,
-    address: Address = None,
-    as_json: Json = False,
-) -> None:
-    from jobs.pack import pack
-    from shards.sources.audioset import CLASSES, read_audioset
-
-    with console.status(f"reading {segments}"):
-        source = read_audioset(segments, audio, classes or CLASSES)
-    show(pack(source, out, clips_per_shard, address), as_json, packed_page)
-
-
-@pack_app.command(
-    "esc50",
-    help="Pack ESC-50, or its subset ESC-10, with the official folds."
-    + _EXAMPLE
-    + "erann pack esc50 --root ../shared/data/esc10 --esc10 --out shard-sets/esc10",
-)
-def pack_esc50(
-    root: Annotated[Path, typer.Option(help="The folder that holds meta/esc50.csv and audio/.")],
-    out: Out,
-    esc10: Annotated[bool, typer.Option("--esc10", help="Only the ten classes of ESC-10.")] = False,
-    clips_per_shard: ClipsPerShard = 2500,
-    address: Address = None,
-    as_json: Json = False,
-) -> None:
-    from jobs.pack import pack
-    from shards.sources.esc50 import read_esc50
-
-    show(pack(read_esc50(root, esc10), out, clips_per_shard, address), as_json, packed_page)
-
-
-@app.command(
-    help="Check a shard set's tars against its manifest: names, sizes, offsets, checksums."
-    + _EXAMPLE
-    + "erann verify shard-sets/esc10",
-)
-def verify(
-    shards: Annotated[Path, typer.Argument(help="Folder of the shard set.")],
-    as_json: Json = False,
-) -> None:
-    from jobs.verify import verify as run
-
-    show(run(shards), as_json, facts_page)
+shard_commands.add_to(app)
 
 
 @app.command(
     help="Train by a recipe, from the run's last checkpoint if there is one. Keys of the recipe are set behind it."
-    + _EXAMPLE
+    + EXAMPLE
     + "erann pretrain esc10.yaml run.name=esc10-short optim.epochs=2",
 )
 def pretrain(
@@ -127,7 +60,7 @@ def pretrain(
 
 @app.command(
     help="Score every clip of a shard set once with a trained model: mAP, mAUC, d′, or accuracy and confusion matrix."
-    + _EXAMPLE
+    + EXAMPLE
     + "erann evaluate runs/esc10/model shard-sets/esc10 --fold 5",
 )
 def evaluate(
@@ -158,7 +91,7 @@ def evaluate(
 
 @app.command(
     help="The likeliest labels of sound files of any format."
-    + _EXAMPLE
+    + EXAMPLE
     + "erann tag runs/esc10/model ../shared/data/esc10/audio/1-100032-A-0.ogg",
 )
 def tag(
@@ -174,7 +107,7 @@ def tag(
 
 @app.command(
     help="The whole path on a small synthetic AudioSet: make it, pack, verify, pretrain on two workers, evaluate, tag."
-    + _EXAMPLE
+    + EXAMPLE
     + "erann demo",
 )
 def demo(

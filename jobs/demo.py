@@ -6,17 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster.embedded import ray_cluster
+from erann_dist.folder import open_folder
 from erann_dist.recipe import load_recipe
 from jobs.evaluate import tag
 from jobs.pack import pack
 from jobs.pretrain import pretrain
 from jobs.progress import RunView, console
 from jobs.recipes import find_recipe
-from jobs.verify import verify
+from jobs.shard_sets import verify
+from shards.clip import Packing
 from shards.sources.audioset import read_audioset
 from shards.synthetic import SyntheticAudioSet, write_synthetic_audioset
 
-_CLIPS_PER_SHARD = 50
+_PACKING = Packing(clips_per_shard=50)
 
 
 def demo(folder: Path) -> dict[str, Any]:
@@ -37,8 +39,8 @@ def demo(folder: Path) -> dict[str, Any]:
         lists = (synthetic.train_segments, synthetic.eval_segments)
         for source, segments in zip(recipe.data.train + recipe.data.eval, lists, strict=True):
             rows = read_audioset(segments, synthetic.audio, synthetic.classes)
-            packed[source.url] = pack(rows, Path(source.url), _CLIPS_PER_SHARD)
-            verify(Path(source.url))
+            packed[source.url] = pack(rows, open_folder(source.url), _PACKING)
+            verify(open_folder(source.url))
         workers = f"{recipe.run.workers} DeepSpeed workers on an embedded Ray cluster"
         _title(f"3 of 5  pretrain {recipe.model.variant}: {workers}")
         with RunView() as view:
@@ -46,14 +48,14 @@ def demo(folder: Path) -> dict[str, Any]:
     _title("4 of 5  evaluated on the held-out list; its model folder is written")
     _title("5 of 5  tag a clip of the held-out list")
     held_out = read_audioset(synthetic.eval_segments, synthetic.audio, synthetic.classes)
-    row = next(row for row in held_out.rows if row.path and len(row.labels) == 2)
-    clip = synthetic.audio / row.source
+    row = next(row for row in held_out.rows.to_pylist() if row["path"] and len(row["labels"]) == 2)
+    clip = synthetic.audio / row["source"]
     return {
         "folder": str(folder),
         "packed": packed,
         **result,
         "clip": str(clip),
-        "clip_labels": [held_out.label_names[i] for i in row.labels],
+        "clip_labels": [held_out.label_names[i] for i in row["labels"]],
         "tags": tag(Path(result["model"]), [clip], top=5)[str(clip)],
         "minutes": (time.monotonic() - began) / 60,
     }

@@ -8,7 +8,7 @@ import torch
 
 from cluster.launch import launch
 from erann_dist import evaluation, strict_json
-from erann_dist.audio import DecodeError, decode, resample
+from erann_dist.audio import DecodeError, load
 from erann_dist.data import count_reported, load_source
 from erann_dist.distributed import Workers
 from erann_dist.errors import UsageError, UserError
@@ -68,7 +68,7 @@ def tag(model_folder: Path, files: list[Path], top: int) -> dict[str, list[dict[
         if not file.is_file():
             raise UsageError(f"{file}: no such file")
         try:
-            samples = resample(decode(file), info.sample_rate)
+            samples = load(file, info.sample_rate).samples
         except DecodeError as error:
             raise UserError(f"{file}: no sound could be decoded ({error})") from error
         count = max(1, round(len(samples) / info.sample_rate / _TAG_WINDOW_SECONDS))

@@ -1,84 +1,163 @@
 """Packing on a Ray cluster: one shard a task."""
 
+import os
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cluster.embedded import ray_cluster
 from erann_dist.errors import UserError
-from erann_dist.manifest import REPORT, load_manifest
+from erann_dist.folder import Folder, LocalFolder
+from erann_dist.manifest import REPORT, SHARDS, read_manifest, read_table
 from jobs.progress import bar, console
 from shards import build
-from shards.build import ShardResult, ShardTask
+from shards.build import Plan, Progress, ShardTask
+from shards.clip import Packing
 from shards.sources.rows import Source
 
+_REFRESH_SECONDS = 0.5
 
-def pack(source: Source, out: Path, clips_per_shard: int, address: str | None = None) -> dict[str, Any]:
-    """Pack a source into the folder `out`, or go on with that. Returns what is in it now.
 
-    Raises UserError when the folder holds something else.
+def pack(source: Source, folder: Folder, packing: Packing, address: str | None = None) -> dict[str, Any]:
+    """Pack a source into the folder, or go on with that. Returns what is in it now.
+
+    Raises UserError when the folder holds something else or can't be written.
     """
-    digest = build.source_hash(source, clips_per_shard)
-    if not build.start(out, digest):
-        console.print(f"{out}: these rows are packed already")
-        return summary(out)
-    tasks = build.plan(source, out.absolute(), clips_per_shard)  # the cluster's workers start in folders of their own
-    results = {task.shard: result for task in tasks if (result := build.finished_result(task))}
-    if results:
-        console.print(f"{out}: going on, {len(results)} of {len(tasks)} shards are there")
-    todo = [task for task in tasks if task.shard not in results]
-    if todo:
-        with ray_cluster(address), bar(f"pack {source.name}", len(source.rows)) as progress:
-            began, packed_before = time.monotonic(), sum(_rows(r) for r in results.values())
-            for task, result in _build_all(todo):
-                build.keep_result(task, result)
-                results[task.shard] = result
-                done = sum(_rows(r) for r in results.values())
-                rate = (done - packed_before) / (time.monotonic() - began)
-                bad = sum(len(r.report) for r in results.values())
-                progress.update(done, f"{rate:.0f} clips/s  {bad} not packed")
-    build.finish(out, source, [results[task.shard] for task in tasks], digest)
-    return summary(out)
+    for note in source.notes:
+        console.print(note, markup=False)
+    plan = Plan(source, packing, folder)
+    if build.start(plan):
+        there = build.finished(plan)
+        if there:
+            console.print(f"{folder}: going on, {len(there)} of {plan.num_shards} shards are there")
+        if len(there) < plan.num_shards:
+            with ray_cluster(address):
+                _build_missing(plan, there)
+        build.finish(plan)
+    else:
+        console.print(f"{folder}: these rows are packed already")
+    return summary(folder)
 
 
-def summary(out: Path) -> dict[str, Any]:
+def require_coverage(packed: dict[str, Any], max_missing: float) -> None:
+    """Raise UserError when a larger share of the listed clips than max_missing is not in the set."""
+    if packed["missing_share"] > max_missing:
+        raise UserError(
+            f"{packed['shards']}: {packed['missing_share']:.1%} of the listed clips are not in it, more than "
+            f"--max-missing {max_missing:g}; the set is finished and can be used, {REPORT} says why each is not"
+        )
+
+
+def summary(folder: Folder) -> dict[str, Any]:
     """What a finished shard set holds."""
-    import pyarrow.parquet as pq
-
-    manifest = load_manifest(out)
-    report = pq.read_table(out / REPORT).to_pylist()
+    info, clips = read_manifest(folder, ["samples"])
+    samples = clips["samples"]
+    tars = read_table(folder, SHARDS)
+    reasons = Counter(read_table(folder, REPORT)["reason"].to_pylist())
+    absent = reasons.total() - reasons["duplicate"]  # a duplicate is not one more clip
     return {
-        "shards": str(out),
-        "tars": len(manifest.shard_paths),
-        "clips": len(manifest),
-        "hours": round(float(manifest.samples.sum()) / manifest.info.sample_rate / 3600, 3),
-        "bytes": sum(path.stat().st_size for path in manifest.shard_paths),
-        "not_packed": dict(Counter(row["reason"] for row in report)),
-        "content_hash": manifest.info.content_hash,
+        "shards": str(folder),
+        "tars": len(tars),
+        "clips": len(samples),
+        "hours": round(pc.sum(samples).as_py() / info.sample_rate / 3600, 3),
+        "bytes": pc.sum(tars["size"]).as_py(),
+        "not_packed": dict(sorted(reasons.items())),
+        "missing_share": round(absent / (len(samples) + absent), 6),
+        "content_hash": info.content_hash,
     }
 
 
-def _rows(result: ShardResult) -> int:
-    return len(result.clips) + len(result.report)
+def _build_missing(plan: Plan, there: set[int]) -> None:
+    """Build the shards that are not there, and show how it goes."""
+    before = _total(build.progress_of(build.kept(plan.folder, shard)) for shard in there)
+    began = time.monotonic()
+    with bar(f"pack {plan.source.name}", len(plan.source.rows)) as progress:
+
+        def show(now: Progress) -> None:
+            seconds = time.monotonic() - began
+            speed = f"{now.rows / seconds:.0f} clips/s  {now.bytes / seconds / 1e6:.1f} MB/s"
+            progress.update(before.rows + now.rows, f"{speed}  {before.rejected + now.rejected} not packed")
+
+        tasks = (plan.task(shard) for shard in range(plan.num_shards) if shard not in there)
+        for _ in build_all(tasks, show, keep=True):
+            pass
 
 
-def _build_all(tasks: list[ShardTask]) -> Any:
-    """Each task with its result, as they get done; no more are under way than the cluster can work on at once."""
+def build_all(
+    tasks: Iterator[ShardTask], show: Callable[[Progress], None], *, keep: bool
+) -> Iterator[tuple[ShardTask, pa.Table | None]]:
+    """Build shards on the cluster, one a task: each one that is done, with its outcomes if it was not what was wanted.
+
+    No more tasks are under way than the cluster works on at once. With `keep` each result is noted in the folder.
+    Raises UserError when one fails.
+    """
     import ray
 
-    remote = ray.remote(num_cpus=1)(build.build_shard)
-    waiting = list(reversed(tasks))
+    tally = ray.remote(num_cpus=0)(_Tally).remote()
+    remote = ray.remote(num_cpus=1)(_build)
     running: dict[Any, ShardTask] = {}
     slots = int(ray.cluster_resources().get("CPU", 1)) + 1
-    while waiting or running:
-        while waiting and len(running) < slots:
-            task = waiting.pop()
-            running[remote.remote(task)] = task
-        (ready,), _ = ray.wait(list(running), num_returns=1)
-        task = running.pop(ready)
-        try:
-            yield task, ray.get(ready)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", error)
-            raise UserError(f"{task.path}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
+    task = next(tasks, None)
+    while task is not None or running:
+        while task is not None and len(running) < slots:
+            absolute = replace(task, folder=_absolute(task.folder))
+            running[remote.remote(absolute, keep, tally)] = task
+            task = next(tasks, None)
+        ready, _ = ray.wait(list(running), num_returns=1, timeout=_REFRESH_SECONDS)
+        for reference in ready:
+            done = running.pop(reference)
+            try:
+                yield done, ray.get(reference)
+            except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", error)
+                if isinstance(cause, UserError | OSError):
+                    raise cause from error
+                raise UserError(f"{done.name}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
+        show(_total(ray.get(tally.all.remote()).values()))
+
+
+def _absolute(folder: Folder) -> Folder:
+    """The cluster's workers start in folders of their own."""
+    return LocalFolder(os.path.abspath(folder.url)) if isinstance(folder, LocalFolder) else folder
+
+
+def _build(task: ShardTask, keep: bool, tally: Any) -> pa.Table | None:
+    """What a worker does. It notes the result in the folder itself, so that nothing is lost with the driver."""
+    shown = 0.0
+
+    def show(progress: Progress) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= _REFRESH_SECONDS or progress.rows == len(task.rows):
+            shown = time.monotonic()
+            tally.note.remote(task.shard, progress)
+
+    try:
+        result = build.build_shard(task, show)
+    except build.Differs as difference:
+        return difference.args[0]
+    if keep:
+        build.keep(task.folder, result)
+    return None
+
+
+class _Tally:
+    """An actor that knows how far each shard is; a task that Ray starts again overwrites what it said before."""
+
+    def __init__(self) -> None:
+        self._shards: dict[int, Progress] = {}
+
+    def note(self, shard: int, progress: Progress) -> None:
+        self._shards[shard] = progress
+
+    def all(self) -> dict[int, Progress]:
+        return self._shards
+
+
+def _total(parts: Iterable[Progress]) -> Progress:
+    parts = list(parts)
+    return Progress(sum(p.rows for p in parts), sum(p.bytes for p in parts), sum(p.rejected for p in parts))

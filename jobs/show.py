@@ -31,10 +31,17 @@ def facts_page(result: dict[str, Any]) -> None:
 
 def packed_page(result: dict[str, Any]) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in result["not_packed"].items())
+    if result["missing_share"]:
+        reasons += f" ({result['missing_share']:.1%} of the listed clips)"
     console.print(
         f"{result['shards']}: {result['clips']} clips, {result['hours']:.2f} h, in {result['tars']} tars of "
         f"{result['bytes'] / 1e6:.1f} MB together; not packed: {reasons or 'none'}"
     )
+
+
+def repaired_page(result: dict[str, Any]) -> None:
+    names = ", ".join(result["rebuilt"])
+    console.print(f"{result['shards']}: " + (f"rebuilt {names}" if names else "nothing to repair"))
 
 
 def tags_page(result: dict[str, list[dict[str, Any]]]) -> None:

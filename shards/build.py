@@ -6,224 +6,292 @@ packing goes on where it was, and a folder with a manifest is a finished set.
 
 import hashlib
 import importlib.metadata
+import io
 import json
-import shutil
+import os
 import tarfile
 import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import webdataset
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from erann_dist.audio import RESAMPLER, DecodeError, decode, encode_flac, resample, to_pcm16
+from erann_dist.audio import RESAMPLER
 from erann_dist.errors import UserError
-from erann_dist.features import SAMPLE_RATE
+from erann_dist.folder import Folder
 from erann_dist.keyed import SHARD_DEAL, keyed_hash, permute
 from erann_dist.manifest import (
+    CLIP_SCHEMA,
     MANIFEST,
     REPORT_SCHEMA,
     SHARD_SCHEMA,
     SetInfo,
-    clip_table,
     content_hash,
-    load_manifest,
+    read_info,
     write_shard_set_tables,
 )
-from erann_dist.storage import write_text
+from shards.clip import Packing, Rejected
+from shards.decoder import ClipDecoder
 from shards.sources.rows import Source, SourceRow
 
-CLIPS_PER_SHARD = 2500
 _DEAL_SEED = 0
-_WHOLE_RECORDING_SECONDS = 1.0  # a file that is longer than its segment by more is the whole recording
+_STATE = ".pack/"
+_PLACE_COLUMNS = ["path", "offset", "size"]  # where the files are now, which may change without changing the set
+# What became of a row: a clip, or with a reason a row of the report.
+_OUTCOME_SCHEMA = pa.schema([*CLIP_SCHEMA, REPORT_SCHEMA.field("reason"), REPORT_SCHEMA.field("detail")])
+_REQUESTS = 16  # small files of the state that are read or deleted at once
 
 
 @dataclass(frozen=True)
 class ShardTask:
     """All that building one shard needs."""
 
+    folder: Folder
+    name: str  # of the tar
     shard: int
-    path: Path  # of the tar
-    rows: list[SourceRow]
+    rows: pa.Table  # ROW_SCHEMA
     label_ids: list[str]
+    packing: Packing
+    sha256: str | None = None  # that the tar must have
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is done of a shard."""
+
+    rows: int = 0
+    bytes: int = 0
+    rejected: int = 0
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What came of it: manifest rows, report rows, and the tar's row in shards.parquet."""
+    """What came of a shard: a row for each of its rows (_OUTCOME_SCHEMA), and the tar's row in shards.parquet."""
 
-    clips: list[dict[str, Any]]
-    report: list[dict[str, Any]]
+    outcomes: pa.Table
     shard: dict[str, Any]
 
 
-class Rejected(Exception):
-    """A row that can't be packed. Arguments: the reason in one word, the detail."""
+class Differs(Exception):
+    """A shard that was not written, for its bytes were not those that were wanted. Argument: its outcomes."""
 
 
-def plan(source: Source, folder: Path, clips_per_shard: int = CLIPS_PER_SHARD) -> list[ShardTask]:
-    """Deal the rows to shards by a seeded shuffle, before anything is decoded: any shard is a fair sample."""
-    count = len(source.rows)
-    order = permute(np.arange(count), count, keyed_hash(_DEAL_SEED, SHARD_DEAL))
-    return [
-        ShardTask(
-            shard=shard,
-            path=folder / f"{source.name}-{shard:06d}.tar",
-            rows=[source.rows[i] for i in order[start : start + clips_per_shard]],
-            label_ids=source.label_ids,
-        )
-        for shard, start in enumerate(range(0, count, clips_per_shard))
-    ]
+@dataclass(frozen=True)
+class Plan:
+    """Which rows go into which shard. They are dealt before anything is decoded: any shard can be built alone."""
+
+    source: Source
+    packing: Packing
+    folder: Folder
+
+    @property
+    def num_shards(self) -> int:
+        return -(-len(self.source.rows) // self.packing.clips_per_shard)
+
+    @cached_property
+    def digest(self) -> str:
+        """What decides the set's content, apart from the files' bytes and the versions."""
+        facts = [self.source.name, self.source.task, self.source.label_ids, asdict(self.packing)]
+        rows = content_hash(self.source.rows.drop_columns(_PLACE_COLUMNS))
+        return hashlib.sha256(json.dumps([*facts, rows]).encode()).hexdigest()
+
+    @cached_property
+    def _order(self) -> npt.NDArray[np.int64]:
+        """Shuffled by a fixed key, so that any shard is a fair sample; or as in the source."""
+        count = len(self.source.rows)
+        if self.packing.order == "source":
+            return np.arange(count)
+        return permute(np.arange(count), count, keyed_hash(_DEAL_SEED, SHARD_DEAL))
+
+    def task(self, shard: int) -> ShardTask:
+        begin = shard * self.packing.clips_per_shard
+        rows = self.source.rows.take(pa.array(self._order[begin : begin + self.packing.clips_per_shard]))
+        name = f"{self.source.name}-{shard:06d}.tar"
+        return ShardTask(self.folder, name, shard, rows.combine_chunks(), self.source.label_ids, self.packing)
 
 
-def build_shard(task: ShardTask) -> ShardResult:
-    """Decode, encode and write one shard. It appears under its name when it is whole. Same rows: same bytes."""
-    part = task.path.with_suffix(".tar.part")
-    clips, report = [], []
-    with webdataset.TarWriter(str(part), mtime=0) as tar:
-        for row in task.rows:
-            try:
-                pcm, peak = load_clip(row)
-            except Rejected as rejection:
-                reason, detail = rejection.args
-                place = {"split": row.split, "fold": row.fold}
-                report.append({"key": row.key, "source": row.source, "reason": reason, "detail": detail, **place})
-                continue
-            flac = encode_flac(pcm)
-            description = {
-                "key": row.key,
-                "labels": [task.label_ids[i] for i in row.labels],
-                "source": row.source,
-                "samples": len(pcm),
-                "sample_rate": SAMPLE_RATE,
-            }
-            tar.write({"__key__": row.key, "flac": flac, "json": json.dumps(description).encode()})
-            clips.append(
-                {
+def build_shard(task: ShardTask, on_progress: Callable[[Progress], None] = lambda progress: None) -> ShardResult:
+    """Decode, encode and write one shard. It appears under its name when it is whole. Same rows: same bytes.
+
+    Memory does not grow with the shard, nor with a clip's length. Raises Differs; UserError when the folder can't be
+    written.
+    """
+    outcomes: list[dict[str, Any]] = []
+    progress = Progress()
+    with task.folder.writing(task.name) as file:
+        with tarfile.open(fileobj=file, mode="w") as tar, ClipDecoder(task.packing) as decoder:
+            for row in (SourceRow(**fields) for fields in task.rows.to_pylist()):
+                fields = {
                     "key": row.key,
-                    "labels": list(row.labels),
+                    "labels": row.labels,
+                    "source": row.source,
                     "split": row.split,
                     "fold": row.fold,
-                    "shard": task.shard,
-                    "size": len(flac),
-                    "samples": len(pcm),
-                    "peak": peak,
-                    "crc32": zlib.crc32(flac),
-                    "source": row.source,
                 }
-            )
-    with tarfile.open(part) as tar:
-        offsets = {member.name: member.offset_data for member in tar}
-    for clip in clips:
-        clip["offset"] = offsets[f"{clip['key']}.flac"]
-    with part.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    shard = {
-        "shard": task.shard,
-        "name": task.path.name,
-        "size": part.stat().st_size,
-        "clips": len(clips),
-        "sha256": digest,
-    }
-    part.replace(task.path)
-    return ShardResult(clips, report, shard)
+                try:
+                    packed = decoder.pack(row)
+                except Rejected as rejection:
+                    reason, detail = rejection.args
+                    outcomes.append(fields | {"reason": reason, "detail": detail})
+                    progress = Progress(progress.rows + 1, progress.bytes, progress.rejected + 1)
+                    on_progress(progress)
+                    continue
+                size = decoder.file.seek(0, os.SEEK_END)
+                description = {
+                    "key": row.key,
+                    "labels": [task.label_ids[i] for i in row.labels],
+                    "split": row.split,
+                    "fold": row.fold,
+                    "source": row.source,
+                    "samples": packed.samples,
+                    "sample_rate": task.packing.sample_rate,
+                }
+                _add(tar, f"{row.key}.{task.packing.codec}", decoder.file, size)
+                text = json.dumps(description).encode()
+                _add(tar, f"{row.key}.json", io.BytesIO(text), len(text))
+                outcomes.append(
+                    fields | asdict(packed) | {"shard": task.shard, "size": size, "crc32": crc32(decoder.file)}
+                )
+                progress = Progress(progress.rows + 1, progress.bytes + size, progress.rejected)
+                on_progress(progress)
+        shard = {"shard": task.shard, "name": task.name, "size": file.seek(0, os.SEEK_END), "sha256": sha256(file)}
+        offsets = _clip_offsets(file, task.packing.codec)
+        for outcome in outcomes:
+            outcome["offset"] = offsets.get(outcome["key"]) if "size" in outcome else None
+        table = pa.Table.from_pylist(outcomes, _OUTCOME_SCHEMA)
+        if task.sha256 not in (None, shard["sha256"]):
+            raise Differs(table)
+    return ShardResult(table, shard | {"clips": len(offsets)})
 
 
-def load_clip(row: SourceRow) -> tuple[npt.NDArray[np.int16], float]:
-    """The row's sound as 16-bit mono at 44.1 kHz, and its peak before clipping. Raises Rejected.
-
-    A file that is longer than the row's segment by more than a second is taken for the whole recording, of which the
-    segment is cut out; else for the segment itself, of which no more than the segment's length is kept. Nothing is
-    padded.
-    """
-    if row.path is None:
-        raise Rejected("missing", "no file of that name")
-    try:
-        sound = decode(row.path)
-    except DecodeError as error:
-        raise Rejected("undecodable", str(error)) from error
-    samples = resample(sound)
-    if row.segment:
-        start, end = row.segment
-        whole = sound.seconds > end - start + _WHOLE_RECORDING_SECONDS
-        first = round(start * SAMPLE_RATE) if whole else 0
-        samples = samples[first : first + round((end - start) * SAMPLE_RATE)]
-    if not len(samples):
-        raise Rejected("empty", f"{sound.seconds:.2f} s of sound, none of it in the segment")
-    if not np.isfinite(samples).all():
-        raise Rejected("undecodable", "not finite")
-    return to_pcm16(samples), float(np.abs(samples).max())
+def _clip_offsets(file: BinaryIO, codec: str) -> dict[str, int]:
+    """Where each key's clip begins in a tar."""
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        return {m.name.removesuffix(f".{codec}"): m.offset_data for m in tar if m.name.endswith(f".{codec}")}
 
 
-def source_hash(source: Source, clips_per_shard: int) -> str:
-    """What decides the set's content, apart from the files' bytes and the versions."""
-    digest = hashlib.sha256(json.dumps([source.name, source.label_ids, SAMPLE_RATE, clips_per_shard]).encode())
-    for row in source.rows:
-        found = row.path is not None
-        digest.update(json.dumps([row.key, row.labels, row.source, found, row.split, row.fold, row.segment]).encode())
-    return digest.hexdigest()
+def _add(tar: tarfile.TarFile, name: str, file: BinaryIO, size: int) -> None:
+    """A member with no owner and no time, so that the same clips make the same bytes."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    file.seek(0)
+    tar.addfile(member, file)
 
 
-def start(folder: Path, digest: str) -> bool:
-    """Make the folder ready for packing what `digest` stands for; False when that is already there, finished.
+def crc32(file: BinaryIO) -> int:
+    """Of a whole file."""
+    file.seek(0)
+    crc = 0
+    while data := file.read(1 << 20):
+        crc = zlib.crc32(data, crc)
+    return crc
+
+
+def sha256(file: BinaryIO) -> str:
+    """Of a whole file."""
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+
+
+def start(plan: Plan) -> bool:
+    """Make the folder ready for what is planned; False when that is already there, finished.
 
     Raises UserError when the folder holds another set, finished or not, or anything else.
     """
-    if (folder / MANIFEST).exists():
-        if load_manifest(folder).info.source_hash == digest:
-            return False
-        raise UserError(f"{folder}: holds another shard set; choose another --out or remove it")
-    plan_file = folder / ".pack" / "plan"
-    if plan_file.exists():
-        if plan_file.read_text() != digest:
+    folder = plan.folder
+    if folder.exists(MANIFEST):
+        if read_info(folder).source_hash != plan.digest:
+            raise UserError(
+                f"{folder}: holds another shard set (other rows, other files found, or other options); "
+                "choose another --out or remove it"
+            )
+        _remove_state(folder)
+        return False
+    if folder.exists(f"{_STATE}plan"):
+        if folder.read(f"{_STATE}plan").decode() != plan.digest:
             raise UserError(f"{folder}: holds another shard set, not finished; choose another --out or remove it")
-        return True
-    if folder.exists() and (not folder.is_dir() or any(path.name != ".pack" for path in folder.iterdir())):
+        folder.discard_unfinished()
+    elif folder.sizes():
         raise UserError(f"{folder}: is there and is no shard set; choose another --out")
-    plan_file.parent.mkdir(parents=True, exist_ok=True)
-    write_text(plan_file, digest)
+    else:
+        folder.write(f"{_STATE}plan", plan.digest.encode())
     return True
 
 
-def finished_result(task: ShardTask) -> ShardResult | None:
-    """The result of a shard that an interrupted packing left finished."""
-    file = _result_file(task)
-    return ShardResult(**json.loads(file.read_text())) if file.exists() else None
+def finished(plan: Plan) -> set[int]:
+    """The shards that an interrupted packing left finished."""
+    return {int(name.removeprefix(_STATE)[:6]) for name in plan.folder.sizes(_STATE) if name.endswith(".parquet")}
 
 
-def keep_result(task: ShardTask, result: ShardResult) -> None:
+def keep(folder: Folder, result: ShardResult) -> None:
     """Note a finished shard."""
-    write_text(_result_file(task), json.dumps(asdict(result)))
+    buffer = io.BytesIO()
+    pq.write_table(result.outcomes.replace_schema_metadata({"shard": json.dumps(result.shard)}), buffer)
+    folder.write(_state_file(result.shard["shard"]), buffer.getvalue())
 
 
-def _result_file(task: ShardTask) -> Path:
-    return task.path.parent / ".pack" / f"{task.shard:06d}.json"
+def kept(folder: Folder, shard: int) -> ShardResult:
+    """What `keep` noted."""
+    table = pq.read_table(io.BytesIO(folder.read(_state_file(shard))))
+    return ShardResult(table.cast(_OUTCOME_SCHEMA), json.loads(table.schema.metadata[b"shard"]))
 
 
-def finish(folder: Path, source: Source, results: list[ShardResult], digest: str) -> SetInfo:
+def progress_of(result: ShardResult) -> Progress:
+    """What a finished shard adds up to."""
+    sizes = result.outcomes["size"]
+    return Progress(len(sizes), pc.sum(sizes).as_py() or 0, sizes.null_count)
+
+
+def _state_file(shard: int) -> str:
+    return f"{_STATE}{shard:06d}.parquet"
+
+
+def finish(plan: Plan) -> SetInfo:
     """Write the tables: the folder is a shard set. Raises UserError, and clears the folder, when no clip got in."""
-    clips = clip_table([row for result in results for row in result.clips])
-    report = [row for result in results for row in result.report]
+    source, folder = plan.source, plan.folder
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        results = list(pool.map(lambda shard: kept(folder, shard), range(plan.num_shards)))
+    outcomes = pa.concat_tables(result.outcomes for result in results)
+    packed = pc.is_null(outcomes["reason"])
+    clips = outcomes.filter(packed).select(CLIP_SCHEMA.names).replace_schema_metadata()
+    report = outcomes.filter(pc.invert(packed)).select(REPORT_SCHEMA.names).replace_schema_metadata()
     if not len(clips):
-        shutil.rmtree(folder)
-        reasons = sorted({f"{row['reason']} ({row['detail']})" for row in report})
+        for name in folder.sizes():
+            folder.delete(name)
+        reasons = sorted({f"{row['reason']} ({row['detail']})" for row in report.slice(0, 1000).to_pylist()})
         raise UserError(f"none of the {len(report)} rows could be packed: {'; '.join(reasons[:3])}")
     info = SetInfo(
         name=source.name,
         task=source.task,
         label_ids=source.label_ids,
         label_names=source.label_names,
-        sample_rate=SAMPLE_RATE,
-        codec="flac",
+        sample_rate=plan.packing.sample_rate,
+        codec=plan.packing.codec,
         resampler=RESAMPLER,
-        versions={name: importlib.metadata.version(name) for name in ("av", "soxr", "soundfile", "webdataset")},
-        source_hash=digest,
+        versions=versions(),
+        packing=asdict(plan.packing),
+        source_hash=plan.digest,
         content_hash=content_hash(clips),
     )
     shards = pa.Table.from_pylist([result.shard for result in results], SHARD_SCHEMA)
-    write_shard_set_tables(folder, info, clips, shards, pa.Table.from_pylist(report, REPORT_SCHEMA))
-    shutil.rmtree(folder / ".pack")
+    write_shard_set_tables(folder, info, clips, shards, report)
+    _remove_state(folder)
     return info
+
+
+def versions() -> dict[str, str]:
+    """Of what decides a packed clip's bytes."""
+    return {name: importlib.metadata.version(name) for name in ("av", "soundfile", "soxr")}
+
+
+def _remove_state(folder: Folder) -> None:
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        list(pool.map(folder.delete, folder.sizes(_STATE)))

@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 # Before anything imports Ray or torch: quiet, private, and independent of the machine's number of cores.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from erann_dist.folder import LocalFolder
 from erann_dist.recipe import Recipe
 from shards import build
+from shards.clip import Packing
 from shards.sources.audioset import read_audioset
 from shards.sources.rows import Source
 
@@ -30,12 +33,13 @@ def real_data() -> Path:
     return SHARED
 
 
-def pack_here(source: Source, folder: Path, clips_per_shard: int = 8) -> Path:
-    """Pack a source in this process, without Ray."""
-    digest = build.source_hash(source, clips_per_shard)
-    assert build.start(folder, digest)
-    tasks = build.plan(source, folder, clips_per_shard)
-    build.finish(folder, source, [build.build_shard(task) for task in tasks], digest)
+def pack_here(source: Source, folder: Path, **options: Any) -> Path:
+    """Pack a source in this process, without Ray; eight clips a shard."""
+    plan = build.Plan(source, Packing(**{"clips_per_shard": 8} | options), LocalFolder(str(folder)))
+    assert build.start(plan)
+    for shard in range(plan.num_shards):
+        build.keep(plan.folder, build.build_shard(plan.task(shard)))
+    build.finish(plan)
     return folder
 
 

@@ -1,60 +1,59 @@
 """AudioSet's own segment lists, and clip files under the usual names."""
 
-import csv
-import gzip
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
 
-from erann_dist.errors import UsageError, UserError
-from shards.sources.rows import Source, SourceRow, find_audio, safe_key
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from erann_dist.errors import UserError
+from shards.sources.csvfile import read_lines
+from shards.sources.files import find_audio, locate
+from shards.sources.rows import ROW_SCHEMA, Source, safe_key
 
 # AudioSet's class_labels_indices.csv, 527 classes, by Google, CC BY 4.0.
 CLASSES = Path(__file__).parent / "audioset_classes.csv"
+_SEGMENT_SCHEMA = pa.schema(
+    [("key", pa.string()), ("ytid", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("mids", pa.string())]
+)
+_CHUNK = 65_536  # lines at a time that are Python objects
 
 
 def read_audioset(segments: Path, audio: Path, classes: Path = CLASSES) -> Source:
-    """The rows of one segment list. Raises UserError with file and line for what is not AudioSet's format."""
+    """The rows of one segment list. Raises UserError with file and line for what is not AudioSet's format.
+
+    Reported are segments without a file, those with a label that is not in the class list, and as duplicates a segment
+    that is listed again and a file of the same name as the one that is taken.
+    """
     label_ids, label_names = read_classes(classes)
-    index = {mid: i for i, mid in enumerate(label_ids)}
+    listed = _read_segments(segments)
     files = find_audio(audio)
-    split = segments.name.split(".")[0].removesuffix("_segments")
-    rows: dict[str, SourceRow] = {}
-    for line, fields in _lines(segments):
-        where = f"{segments}:{line}"
-        try:
-            ytid, start_text, end_text, mids = fields
-            start, end = float(start_text), float(end_text)
-        except ValueError as error:
-            raise UserError(f'{where}: not a segment; wanted: YTID, start, end, "MID,MID"') from error
-        if not ytid or not 0 <= start < end < math.inf:
-            raise UserError(f"{where}: no segment of a video (YTID {ytid!r}, from {start:g} to {end:g} s)")
-        unknown = [mid for mid in mids.split(",") if mid not in index]
-        if unknown:
-            raise UserError(f"{where}: unknown MID {unknown[0]!r}; it is not in {classes}")
-        key = f"{safe_key(ytid)}_{round(start * 1000)}"
-        if key in rows:
-            raise UserError(f"{where}: the segment {ytid} at {start:g} s is listed twice")
-        found = next((files[name][0] for name in _file_names(ytid, start, end) if name in files), None)
-        rows[key] = SourceRow(
-            key=key,
-            labels=tuple(sorted({index[mid] for mid in mids.split(",")})),
-            path=(audio / found).resolve() if found else None,
-            source=found or ytid,
-            split=split,
-            segment=(start, end),
-        )
-    if not rows:
-        raise UserError(f"{segments}: lists no segment")
-    return Source("audioset", "tagging", label_ids, label_names, list(rows.values()))
+    labels, unknown = _label_indices(listed["mids"], label_ids)
+    mislabelled = pc.is_valid(unknown)
+    count = len(listed)
+    columns = {
+        "key": listed["key"],
+        "labels": labels,
+        "source": listed["ytid"],
+        "split": pa.repeat(pa.scalar(segments.name.split(".")[0].removesuffix("_segments")), count),
+        "start": listed["start"],
+        "end": listed["end"],
+        "reason": pc.if_else(mislabelled, "wrong label", None),
+        "detail": pc.binary_join_element_wise(unknown, classes.name, " is not in "),
+    }
+    nulls = {field.name: pa.nulls(count, field.type) for field in ROW_SCHEMA if field.name not in columns}
+    rows = pa.table({**columns, **nulls}).select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
+    rows = locate(rows, _find(listed, files.table["stem"]), files)
+    return Source("audioset", "tagging", label_ids, label_names, rows, files.warnings)
 
 
 def read_classes(path: Path) -> tuple[list[str], list[str]]:
     """MIDs and display names in index order. Raises UserError with file and line."""
     ids: list[str] = []
     names: list[str] = []
-    for line, fields in _lines(path):
+    for line, fields in read_lines(path):
         if line == 1:
             continue
         if len(fields) != 3 or fields[0] != str(len(ids)):
@@ -66,32 +65,81 @@ def read_classes(path: Path) -> tuple[list[str], list[str]]:
     return ids, names
 
 
-def _file_names(ytid: str, start: float, end: float) -> Iterator[str]:
-    """The stems under which people keep a clip, the most specific first."""
-    yield f"{ytid}_{round(start * 1000)}_{round(end * 1000)}"
-    for a, b in ((f"{start:.3f}", f"{end:.3f}"), (f"{start:g}", f"{end:g}"), (f"{start:.1f}", f"{end:.1f}")):
-        yield f"{ytid}_{a}_{b}"
-        yield f"{ytid}_{a}"
-    yield f"Y{ytid}"
+def _read_segments(path: Path) -> pa.Table:
+    """The list in columns, _SEGMENT_SCHEMA. Raises UserError with file and line."""
+    tables: list[pa.Table] = []
+    chunk: list[tuple[str, str, float, float, str]] = []
+
+    def flush() -> None:
+        columns = list(zip(*chunk, strict=True)) or [()] * len(_SEGMENT_SCHEMA)
+        tables.append(
+            pa.table(
+                [pa.array(c, f.type) for c, f in zip(columns, _SEGMENT_SCHEMA, strict=True)], schema=_SEGMENT_SCHEMA
+            )
+        )
+        chunk.clear()
+
+    for line, fields in read_lines(path):
+        try:
+            ytid, start_text, end_text, mids = fields
+            start, end = float(start_text), float(end_text)
+        except ValueError as error:
+            raise UserError(f'{path}:{line}: not a segment; wanted: YTID, start, end, "MID,MID"') from error
+        if not ytid or not 0 <= start < end < math.inf:
+            raise UserError(f"{path}:{line}: no segment of a video (YTID {ytid!r}, from {start:g} to {end:g} s)")
+        chunk.append((f"{safe_key(ytid)}_{round(start * 1000)}", ytid, start, end, mids))
+        if len(chunk) == _CHUNK:
+            flush()
+    flush()
+    table = pa.concat_tables(tables)
+    if not len(table):
+        raise UserError(f"{path}: lists no segment")
+    return table.combine_chunks()
+
+
+def _label_indices(mids: pa.ChunkedArray, label_ids: list[str]) -> tuple[pa.ListArray, pa.Array]:
+    """The class indices of each "MID,MID", ascending and once each; and its first MID that is no class, or null."""
+    lists = pc.split_pattern(mids.combine_chunks(), ",")
+    counts = pc.list_value_length(lists).to_numpy()
+    names = pc.utf8_trim_whitespace(lists.flatten())
+    indices = pc.index_in(names, value_set=pa.array(label_ids))
+    row = np.repeat(np.arange(len(lists)), counts)
+    unknown = pc.is_null(indices).to_numpy(zero_copy_only=False)
+    rows_unknown, first = np.unique(row[unknown], return_index=True)
+    bad = np.full(len(lists), -1)
+    bad[rows_unknown] = np.flatnonzero(unknown)[first]
+    known = np.unique(row[~unknown] * len(label_ids) + indices.drop_null().to_numpy())
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(known // len(label_ids), minlength=len(lists)))])
+    labels = pa.ListArray.from_arrays(offsets.astype(np.int32), (known % len(label_ids)).astype(np.int16))
+    return labels, names.take(pa.array(bad, mask=bad < 0))
+
+
+def _find(listed: pa.Table, stems: pa.ChunkedArray) -> pa.Array:
+    """Where the file of each segment is in the list of files, or null."""
+    place = pa.nulls(len(listed), pa.int32())
+    stems = stems.combine_chunks()
+    for names in _file_names(listed):
+        place = pc.coalesce(place, pc.index_in(names.cast(pa.binary()), value_set=stems))
+    return place
+
+
+def _file_names(listed: pa.Table) -> Iterator[pa.Array]:
+    """The stems under which people keep the clips, the most specific first."""
+    ytid = listed["ytid"].combine_chunks()
+
+    def text(column: str, form: Callable[[float], str]) -> pa.Array:
+        values, inverse = np.unique(listed[column].to_numpy(), return_inverse=True)
+        return pa.array([form(value) for value in values]).take(pa.array(inverse))
+
+    def joined(*parts: pa.Array) -> pa.Array:
+        return pc.binary_join_element_wise(*parts, "_")
+
+    def milliseconds(seconds: float) -> str:
+        return str(round(seconds * 1000))
+
+    yield joined(ytid, text("start", milliseconds), text("end", milliseconds))
+    for form in ("{:.3f}".format, "{:g}".format, "{:.1f}".format):
+        yield joined(ytid, text("start", form), text("end", form))
+        yield joined(ytid, text("start", form))
+    yield pc.binary_join_element_wise("Y", ytid, "")
     yield ytid
-
-
-def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The lines of a CSV, gzipped or not, with their numbers; comments and empty lines are passed over."""
-    try:
-        with _open(path) as file:
-            for number, text in enumerate(file, start=1):
-                if text.strip() and not text.startswith("#"):
-                    yield number, next(csv.reader([text.strip()], skipinitialspace=True, strict=True))
-    except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file") from error
-    except csv.Error as error:
-        raise UserError(f"{path}:{number}: {error}") from error
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise UserError(f"{path}: not a text file ({error})") from error
-
-
-def _open(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")

@@ -1,12 +1,16 @@
 """ESC-50 and its subset ESC-10 (Piczak 2015), with the official folds: a folder with meta/esc50.csv and audio/."""
 
-import csv
 from pathlib import Path
 
-from erann_dist.errors import UsageError, UserError
-from shards.sources.rows import Source, SourceRow, find_audio, safe_key
+import pyarrow as pa
+import pyarrow.compute as pc
 
-_COLUMNS = {"filename", "fold", "target", "category", "esc10"}
+from erann_dist.errors import UsageError, UserError
+from shards.sources.csvfile import read_table
+from shards.sources.files import find_audio, locate
+from shards.sources.rows import Source, SourceRow, rows_table, safe_key
+
+_COLUMNS = ("filename", "fold", "target", "category", "esc10")
 
 
 def read_esc50(root: Path, esc10: bool = False) -> Source:
@@ -17,44 +21,31 @@ def read_esc50(root: Path, esc10: bool = False) -> Source:
     path = root / "meta" / "esc50.csv"
     if not path.is_file():
         raise UsageError(f"{path}: no such file; --root is the folder that holds meta/ and audio/")
-    audio = root / "audio"
-    files = find_audio(audio)
-    lines: dict[str, tuple[int, str, int]] = {}  # by the file's stem: target, category, fold
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            if not set(reader.fieldnames or ()) >= _COLUMNS:
-                raise UserError(f"{path}:1: the columns {', '.join(sorted(_COLUMNS))} are needed")
-            for line in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in line or None in line.values() or line["esc10"] not in ("True", "False"):
-                    raise UserError(f"{where}: not a clip; wanted a value for each column, True or False for esc10")
-                stem = Path(line["filename"]).stem
-                if stem in lines:
-                    raise UserError(f"{where}: {stem} is listed twice")
-                try:
-                    clip = int(line["target"]), line["category"], int(line["fold"])
-                except ValueError as error:
-                    raise UserError(f"{where}: not a clip ({error})") from error
-                if not esc10 or line["esc10"] == "True":
-                    lines[stem] = clip
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a CSV file ({error})") from error
+    lines: list[tuple[str, int, str, int]] = []  # stem, target, category, fold
+    for where, line in read_table(path, _COLUMNS):
+        if line["esc10"] not in ("True", "False"):
+            raise UserError(f"{where}: {line['esc10']!r} under esc10, where True or False is needed")
+        try:
+            clip = Path(line["filename"]).stem, int(line["target"]), line["category"], int(line["fold"])
+        except ValueError as error:
+            raise UserError(f"{where}: not a clip ({error})") from error
+        if not esc10 or line["esc10"] == "True":
+            lines.append(clip)
     if not lines:
         raise UserError(f"{path}: lists no clip")
-    names = dict(sorted({target: category for target, category, _ in lines.values()}.items()))
+    names = dict(sorted({target: category for _, target, category, _ in lines}.items()))
     index = {target: i for i, target in enumerate(names)}
-    rows = []
-    for stem, (target, _, fold) in lines.items():
-        found = files[stem][0] if stem in files else None
-        rows.append(
-            SourceRow(
-                key=safe_key(stem),
-                labels=(index[target],),
-                path=(audio / found).resolve() if found else None,
-                source=found or stem,
-                fold=fold,
-            )
-        )
+    rows = rows_table(
+        SourceRow(safe_key(stem), [index[target]], None, stem, fold=fold) for stem, target, _, fold in lines
+    )
+    files = find_audio(root / "audio")
+    stems = pa.array([stem.encode() for stem, *_ in lines])
+    rows = locate(rows, pc.index_in(stems, value_set=files.table["stem"].combine_chunks()), files)
     ids = list(names.values())
-    return Source("esc10" if esc10 else "esc50", "classification", ids, [i.replace("_", " ") for i in ids], rows)
+    labels = [name.replace("_", " ") for name in ids]
+    return Source("esc10" if esc10 else "esc50", "classification", ids, labels, rows, files.warnings)
+
+
+def recording(key: str) -> str:
+    """The Freesound recording that a clip is from: fold-RECORDING-take-target."""
+    return key.split("-")[1]

@@ -1,60 +1,74 @@
-"""What every source becomes: labelled rows that say where the sound is."""
+"""What every source becomes: labelled rows that say where the sound is. In columns, since AudioSet has two million."""
 
 import os
 import re
-from collections import defaultdict
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
-from erann_dist.audio import SUFFIXES
-from erann_dist.errors import UsageError, UserError
-from erann_dist.manifest import Task
+import pyarrow as pa
+
+if TYPE_CHECKING:  # a decoder process starts in half the time without S3 and Parquet
+    from erann_dist.manifest import Task
+
+ROW_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),  # unique; see safe_key
+        ("labels", pa.list_(pa.int16())),  # label indices, ascending
+        ("path", pa.binary()),  # absolute, of the file to open, in the file system's bytes; null when not found
+        ("offset", pa.int64()),  # of a clip inside its tar, in bytes; or its row in a PANNs pack
+        ("size", pa.int64()),  # of a clip inside its tar, in bytes
+        ("source", pa.string()),  # the file below the audio folder, or what was looked for
+        ("split", pa.string()),
+        ("fold", pa.int8()),
+        ("start", pa.float64()),  # of the segment in the whole recording, seconds; null for all of the file
+        ("end", pa.float64()),
+        ("reason", pa.string()),  # why it can't be packed, when that is known before anything is decoded
+        ("detail", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One clip of a data set, before anything is decoded."""
+    """One clip of a data set, before anything is decoded. The columns are ROW_SCHEMA's."""
 
-    key: str  # unique; see safe_key
-    labels: tuple[int, ...]  # label indices, ascending
-    path: Path | None  # None when the file was not found
-    source: str  # the file below the audio folder, or what was looked for
+    key: str
+    labels: list[int]
+    path: bytes | None
+    source: str
+    offset: int | None = None
+    size: int | None = None
     split: str | None = None
     fold: int | None = None
-    segment: tuple[float, float] | None = None  # start and end in the whole recording, seconds
+    start: float | None = None
+    end: float | None = None
+    reason: str | None = None
+    detail: str | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: its labels in its own order, and its rows."""
+    """A data set: its labels in its own order, and its rows (ROW_SCHEMA)."""
 
     name: str
-    task: Task
+    task: "Task"
     label_ids: list[str]
     label_names: list[str]
-    rows: list[SourceRow]
+    rows: pa.Table
+    notes: list[str]  # for the user: what was odd about the files
 
 
-def safe_key(name: str) -> str:
+def rows_table(rows: Iterable[SourceRow]) -> pa.Table:
+    """The rows as a table."""
+    return pa.Table.from_pylist([asdict(row) for row in rows], ROW_SCHEMA)
+
+
+def safe_key(name: str | bytes) -> str:
     """The name as a key: any byte but A-Z a-z 0-9 _ - becomes %XX, so that no dot or slash confuses a tar's reader."""
-    return re.sub(rb"[^A-Za-z0-9_-]", lambda m: b"%%%02X" % m[0][0], name.encode()).decode()
+    return re.sub(rb"[^A-Za-z0-9_-]", lambda m: b"%%%02X" % m[0][0], os.fsencode(name)).decode()
 
 
-def find_audio(folder: Path) -> dict[str, list[str]]:
-    """The audio files below a folder, however deep: stem -> paths relative to the folder, in a fixed order.
-
-    Raises UsageError when there is no such folder, UserError when it holds no audio file.
-    """
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder of audio")
-    found: dict[str, list[str]] = defaultdict(list)
-    for directory, folders, files in os.walk(folder):
-        folders.sort()
-        relative = Path(directory).relative_to(folder)
-        for file in sorted(files):
-            stem, suffix = os.path.splitext(file)
-            if suffix.lower() in SUFFIXES:
-                found[stem].append(str(relative / file))
-    if not found:
-        raise UserError(f"{folder}: no audio file in it or below it")
-    return found
+def printable(name: bytes) -> str:
+    """A file name as text; bytes that are not UTF-8 are shown as \\xNN."""
+    return name.decode(errors="backslashreplace")

@@ -12,7 +12,7 @@ def test_demo(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     train, evaluation = result["packed"].values()
-    assert train["not_packed"] == {"missing": 1, "undecodable": 1}
+    assert train["not_packed"] == {"missing": 1, "unreadable": 1}
     assert (train["clips"], evaluation["clips"], evaluation["not_packed"]) == (398, 160, {})
     assert result["mAP"] >= 0.80
     assert result["chance_mAP"] < 0.25

@@ -1,5 +1,6 @@
 """Each clip is scored once, at its own length, on any number of workers with the same result."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from erann_dist.loader import load, whole_clips
 from erann_dist.manifest import load_manifest
 from erann_dist.model import ERANN
 from erann_dist.recipe import DataSource
-from shards.sources.rows import Source, SourceRow
+from shards.sources.rows import Source, SourceRow, rows_table
 from tests.conftest import pack_here
 from tests.workers import CPU, run_workers
 
@@ -77,13 +78,11 @@ def test_clips_of_one_length(tone_shards: Path) -> None:
 def test_coverage_counts_the_rows_of_the_folds_asked_for(tmp_path: Path) -> None:
     import soundfile
 
-    soundfile.write(tmp_path / "a.wav", np.zeros(100), 44_100)
-    places = [(1, "a"), (1, None), (2, "a"), (2, None), (2, None)]
-    rows = [
-        SourceRow(str(i), (0,), tmp_path / "a.wav" if name else None, "x", fold=fold)
-        for i, (fold, name) in enumerate(places)
-    ]
-    shards = pack_here(Source("s", "classification", ["a"], ["A"], rows), tmp_path / "shards")
+    soundfile.write(tmp_path / "a.wav", np.zeros(4410), 44_100)
+    places = [(1, None), (1, "missing"), (2, None), (2, "missing"), (2, "silent"), (2, "duplicate")]
+    path = os.fsencode(tmp_path / "a.wav")
+    rows = [SourceRow(str(i), [0], path, "x", fold=fold, reason=reason) for i, (fold, reason) in enumerate(places)]
+    shards = pack_here(Source("s", "classification", ["a"], ["A"], rows_table(rows), []), tmp_path / "shards")
     assert count_reported(DataSource(url=str(shards))) == 3
     assert count_reported(DataSource(url=str(shards), fold=[1])) == 1
     assert count_reported(DataSource(url=str(shards), fold=[2])) == 2

@@ -1,0 +1,105 @@
+"""A folder of files on a local or shared disk or in an S3 bucket: whole files in and out, each there or not at all."""
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Union
+
+from erann_dist.errors import UsageError
+
+if TYPE_CHECKING:  # its libraries take longer to load than the rest together, and many a run needs no S3
+    from erann_dist.s3 import S3Folder
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder on a local or shared disk. Errors of the disk stay OSErrors."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """The files in and below the folder whose relative name starts with prefix: name -> bytes, by name."""
+        paths = (path for path in self._files() if path.suffix != ".part")
+        names = {path.relative_to(self.url).as_posix(): path for path in paths}
+        return {name: path.stat().st_size for name, path in sorted(names.items()) if name.startswith(prefix)}
+
+    def exists(self, name: str) -> bool:
+        return Path(self.url, name).is_file()
+
+    def read(self, name: str) -> bytes:
+        """The whole content. Raises FileNotFoundError."""
+        return Path(self.url, name).read_bytes()
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[BinaryIO]:
+        """The file, open for reading. Raises FileNotFoundError."""
+        with Path(self.url, name).open("rb") as file:
+            yield file
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A new file to write, read and seek in; it gets its name at the end, unless the body raises. Leave it open."""
+        path = Path(self.url, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
+        try:
+            with part.open("x+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # a name that outlives a power cut must not lead to an empty file
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.writing(name) as file:
+            file.write(data)
+
+    def delete(self, name: str) -> None:
+        """No error when there is none. As in S3, no empty folder is left."""
+        path = Path(self.url, name)
+        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            while path != Path(self.url):
+                path = path.parent
+                path.rmdir()
+
+    def discard_unfinished(self) -> None:
+        """Remove what killed processes left. No process may be writing in the folder."""
+        for path in self._files():
+            if path.suffix == ".part":
+                path.unlink(missing_ok=True)
+
+    def _files(self) -> Iterator[Path]:
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        for directory, _, names in os.walk(self.url, onerror=fail):
+            yield from (Path(directory, name) for name in names)
+
+
+Folder = Union[LocalFolder, "S3Folder"]
+
+
+def open_folder(url: str, endpoint: str | None = None) -> Folder:
+    """The folder at a path or at s3://bucket/prefix; nothing is asked yet. Raises UsageError for any other URL."""
+    scheme, separator, rest = url.partition("://")
+    if not separator:
+        return LocalFolder(url.rstrip("/") or url[:1])
+    if scheme != "s3":
+        raise UsageError(f"{url}: a folder is a path or s3://bucket/prefix, not {scheme}://")
+    if not rest.partition("/")[0]:
+        raise UsageError(f"{url}: the bucket is missing: s3://bucket/prefix")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise UsageError(f"{endpoint}: an S3 endpoint begins with http:// or https://")
+    from erann_dist.s3 import S3Folder
+
+    return S3Folder(url.rstrip("/"), endpoint)

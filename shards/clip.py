@@ -1,0 +1,179 @@
+"""One clip's way from a source row to a file of packed sound, or to the reason why there is none."""
+
+import os
+import stat
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from erann_dist import SAMPLE_RATE
+from erann_dist.audio import Block, Codec, DecodeError, NoSamples, decode, encode, resample, to_pcm16
+from shards.sources.files import HDF5_SUFFIXES, open_pack
+from shards.sources.rows import SourceRow
+
+REASONS = ("missing", "unreadable", "empty", "silent", "too short", "wrong label", "duplicate")
+_WHOLE_RECORDING_SECONDS = 1.0  # a file that is longer than its segment by more is the whole recording
+_SILENCE_PEAK = 1e-4  # -80 dB of full scale
+_MAX_BYTES = np.iinfo(np.int32).max  # the manifest's column
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The options of packing: with the rows, what decides a shard set's bytes under the same versions."""
+
+    sample_rate: int = SAMPLE_RATE
+    codec: Codec = "flac"
+    clips_per_shard: int = 2500
+    order: Literal["shuffled", "source"] = "shuffled"
+    min_seconds: float = 0.02
+    skip_silent: bool = False
+
+
+@dataclass(frozen=True)
+class PackedSound:
+    """What became of a clip."""
+
+    samples: int
+    peak: float  # before clipping to 16 bits
+    format: str  # of the source file, such as "mp3float 44100 Hz stereo"
+
+
+class Rejected(Exception):
+    """A row that can't be packed. Arguments: one of REASONS, the detail."""
+
+
+def pack_clip(
+    row: SourceRow, packing: Packing, file: BinaryIO, alive: Callable[[], None] = lambda: None
+) -> PackedSound:
+    """Write the row's sound to `file`: mono, 16 bits, at the packing's rate. `alive` is called for every
+    further block.
+
+    A file that is longer than the row's segment by more than a second is taken for the whole recording, of which the
+    segment is cut out; else for the segment itself, of which no more than the segment's length is kept. Nothing is
+    padded. What lies above full scale is clipped. Raises Rejected; OSError when `file` can't be written.
+    """
+    if row.reason:
+        raise Rejected(row.reason, row.detail)
+    rate, segment = packing.sample_rate, None
+    if row.start is not None and row.end is not None:
+        segment = round(row.start * rate), round((row.end - row.start) * rate)
+
+    def write(blocks: Iterator[Block]) -> PackedSound:
+        formats: dict[str, None] = {}
+        count, peak = 0, 0.0
+
+        def noted() -> Iterator[Block]:
+            for number, block in enumerate(blocks):
+                if number:
+                    alive()
+                formats[block.format] = None
+                yield block
+
+        def pcm() -> Iterator[npt.NDArray[np.int16]]:
+            nonlocal count, peak
+            samples = resample(noted(), rate)
+            for part in (
+                cut_segment(samples, *segment, slack=round(_WHOLE_RECORDING_SECONDS * rate)) if segment else samples
+            ):
+                if not np.isfinite(part).all():
+                    raise Rejected("unreadable", "samples that are not finite")
+                count += len(part)
+                peak = max(peak, float(np.abs(part).max(initial=0)))
+                yield to_pcm16(part)
+
+        file.seek(0)
+        file.truncate()
+        encode(pcm(), file, rate, packing.codec)
+        return PackedSound(count, peak, " + ".join(formats))
+
+    try:
+        packed = _with_sound(row, write)
+    except NoSamples as error:
+        raise Rejected("empty", str(error)) from error
+    except DecodeError as error:
+        raise Rejected("unreadable", str(error)) from error
+    if not packed.samples:
+        raise Rejected("empty", "no sound in the segment" if segment else "no samples")
+    if packed.samples < packing.min_seconds * rate:
+        raise Rejected("too short", f"{packed.samples / rate:.4f} s, less than {packing.min_seconds:g} s")
+    if packing.skip_silent and packed.peak < _SILENCE_PEAK:
+        raise Rejected("silent", f"peak {packed.peak:.1e} of full scale")
+    if file.seek(0, os.SEEK_END) > _MAX_BYTES:
+        raise Rejected("unreadable", "more than 2 GiB when packed; cut it into parts")
+    return packed
+
+
+def cut_segment(
+    parts: Iterable[npt.NDArray[np.float32]], first: int, length: int, slack: int
+) -> Iterator[npt.NDArray[np.float32]]:
+    """`length` samples of the parts: from sample `first` if there are more than length + slack, else from the start."""
+    head: list[npt.NDArray[np.float32]] = []
+    held = 0
+    parts = iter(parts)
+    while held <= length + slack and (part := next(parts, None)) is not None:
+        head.append(part)
+        held += len(part)
+    whole = held > length + slack
+    skip, wanted = first if whole else 0, length
+    for held_or_next in (head, parts):
+        for part in held_or_next:
+            part, skip = part[skip:], max(0, skip - len(part))
+            if wanted and len(part):
+                yield part[:wanted]
+                wanted -= min(wanted, len(part))
+            if not wanted:
+                return
+
+
+def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
+    """What `use` makes of the blocks of the row's file. Raises Rejected, DecodeError."""
+    path = row.path or b""
+    if row.offset is not None and os.path.splitext(path)[1].lower().decode(errors="replace") in HDF5_SUFFIXES:
+        return use(iter([_pack_row(path, row.offset)]))
+    try:
+        status = os.stat(path)
+    except FileNotFoundError as error:
+        raise Rejected("missing", "a link to a file that is not there" if os.path.islink(path) else "gone") from error
+    except OSError as error:
+        raise Rejected("unreadable", error.strerror) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise Rejected("unreadable", "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    if (status.st_size if row.size is None else row.size) == 0:
+        raise Rejected("empty", "0 bytes")
+    if row.size is None:
+        return decode(Path(os.fsdecode(path)), use)
+    with _tar_member(path, row.offset or 0, row.size) as member:
+        return decode(member, use)
+
+
+def _pack_row(path: bytes, row: int) -> Block:
+    """PANNs' packs hold int16 at the rate that their attribute says."""
+    try:
+        with open_pack(path) as pack:
+            rate = int(pack.attrs["sample_rate"])
+            samples = pack["waveform"][row].astype(np.float32) / np.float32(32768)
+    except (OSError, KeyError) as error:
+        raise Rejected("unreadable", str(error)) from error
+    return Block(samples, rate, f"hdf5 int16 {rate} Hz mono")
+
+
+@contextmanager
+def _tar_member(path: bytes, offset: int, size: int) -> Iterator[BinaryIO]:
+    """A member of a tar as a file, without a search through the tar."""
+    member = tarfile.TarInfo()
+    member.offset_data, member.size = offset, size
+    try:
+        with tarfile.open(os.fsdecode(path), "r:") as tar:
+            file = tar.extractfile(member)
+            assert file
+            yield file  # type: ignore[misc]
+    except (tarfile.TarError, OSError) as error:
+        raise Rejected("unreadable", str(error)) from error

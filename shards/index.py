@@ -1,0 +1,204 @@
+"""A manifest for WebDataset tars that are there already, written without repacking them."""
+
+import io
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from erann_dist.audio import SUFFIXES, DecodeError, measure
+from erann_dist.errors import UserError
+from erann_dist.folder import Folder
+from erann_dist.manifest import (
+    CLIP_SCHEMA,
+    MANIFEST,
+    REPORT_SCHEMA,
+    SHARD_SCHEMA,
+    SetInfo,
+    Task,
+    content_hash,
+    write_shard_set_tables,
+)
+from shards.build import sha256
+from shards.sources.rows import safe_key
+
+_CODECS = ("flac", "wav")
+_PLACES = {"split": str, "fold": int}
+
+
+@dataclass
+class _Sample:
+    """The members of a tar that share a key, as WebDataset pairs them."""
+
+    key: str
+    sound: dict[str, Any] = field(default_factory=dict)  # offset, size, samples, rate, codec, crc32; or reason, detail
+    about: dict[str, Any] = field(default_factory=dict)  # labels, split, fold
+
+
+def index(folder: Folder, classes: tuple[list[str], list[str]] | None = None) -> Iterator[str]:
+    """Read every tar below the folder from end to end, name by name, then write the three tables.
+
+    A sample is `KEY.flac` or `KEY.wav` (mono, 16 bits, all of one format and rate) with its labels in `KEY.json`
+    ("labels", a list, or "label", and if there are "split" and "fold"), or in `KEY.cls` or `KEY.txt` (one label).
+    `classes` are label ids and names in order; without them the labels found are the list, in order. What can't be used
+    goes into the report. Raises UserError when there is a manifest already, no tar, or nothing that can be used.
+    """
+    if folder.exists(MANIFEST):
+        raise UserError(f"{folder}: has a manifest already; remove {MANIFEST} to index the tars anew")
+    tars = [name for name in folder.sizes() if name.endswith(".tar")]
+    if not tars:
+        raise UserError(f"{folder}: no tar in it or below it")
+    samples: list[tuple[int, _Sample]] = []
+    shards = []
+    for number, name in enumerate(tars):
+        yield name
+        with folder.reading(name) as file:
+            try:
+                found = _samples(file)
+            except tarfile.TarError as error:
+                raise UserError(
+                    f"{folder}/{name}: not a whole tar ({error}); fetch it again or move it away"
+                ) from error
+            samples += [(number, sample) for sample in found]
+            shards.append({"shard": number, "name": name, "size": file.seek(0, io.SEEK_END), "sha256": sha256(file)})
+    _write(folder, classes, samples, shards)
+
+
+def _write(
+    folder: Folder,
+    classes: tuple[list[str], list[str]] | None,
+    samples: list[tuple[int, _Sample]],
+    shards: list[dict[str, Any]],
+) -> None:
+    first = next((sample.sound for _, sample in samples if "samples" in sample.sound), None)
+    if first is None:
+        raise UserError(f"{folder}: no mono 16-bit FLAC or WAV in its tars; pack the clips with erann pack")
+    names = {name for _, sample in samples for name in sample.about.get("labels", ())}
+    label_ids, label_names = classes or ([*sorted(names, key=_natural)],) * 2
+    place = {label: i for i, label in enumerate(label_ids)}
+    clips: list[dict[str, Any]] = []
+    report: list[dict[str, Any]] = []
+    counts = [0] * len(shards)
+    seen: set[str] = set()
+    for number, sample in samples:
+        rejected = _rejection(sample, first, place, seen)
+        about: dict[str, Any] = {
+            "key": sample.key,
+            "labels": sorted({place[name] for name in sample.about.get("labels", ()) if name in place}),
+            "split": sample.about.get("split"),
+            "fold": sample.about.get("fold"),
+            "source": f"{shards[number]['name']}/{sample.key}",
+        }
+        if rejected:
+            report.append(about | {"reason": rejected[0], "detail": rejected[1]})
+            continue
+        seen.add(sample.key)
+        counts[number] += 1
+        clips.append(about | sample.sound | {"shard": number})
+    if not clips:
+        reasons = sorted({f"{row['reason']} ({row['detail']})" for row in report})
+        raise UserError(f"{folder}: none of the {len(report)} samples can be used: {'; '.join(reasons[:3])}")
+    task: Task = "classification" if all(len(clip["labels"]) == 1 for clip in clips) else "tagging"
+    table = pa.Table.from_pylist(clips, CLIP_SCHEMA)
+    info = SetInfo(
+        name="indexed",
+        task=task,
+        label_ids=label_ids,
+        label_names=label_names,
+        sample_rate=first["rate"],
+        codec=first["codec"],
+        resampler={},
+        versions={},
+        packing={},
+        source_hash="",
+        content_hash=content_hash(table),
+    )
+    listed = [shard | {"clips": count} for shard, count in zip(shards, counts, strict=True)]
+    tables = table, pa.Table.from_pylist(listed, SHARD_SCHEMA), pa.Table.from_pylist(report, REPORT_SCHEMA)
+    write_shard_set_tables(folder, info, *tables)
+
+
+def _rejection(sample: _Sample, first: dict[str, Any], place: dict[str, int], seen: set[str]) -> tuple[str, str] | None:
+    """Why a sample can't be used: reason and detail."""
+    sound, labels = sample.sound, sample.about.get("labels", [])
+    if not sound:
+        return "missing", "no sound beside its labels"
+    if "reason" in sound:
+        return sound["reason"], sound["detail"]
+    if (sound["codec"], sound["rate"]) != (first["codec"], first["rate"]):
+        return "unreadable", f"{sound['codec']} at {sound['rate']} Hz among {first['codec']} at {first['rate']} Hz"
+    if not labels:
+        return "wrong label", "no label"
+    if unknown := [name for name in labels if name not in place]:
+        return "wrong label", f"{unknown[0]} is not in the class list"
+    if sample.key in seen:
+        return "duplicate", "a sample of this key comes before it"
+    return None
+
+
+def _samples(file: BinaryIO) -> list[_Sample]:
+    """The samples of a tar, in order. Raises tarfile.TarError."""
+    file.seek(0)
+    samples: dict[str, _Sample] = {}
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            folder, _, base = member.name.rpartition("/")
+            stem, _, kind = base.partition(".")
+            content = tar.extractfile(member)
+            if content is None or not stem:
+                continue
+            # A second sound of one key is a sample of its own: WebDataset would fail on it, here it is reported.
+            name = f"{folder}/{stem}" if folder else stem
+            kind = kind.lower()
+            sample = samples.setdefault(name, _Sample(safe_key(name)))
+            if f".{kind}" in SUFFIXES:
+                if sample.sound:
+                    sample = samples.setdefault(f"{name}\0{member.offset}", _Sample(sample.key, {}, sample.about))
+                sample.sound = _sound(content.read(), kind, member)
+            elif kind in ("json", "cls", "txt"):
+                sample.about |= _about(content.read(), kind)
+    return list(samples.values())
+
+
+def _sound(data: bytes, kind: str, member: tarfile.TarInfo) -> dict[str, Any]:
+    if kind not in _CODECS:
+        return {"reason": "unreadable", "detail": f"{kind}: only mono 16-bit FLAC and WAV can be used as they are"}
+    try:
+        samples, rate = measure(io.BytesIO(data))
+    except DecodeError as error:
+        return {"reason": "unreadable", "detail": str(error)}
+    if not samples:
+        return {"reason": "empty", "detail": "no samples"}
+    return {
+        "offset": member.offset_data,
+        "size": member.size,
+        "samples": samples,
+        "rate": rate,
+        "codec": kind,
+        "crc32": zlib.crc32(data),
+    }
+
+
+def _about(data: bytes, kind: str) -> dict[str, Any]:
+    """Labels, as text, and split and fold if they are there."""
+    text = data.decode(errors="replace").strip()
+    if kind != "json":
+        return {"labels": [text]} if text else {}
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return {}
+    if not isinstance(said, dict):
+        return {}
+    labels = said.get("labels", said.get("label", []))
+    found: dict[str, Any] = {"labels": [str(name) for name in (labels if isinstance(labels, list) else [labels])]}
+    return found | {name: said[name] for name, kind in _PLACES.items() if isinstance(said.get(name), kind)}
+
+
+def _natural(label: str) -> tuple[bool, int, str]:
+    """Numbers in the order of their value, before words."""
+    return (not label.isdigit(), int(label) if label.isdigit() else 0, label)

@@ -1,0 +1,59 @@
+"""Rebuilding single shards of a set from its source, to the bytes that they had."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from erann_dist.errors import UserError
+from erann_dist.folder import Folder
+from erann_dist.manifest import SHARDS, SetInfo, read_manifest, read_table
+from shards.build import Plan, ShardTask, versions
+from shards.clip import Packing
+from shards.sources.rows import Source
+
+
+def repair_tasks(folder: Folder, source: Source, shards: Iterable[int]) -> list[ShardTask]:
+    """The tasks that build these shards again. Raises UserError when they were packed from another source."""
+    info, clips = read_manifest(folder, ["key", "shard"])
+    if not info.packing:
+        raise UserError(f"{folder}: its tars were not made by erann pack, which alone could rebuild them")
+    listed = {shard["shard"]: shard for shard in read_table(folder, SHARDS).to_pylist()}
+    plan = Plan(source, Packing(**info.packing), folder)
+    tasks = []
+    for number in shards:
+        task = plan.task(number)
+        keys = clips.filter(pc.equal(clips["shard"], number))["key"]
+        strange = keys.filter(pc.invert(pc.is_in(keys, value_set=task.rows["key"].combine_chunks())))
+        if info.name != source.name or len(listed) != plan.num_shards or len(strange):
+            raise UserError(
+                f"{folder}: was packed from another source: {listed[number]['name']} would hold other clips; "
+                "give the list, the folders and the classes that it was packed with"
+            )
+        tasks.append(replace(task, sha256=listed[number]["sha256"]))
+    return tasks
+
+
+def why_different(folder: Folder, task: ShardTask, outcomes: pa.Table) -> str:
+    """In words, why a rebuilt shard is not the one that was packed."""
+    info, clips = read_manifest(folder, ["key", "shard", "crc32"])
+    before = {clip["key"]: clip["crc32"] for clip in clips.filter(pc.equal(clips["shard"], task.shard)).to_pylist()}
+    name = f"{folder}/{task.name}: can't be rebuilt to the same bytes"
+    for outcome in outcomes.to_pylist():
+        if outcome["key"] in before and outcome["reason"]:
+            reason = f"{outcome['reason']} ({outcome['detail']})"
+            return f"{name}: {outcome['source']} was packed then and is now {reason}; bring it back and try again"
+        if outcome["key"] not in before and not outcome["reason"]:
+            return f"{name}: {outcome['source']} was not packed then and can be now; pack a new set to have it in"
+    return f"{name}: {_other_versions(info) or 'source files have changed since it was packed'}"
+
+
+def _other_versions(info: SetInfo) -> str:
+    """Empty when they are the same."""
+    now = versions()
+    other = [f"{name} {version}" for name, version in info.versions.items() if now[name] != version]
+    if not other:
+        return ""
+    pins = " ".join(f"{name}=={version}" for name, version in info.versions.items())
+    return f"it was packed with {', '.join(other)}; pip install {pins}, and try again"

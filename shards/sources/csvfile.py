@@ -1,0 +1,53 @@
+"""CSV files, gzipped or not, line by line with line numbers."""
+
+import csv
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+from erann_dist.errors import UsageError, UserError
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each line and its number; lines that start with # and empty ones are passed over.
+
+    Raises UsageError when there is no such file, UserError when it is no CSV in UTF-8.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            lines = (line if not line.startswith("#") else "\n" for line in file)
+            reader = csv.reader(lines, skipinitialspace=True, strict=True)
+            for fields in reader:
+                number = reader.line_num
+                if fields:
+                    yield number, fields
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such file") from error
+    except csv.Error as error:
+        raise UserError(f"{path}:{number + 1}: {error}") from error
+    except (OSError, UnicodeDecodeError, EOFError) as error:
+        raise UserError(f"{path}: not a text file ({error})") from error
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+    """The lines behind a header line, as FILE:LINE and a value for each of the header's columns.
+
+    Raises as read_lines, and UserError when one of `columns` is not in the header or a line has other columns.
+    """
+    lines = read_lines(path)
+    _, header = next(lines, (0, []))
+    header = [name.strip().removeprefix("\ufeff") for name in header]
+    if missing := [name for name in columns if name not in header]:
+        raise UserError(f"{path}:1: no column {missing[0]}; needed are {', '.join(columns)}")
+    for number, fields in lines:
+        if len(fields) != len(header):
+            raise UserError(f"{path}:{number}: {len(fields)} fields where the header has {len(header)}")
+        yield f"{path}:{number}", dict(zip(header, fields, strict=True))
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8", newline="")
+    return path.open(encoding="utf-8", newline="")

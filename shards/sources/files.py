@@ -1,0 +1,195 @@
+"""The sound files below a folder: plain ones, those in tars, and the clips of PANNs' HDF5 packs."""
+
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from erann_dist.audio import LOSSLESS_SUFFIXES, SUFFIXES
+from erann_dist.errors import UsageError, UserError
+from shards.sources.rows import printable
+
+FILE_SCHEMA = pa.schema(
+    [
+        ("stem", pa.binary()),  # the name without folder and suffix
+        ("name", pa.binary()),  # below the folder; of a clip in an archive ARCHIVE/NAME
+        ("path", pa.binary()),  # these three: see ROW_SCHEMA
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("lossy", pa.bool_()),
+    ]
+)
+HDF5_SUFFIXES = (".h5", ".hdf5")
+_CHUNK = 65_536  # rows at a time that are Python objects: two million at once would take a gigabyte
+
+_Found = tuple[bytes, bytes, int | None, int | None]  # name, path, offset, size
+
+
+@dataclass(frozen=True)
+class AudioFiles:
+    """What was found below a folder."""
+
+    table: pa.Table  # FILE_SCHEMA; where two files have one stem, the one to take first: lossless, then by name
+    passed_over: dict[str, int]  # suffix -> files that are no sound by their names
+    warnings: list[str]
+
+
+def find_audio(folder: Path) -> AudioFiles:
+    """The sound files below a folder, however deep, links followed; hidden files are left alone. Or of one archive.
+
+    Raises UsageError when there is no such folder, UserError when it holds no sound file.
+    """
+    if not folder.exists():
+        raise UsageError(f"{folder}: no such folder of audio")
+    passed_over: Counter[str] = Counter()
+    warnings: list[str] = []
+    tables, chunk = [], []
+    for found in _walk(os.fsencode(folder.resolve()), passed_over, warnings):
+        chunk.append(found)
+        if len(chunk) == _CHUNK:
+            tables.append(_table(chunk))
+            chunk = []
+    table = pa.concat_tables([*tables, _table(chunk)])
+    if not len(table):
+        raise UserError(f"{folder}: no sound file in it or below it")
+    order = [("lossy", "ascending"), ("name", "ascending")]
+    return AudioFiles(table.sort_by(order).combine_chunks(), dict(sorted(passed_over.items())), warnings)
+
+
+def locate(rows: pa.Table, place: pa.Array, files: AudioFiles) -> pa.Table:
+    """The rows with their files: row i's is file place[i]; where that is null the row is reported as missing.
+
+    Reported as duplicates are a row whose key is there before, and, in a row of its own behind the others, a file of
+    the same stem as one that is taken.
+    """
+    missing = pc.and_(pc.is_null(place), pc.is_null(rows["reason"]))
+    rows = _replace(rows, "reason", pc.if_else(missing, "missing", rows["reason"]))
+    rows = _replace(rows, "detail", pc.if_else(missing, "no file under a usual name", rows["detail"]))
+    rows = with_files(rows, place, files)
+    stems = files.table["stem"].combine_chunks()
+    first = pc.index_in(stems, value_set=stems)
+    again = pa.array(np.flatnonzero(first.to_numpy() != np.arange(len(stems))), pa.int32())
+    row = pc.index_in(first.take(again), value_set=place)
+    twins = with_files(rows.take(row.drop_null()), again.filter(pc.is_valid(row)), files)
+    return report_duplicates(pa.concat_tables([rows, twins]))
+
+
+def with_files(rows: pa.Table, place: pa.Array, files: AudioFiles) -> pa.Table:
+    """The rows with path, offset, size and source of file place[i], where that is not null."""
+    taken = files.table.take(place)
+    for name in ("path", "offset", "size"):
+        rows = _replace(rows, name, taken[name])
+    names = zip(taken["name"].to_pylist(), rows["source"].to_pylist(), strict=True)
+    return _replace(rows, "source", [wanted if name is None else printable(name) for name, wanted in names])
+
+
+def report_duplicates(rows: pa.Table) -> pa.Table:
+    """The rows, each but the first of those with one key reported as a duplicate."""
+    first = pc.index_in(rows["key"], value_set=rows["key"].combine_chunks()).to_numpy()
+    again = first != np.arange(len(rows))
+    if not again.any():
+        return rows
+    before = pc.binary_join_element_wise(
+        rows["source"].take(pa.array(first)), "comes before it under the same key", " "
+    )
+    rows = _replace(rows, "detail", pc.if_else(pa.array(again), before, rows["detail"]))
+    return _replace(rows, "reason", pc.if_else(pa.array(again), "duplicate", rows["reason"]))
+
+
+def _replace(rows: pa.Table, name: str, values: Any) -> pa.Table:
+    field = rows.schema.field(name)
+    column = values if isinstance(values, pa.ChunkedArray) else pa.array(values, field.type)
+    return rows.set_column(rows.schema.get_field_index(name), field, column)
+
+
+def _table(found: list[_Found]) -> pa.Table:
+    splits = [os.path.splitext(os.path.basename(name)) for name, *_ in found]
+    columns = {name: [row[i] for row in found] for i, name in enumerate(("name", "path", "offset", "size"))}
+    stems = [stem for stem, _ in splits]
+    lossy = [suffix.lower().decode(errors="replace") not in LOSSLESS_SUFFIXES for _, suffix in splits]
+    return pa.Table.from_pydict({"stem": stems, "lossy": lossy, **columns}, FILE_SCHEMA)
+
+
+def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterator[_Found]:
+    """Raises UserError for an archive that can't be opened at all."""
+    if os.path.isfile(root):
+        yield from _archived(root, b"", warnings)
+        return
+    seen = set()  # folders, so that a link to one above is no endless walk
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith(b"."):
+                    continue
+                suffix = os.path.splitext(entry.name)[1].lower().decode(errors="replace")
+                name = entry.path[len(root) + 1 :]
+                if entry.is_dir():
+                    waiting.append(entry.path)
+                elif suffix == ".tar" or suffix in HDF5_SUFFIXES:
+                    yield from _archived(entry.path, name + b"/", warnings)
+                    continue
+                if suffix in SUFFIXES:  # a folder of such a name too: it is reported, not lost
+                    yield name, entry.path, None, None
+                elif not entry.is_dir():
+                    passed_over[suffix or "none"] += 1
+
+
+def _archived(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_Found]:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix == b".tar":
+        yield from _tar_members(path, prefix, warnings)
+    elif suffix.decode(errors="replace") in HDF5_SUFFIXES:
+        yield from _pack_rows(path, prefix)
+    else:
+        raise UsageError(f"{printable(path)}: neither a folder, nor a .tar, nor a PANNs pack (.h5)")
+
+
+def _tar_members(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_Found]:
+    """Their names are looked up and never written to, so that a name such as ../x.wav can do no harm."""
+    count = 0
+    try:
+        with tarfile.open(os.fsdecode(path), "r:") as tar:
+            for member in tar:
+                suffix = os.path.splitext(member.name)[1].lower()
+                if member.isfile() and suffix in SUFFIXES and not os.path.basename(member.name).startswith("."):
+                    count += 1
+                    yield prefix + os.fsencode(member.name), path, member.offset_data, member.size
+    except (tarfile.TarError, OSError) as error:
+        warnings.append(f"{printable(path)}: damaged behind its {count} readable clips ({error}); fetch it again")
+
+
+def _pack_rows(path: bytes, prefix: bytes) -> Iterator[_Found]:
+    """PANNs' waveform packs hold audio_name, such as Y--1yEIfaOVA.wav, and waveform (clips, samples) int16.
+
+    Source: utils/dataset.py of github.com/qiuqiangkong/audioset_tagging_cnn.
+    """
+    with open_pack(path) as pack:
+        if "audio_name" not in pack or "waveform" not in pack:
+            raise UserError(f"{printable(path)}: no PANNs pack, which holds audio_name and waveform")
+        for row, name in enumerate(pack["audio_name"][:]):
+            yield prefix + name, path, row, None
+
+
+def open_pack(path: bytes):  # type: ignore[no-untyped-def]  # h5py is optional
+    """An HDF5 file, for reading. Raises UserError when it is none, or h5py is not installed."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise UserError(f"{printable(path)}: reading HDF5 needs h5py: pip install 'erann-dist[hdf5]'") from error
+    try:
+        return h5py.File(os.fsdecode(path), "r")
+    except OSError as error:
+        raise UserError(f"{printable(path)}: not an HDF5 file ({error})") from error

@@ -1,0 +1,54 @@
+"""UrbanSound8K (Salamon 2014), with its ten official folds: a folder with metadata/UrbanSound8K.csv and audio/."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from erann_dist.errors import UsageError, UserError
+from shards.sources.csvfile import read_table
+from shards.sources.files import find_audio, locate
+from shards.sources.rows import Source, SourceRow, rows_table, safe_key
+
+# In the order of classID; the data set's page, urbansounddataset.weebly.com/urbansound8k.html.
+LABELS = (
+    "air_conditioner car_horn children_playing dog_bark drilling engine_idling gun_shot jackhammer siren street_music"
+).split()
+_COLUMNS = ("slice_file_name", "fold", "classID", "class")
+
+
+def read_urbansound8k(root: Path) -> Source:
+    """The clips of the list; their own start and end are not cut again. The clips may be in any format.
+
+    Raises UsageError or UserError: which file, which line, what is wrong. A row whose class and classID, or the one in
+    the file's name (RECORDING-CLASSID-occurrence-slice), disagree is reported as a wrong label.
+    """
+    path = root / "metadata" / "UrbanSound8K.csv"
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; --root is the folder that holds metadata/ and audio/")
+    listed = []
+    for where, line in read_table(path, _COLUMNS):
+        try:
+            label, fold = int(line["classID"]), int(line["fold"])
+        except ValueError as error:
+            raise UserError(f"{where}: not a clip ({error})") from error
+        stem = Path(line["slice_file_name"]).stem
+        row = SourceRow(safe_key(stem), [label], None, stem, fold=fold)
+        said = {line["classID"], *stem.split("-")[1:2]}
+        if not 0 <= label < len(LABELS) or LABELS[label] != line["class"] or said != {line["classID"]}:
+            detail = f"classID {line['classID']}, class {line['class']}, file name {line['slice_file_name']}"
+            row = SourceRow(row.key, [], None, stem, fold=fold, reason="wrong label", detail=detail)
+        listed.append((stem, row))
+    if not listed:
+        raise UserError(f"{path}: lists no clip")
+    files = find_audio(root / "audio")
+    stems = pa.array([stem.encode() for stem, _ in listed])
+    place = pc.index_in(stems, value_set=files.table["stem"].combine_chunks())
+    rows = locate(rows_table(row for _, row in listed), place, files)
+    names = [label.replace("_", " ") for label in LABELS]
+    return Source("urbansound8k", "classification", LABELS, names, rows, files.warnings)
+
+
+def recording(key: str) -> str:
+    """The Freesound recording that a clip is from."""
+    return key.split("-")[0]

@@ -1,0 +1,246 @@
+"""What is in a shard set and what is not: coverage, classes, durations, formats, repeats, recordings in two folds."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from erann_dist.folder import Folder
+from erann_dist.manifest import REPORT, SHARDS, SetInfo, list_hash, read_manifest, read_table
+from shards.sources import esc50, ravdess, urbansound8k
+
+EXAMPLES = 16_000_000  # the AudioSet recipe's
+EXAMPLES_ORIGIN = "500,000 iterations, our default for a number that the paper leaves out, of its batch of 32"
+OVERLOADED = 1.0  # of full scale: a clip with a higher peak was clipped when it was packed
+NEAR_SILENCE = 1e-4  # -80 dB of full scale
+_BINS = 20  # of the histogram, about
+
+# The data sets whose folds must keep what belongs together apart from the rest, and how a key names it.
+RECORDINGS: dict[str, tuple[str, Callable[[str], str]]] = {
+    "esc50": ("Freesound recording", esc50.recording),
+    "esc10": ("Freesound recording", esc50.recording),
+    "urbansound8k": ("Freesound recording", urbansound8k.recording),
+    "ravdess": ("actor", ravdess.recording),
+}
+
+
+def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
+    """The statistics of a shard set, ready for JSON.
+
+    examples: clips that balanced sampling draws, for the repeats. Listed clips are the packed ones and those of the
+    report, duplicates apart; of an indexed set no list is known, and what would be counted against it is None.
+    Raises UserError when there is no shard set or it can't be read.
+    """
+    info, clips = read_manifest(folder, ["key", "labels", "split", "fold", "samples", "peak", "format"])
+    tars = read_table(folder, SHARDS, ["size"])
+    report = read_table(folder, REPORT)
+    indexed = not info.packing
+    absent = report.filter(pc.not_equal(report["reason"], "duplicate"))  # a duplicate is not one more clip
+    samples = clips["samples"].to_numpy()
+    hash_ = list_hash(clips["key"])
+    row, label = _labels(clips)
+    counts = np.bincount(label, minlength=len(info.label_ids))
+    return {
+        "shards": str(folder),
+        "name": info.name,
+        "task": info.task,
+        "sample_rate": info.sample_rate,
+        "codec": info.codec,
+        "indexed": indexed,
+        "tars": len(tars),
+        "clips": len(clips),
+        "hours": _hours(samples.sum(), info),
+        "bytes": pc.sum(tars["size"]).as_py(),
+        "versions": info.versions,
+        "content_hash": info.content_hash,
+        "source_hash": info.source_hash,
+        "list_hash": hash_,
+        "coverage": {
+            **_share(len(clips), None if indexed else len(clips) + len(absent)),
+            "duplicates": len(report) - len(absent),
+            "absent_without_class": int(np.sum(_label_counts(absent) == 0)),
+            "splits": _groups(clips, absent, "split", indexed, hash_),
+            "folds": _groups(clips, absent, "fold", indexed, hash_),
+        },
+        "per_class": _classes(info, counts, absent, _hours_per_class(info, samples, row, label), examples),
+        "without_clips": [name for name, count in zip(info.label_names, counts, strict=True) if not count],
+        "durations": _durations(samples, info.sample_rate),
+        "formats": None if indexed else _formats(clips["format"]),
+        "peaks": None if indexed else _peaks(clips["peak"].to_numpy()),
+        "reasons": _reasons(report, len(clips) + len(report)),
+        "balanced": _balanced(counts, row, label, len(clips), examples),
+        "recordings": _recordings(info.name, pa.concat_tables([t.select(["key", "fold"]) for t in (clips, report)])),
+    }
+
+
+def shared_recordings(name: str, keys: Iterable[str], folds: Iterable[int | None]) -> dict[str, list[int]]:
+    """The recordings, or actors, whose clips stand in two folds or more, and in which.
+
+    name: one of RECORDINGS. keys, folds: of the official list's clips, whether they could be packed or not.
+    """
+    found = _folds_of_recordings(name, keys, folds)
+    return {recording: sorted(folds) for recording, folds in sorted(found.items()) if len(folds) > 1}
+
+
+def _folds_of_recordings(name: str, keys: Iterable[str], folds: Iterable[int | None]) -> dict[str, set[int]]:
+    _, recording = RECORDINGS[name]
+    found = defaultdict(set)
+    for key, fold in zip(keys, folds, strict=True):
+        if fold is not None and "-" in key:  # the lists can hold files of one's own, under other names
+            found[recording(key)].add(fold)
+    return found
+
+
+def _recordings(name: str, rows: pa.Table) -> dict[str, Any] | None:
+    if name not in RECORDINGS:
+        return None
+    keys, folds = rows["key"].to_pylist(), rows["fold"].to_pylist()
+    return {
+        "kind": RECORDINGS[name][0],
+        "count": len(_folds_of_recordings(name, keys, folds)),
+        "shared": shared_recordings(name, keys, folds),
+    }
+
+
+def _labels(clips: pa.Table) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int16]]:
+    """A (row, label) pair for each label of each clip."""
+    lists = clips["labels"].combine_chunks()
+    return np.repeat(np.arange(len(lists)), _label_counts(clips)), lists.flatten().to_numpy()
+
+
+def _label_counts(rows: pa.Table) -> npt.NDArray[np.int32]:
+    return pc.list_value_length(rows["labels"]).to_numpy()
+
+
+def _hours(samples: float, info: SetInfo) -> float:
+    return float(samples) / info.sample_rate / 3600
+
+
+def _hours_per_class(
+    info: SetInfo, samples: npt.NDArray[np.int64], row: npt.NDArray[np.int64], label: npt.NDArray[np.int16]
+) -> list[float]:
+    sums = np.bincount(label, weights=samples[row], minlength=len(info.label_ids))
+    return [_hours(class_sum, info) for class_sum in sums]
+
+
+def _share(packed: int, listed: int | None) -> dict[str, Any]:
+    return {"packed": packed, "listed": listed, "share": packed / listed if listed else None}
+
+
+def _groups(clips: pa.Table, absent: pa.Table, column: str, indexed: bool, whole_hash: str) -> list[dict[str, Any]]:
+    """The coverage of each split or fold, and the hash that an evaluation on it alone shows; none if there are none."""
+    packed, missing = _value_counts(clips[column]), _value_counts(absent[column])
+    values = sorted(packed.keys() | missing.keys(), key=lambda value: (value is None, value))
+    if values == [None]:
+        return []
+    groups = []
+    for value in values:
+        count = packed.get(value, 0)
+        here = pc.is_null(clips[column]) if value is None else pc.equal(clips[column], value)
+        groups.append(
+            {
+                column: value,
+                **_share(count, None if indexed else count + missing.get(value, 0)),
+                "list_hash": whole_hash if count == len(clips) else list_hash(clips["key"].filter(here)),
+            }
+        )
+    return groups
+
+
+def _value_counts(column: pa.ChunkedArray) -> dict[Any, int]:
+    return {pair["values"]: pair["counts"] for pair in pc.value_counts(column).to_pylist()}
+
+
+def _classes(
+    info: SetInfo, counts: npt.NDArray[np.int64], absent: pa.Table, hours: list[float], examples: int
+) -> list[dict[str, Any]]:
+    missing = np.bincount(absent["labels"].combine_chunks().flatten().to_numpy(), minlength=len(counts))
+    draws = _draws_per_class(counts, examples)
+    return [
+        {
+            "id": info.label_ids[c],
+            "name": info.label_names[c],
+            **_share(count, count + int(missing[c]) if info.packing else None),
+            "hours": hours[c],
+            "repeats": draws / count if count else None,
+        }
+        for c, count in enumerate(counts.tolist())
+    ]
+
+
+def _draws_per_class(counts: npt.NDArray[np.int64], examples: int) -> float:
+    """Every round of balanced sampling visits each class with clips once."""
+    classes = np.count_nonzero(counts)
+    return examples / classes if classes else 0.0
+
+
+def _balanced(
+    counts: npt.NDArray[np.int64],
+    row: npt.NDArray[np.int64],
+    label: npt.NDArray[np.int16],
+    clips: int,
+    examples: int,
+) -> dict[str, Any]:
+    draws = _draws_per_class(counts, examples)
+    # A clip is drawn through each of its labels as often as that class's list is repeated.
+    visits = np.bincount(row, weights=draws / counts[label], minlength=clips)
+    return {
+        "examples": examples,
+        "classes": int(np.count_nonzero(counts)),
+        "draws_per_class": draws,
+        "visits": {"min": float(visits.min()), "median": float(np.median(visits)), "max": float(visits.max())},
+    }
+
+
+def _durations(samples: npt.NDArray[np.int64], rate: int) -> dict[str, Any]:
+    """Seconds, and a histogram: counts[i] clips from edges[i] up to edges[i + 1], and the few that are longer."""
+    quartiles = np.quantile(samples, [0, 0.25, 0.5, 0.75, 1]) / rate
+    common = float(np.quantile(samples, 0.99)) / rate
+    width = _round_number(common / _BINS)
+    edges = np.round(width * np.arange(math.floor(common / width) + 2), 6)
+    bounds = np.round(edges * rate, 3)
+    within = samples[samples < bounds[-1]]
+    counts, _ = np.histogram(within, bounds)
+    return {
+        **dict(zip(("min", "q1", "median", "q3", "max"), quartiles.tolist(), strict=True)),
+        "histogram": {
+            "edges": edges.tolist(),
+            "counts": counts.tolist(),
+            "longer": len(samples) - len(within),
+        },
+    }
+
+
+def _round_number(value: float) -> float:
+    """The next of …, 0.1, 0.2, 0.5, 1, 2, 5, … from the value on."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= value)
+
+
+def _formats(column: pa.ChunkedArray) -> list[dict[str, Any]]:
+    found = sorted(_value_counts(column).items(), key=lambda pair: (-pair[1], pair[0]))
+    return [{"format": name, "clips": count, "share": count / len(column)} for name, count in found]
+
+
+def _peaks(peaks: npt.NDArray[np.float32]) -> dict[str, int]:
+    return {"overloaded": int(np.sum(peaks > OVERLOADED)), "near_silence": int(np.sum(peaks < NEAR_SILENCE))}
+
+
+def _reasons(report: pa.Table, rows: int) -> list[dict[str, Any]]:
+    """Why rows are not in the set, the commonest first, each with the first row that it befell."""
+    found = sorted(_value_counts(report["reason"]).items(), key=lambda pair: (-pair[1], pair[0]))
+    examples = report.select(["key", "source", "detail"])
+    return [
+        {
+            "reason": reason,
+            "count": count,
+            "share": count / rows,
+            "example": examples.slice(pc.index(report["reason"], reason).as_py(), 1).to_pylist()[0],
+        }
+        for reason, count in found
+    ]
