@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import IO, Any, Literal, TypeVar
 
 import av
 import numpy as np
@@ -25,7 +25,7 @@ SUFFIXES = frozenset(
         "pcm raw snd sph ts tta voc w64 wav webm wma wv"
     ).split()
 )
-LOSSLESS_SUFFIXES = frozenset(".aif .aiff .flac .wav".split())
+LOSSLESS_SUFFIXES = frozenset(b".aif .aiff .flac .wav".split())
 RESAMPLER = {"library": "soxr", "quality": "HQ"}
 Codec = Literal["flac", "wav"]
 
@@ -65,7 +65,7 @@ class Block(Sound):
     format: str
 
 
-def decode(file: Path | BinaryIO, consume: Callable[[Iterator[Block]], T]) -> T:
+def decode(file: Path | IO[bytes], consume: Callable[[Iterator[Block]], T]) -> T:
     """What `consume` makes of the file's blocks: its channels averaged, at its own sample rate, in order.
 
     libsndfile reads WAV and AIFF (up to 20 times as fast as FFmpeg there), FFmpeg everything else (it does not trust a
@@ -115,11 +115,10 @@ def to_pcm16(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
     return np.clip(scaled, -32768, 32767, out=scaled).astype(np.int16)
 
 
-def encode(blocks: Iterable[npt.NDArray[np.int16]], file: BinaryIO, rate: int, codec: Codec = "flac") -> None:
+def encode(blocks: Iterable[npt.NDArray[np.int16]], file: IO[bytes], rate: int, codec: Codec = "flac") -> None:
     """Write blocks of int16, (n,) each, as one mono 16-bit file. Raises OSError when the file can't be written."""
     try:
-        number = file.fileno()
-        with soundfile.SoundFile(number, "w", rate, 1, subtype="PCM_16", format=codec.upper(), closefd=False) as out:
+        with soundfile.SoundFile(file, "w", rate, 1, subtype="PCM_16", format=codec.upper(), closefd=False) as out:
             for block in blocks:
                 out.write(block)
     except soundfile.LibsndfileError as error:
@@ -144,7 +143,7 @@ def decode_crop(data: bytes, start: int, count: int) -> npt.NDArray[np.int16]:
     return pcm
 
 
-def measure(file: BinaryIO) -> tuple[int, int]:
+def measure(file: IO[bytes]) -> tuple[int, int]:
     """The samples and the rate of a packed clip, FLAC or WAV; all of it is decoded.
 
     Raises DecodeError when it is no mono 16-bit sound.
@@ -160,7 +159,7 @@ def measure(file: BinaryIO) -> tuple[int, int]:
 
 
 @contextmanager
-def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
+def _opened(file: Path | IO[bytes]) -> Iterator[IO[bytes]]:
     """The file, at its start."""
     if isinstance(file, Path):
         with file.open("rb") as opened:
@@ -170,7 +169,7 @@ def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
         yield file
 
 
-def _ffmpeg_blocks(file: Path | BinaryIO) -> Iterator[Block]:
+def _ffmpeg_blocks(file: Path | IO[bytes]) -> Iterator[Block]:
     """Raises DecodeError."""
     if not isinstance(file, Path):
         file.seek(0)
@@ -217,7 +216,7 @@ def _block(pieces: list[npt.NDArray[Any]], kind: tuple[int, str, int], codec: st
     return _mono(samples.astype(np.float32) / np.float32(scale) if scale else samples, rate, codec)
 
 
-def _libsndfile_blocks(file: Path | BinaryIO) -> Iterator[Block]:
+def _libsndfile_blocks(file: Path | IO[bytes]) -> Iterator[Block]:
     """Raises DecodeError."""
     try:
         # By number, since soundfile would take a suffix such as .raw at its word.

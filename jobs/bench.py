@@ -3,6 +3,7 @@
 import io
 import multiprocessing
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -14,17 +15,28 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from cluster.embedded import ray_cluster
 from erann_dist import SAMPLE_RATE
 from erann_dist.audio import load, to_pcm16
+from erann_dist.errors import UserError
 from erann_dist.folder import LocalFolder
+from erann_dist.manifest import load_manifest
 from jobs.pack import build_all
 from jobs.progress import console
+from shards import build
 from shards.build import Plan
 from shards.clip import Packing
+from shards.sources.audioset import read_audioset
+from shards.sources.csvfile import read_lines
 from shards.sources.files import find_audio
 from shards.sources.rows import Source, SourceRow, rows_table
 from shards.synthetic import SyntheticAudioSet, write_synthetic_audioset
+
+_LINKS_TO_ONE = 60_000  # ext4 allows 65,000
 
 
 def bench_pack(audio: Path | None, clips: int, rounds: int, clips_per_shard: int) -> dict[str, Any]:
@@ -103,3 +115,91 @@ def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def bench_plan(segments: Path, missing: float) -> dict[str, Any]:
+    """Packing's steps but the decoding, at the full size of a real segment list.
+
+    The audio files are hard links to a few, under PANNs' names in 100 folders, but for a share `missing` of them. What
+    the shards' tasks would have answered is made up: a clip of 10 s for each file.
+    """
+    with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch:
+        audio, out = Path(scratch, "audio"), Path(scratch, "shards")
+        with console.status("linking audio files"):
+            links = _link_files(segments, audio, missing)
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            steps = (_step_plan, _step_finish, _step_load, _step_plan)
+            planned, finished, loaded, again = (pool.apply(step, (segments, audio, out)) for step in steps)
+    if again["to_do"]:
+        raise UserError("a finished set was to be packed again")
+    return {
+        "files": links,
+        "rows": planned["rows"],
+        "planning_s": planned["seconds"],
+        "planning_peak_mb": planned["peak_mb"],
+        "tables_s": finished["seconds"],
+        "tables_peak_mb": finished["peak_mb"],
+        "clips": loaded["clips"],
+        "load_manifest_s": loaded["seconds"],
+        "again_s": again["seconds"],
+    }
+
+
+def _link_files(segments: Path, audio: Path, missing: float) -> int:
+    """A file for each segment but the missing ones, YYTID.wav in one of 100 folders. How many there are."""
+    base, links = Path(), 0
+    for folder in range(100):
+        (audio / f"{folder:02d}").mkdir(parents=True)
+    for number, (_, fields) in enumerate(read_lines(segments)):
+        if number % 1000 < 1000 * missing:
+            continue
+        if links % _LINKS_TO_ONE == 0:
+            base = audio.parent / f"base-{links:07d}"
+            base.touch()
+        os.link(base, audio / f"{number % 100:02d}" / f"Y{fields[0]}.wav")
+        links += 1
+    return links
+
+
+def _plan_of(segments: Path, audio: Path, out: Path) -> Plan:
+    return Plan(read_audioset(segments, audio), Packing(), LocalFolder(str(out)))
+
+
+def _step_plan(segments: Path, audio: Path, out: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    plan = _plan_of(segments, audio, out)
+    to_do = build.start(plan)
+    if to_do:
+        plan.task(0)
+    return {"rows": len(plan.source.rows), "to_do": to_do} | _cost(began)
+
+
+def _step_finish(segments: Path, audio: Path, out: Path) -> dict[str, Any]:
+    """Make up what the tasks would have noted; then write the tables, which alone is timed."""
+    plan = _plan_of(segments, audio, out)
+    for shard in range(plan.num_shards):
+        rows = plan.task(shard).rows
+        there = pc.is_null(rows["reason"]).to_numpy()
+        facts = {"shard": shard, "offset": 512, "size": 400_000, "samples": 441_000, "peak": 0.5, "crc32": shard}
+        columns = {name: pa.array(np.full(len(rows), value), mask=~there) for name, value in facts.items()}
+        columns["format"] = pa.array(np.where(there, "pcm 44100 Hz mono", ""), mask=~there)
+        for name in ("key", "labels", "source", "split", "fold", "reason", "detail"):
+            columns[name] = rows[name]
+        table = pa.table(columns).select(build.OUTCOME_SCHEMA.names).cast(build.OUTCOME_SCHEMA)
+        size, name = 2_000_000_000, f"audioset-{shard:06d}.tar"
+        tar = {"shard": shard, "name": name, "size": size, "clips": int(there.sum()), "sha256": f"{shard:064x}"}
+        build.keep(plan.folder, build.ShardResult(table, tar))
+    began = time.perf_counter()
+    build.finish(plan)
+    return _cost(began)
+
+
+def _step_load(segments: Path, audio: Path, out: Path) -> dict[str, Any]:
+    began = time.perf_counter()
+    return {"clips": len(load_manifest(out))} | _cost(began)
+
+
+def _cost(began: float) -> dict[str, float]:
+    """Of this process since then; the peak is of its whole life."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": round(time.perf_counter() - began, 2), "peak_mb": round(peak)}

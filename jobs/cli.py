@@ -21,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 shard_commands.add_to(app)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.", rich_markup_mode="markdown")
+app.add_typer(bench_app, name="bench")
 
 
 @app.command(
@@ -117,6 +119,40 @@ def demo(
     from jobs.demo import demo as run
 
     show(run(folder), as_json, demo_page)
+
+
+@bench_app.command(
+    "pack",
+    help="Packing against the bare decoding, resampling and FLAC encoding of the same clips on the same cores."
+    + EXAMPLE
+    + "erann bench pack --audio ../shared/data/esc10/audio",
+)
+def bench_pack(
+    audio: Annotated[Path | None, typer.Option(help="Sound files; a synthetic AudioSet if not given.")] = None,
+    clips: Annotated[int, typer.Option(min=1, help="Clips in a round; files are used over and over.")] = 10_000,
+    clips_per_shard: Annotated[int, typer.Option(min=1)] = 2500,
+    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 3,
+    as_json: Json = False,
+) -> None:
+    from jobs.bench import bench_pack as run
+
+    show(run(audio, clips, rounds, clips_per_shard), as_json, facts_page)
+
+
+@bench_app.command(
+    "plan",
+    help="Planning, manifest and report at the full size of a real segment list, with linked audio files."
+    + EXAMPLE
+    + "erann bench plan ../shared/data/audioset/unbalanced_train_segments.csv.gz",
+)
+def bench_plan(
+    segments: Annotated[Path, typer.Argument(help="Segment list.")],
+    missing: Annotated[float, typer.Option(min=0, max=1, help="Share of the files that is not there.")] = 0.07,
+    as_json: Json = False,
+) -> None:
+    from jobs.bench import bench_plan as run
+
+    show(run(segments, missing), as_json, facts_page)
 
 
 def main() -> None:

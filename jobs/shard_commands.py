@@ -184,8 +184,11 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         help="Pack a data set into a shard set: tars and a manifest, in a folder or in S3. Stopped, it goes on."
         + EXAMPLE
-        + "erann pack audioset --segments demo/audioset/train_segments.csv --audio demo/audioset/audio "
-        "--classes demo/audioset/class_labels_indices.csv --out shard-sets/demo-train"
+        + "erann pack audioset --segments eval_segments.csv --audio AUDIO --out s3://bucket/eval"
+        + "\n\n    erann pack esc50 --root ../shared/data/esc10 --esc10 --out shard-sets/esc10"
+        + "\n\n    erann pack urbansound8k --root ../shared/data/urbansound8k --out shard-sets/us8k"
+        + "\n\n    erann pack ravdess --root ../shared/data/ravdess --out shard-sets/ravdess"
+        + "\n\n    erann pack folder --root ../shared/data/formats --out shard-sets/formats"
     )(pack)
     app.command(
         help="Check a shard set against its manifest: every tar is read, every clip decoded."

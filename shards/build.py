@@ -8,9 +8,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
-import tarfile
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -37,15 +34,15 @@ from erann_dist.manifest import (
     read_info,
     write_shard_set_tables,
 )
-from shards.clip import Packing, Rejected
-from shards.decoder import ClipDecoder
+from shards.clip import Packing
+from shards.packer import RowsToPack, end_tar, pack_rows
 from shards.sources.rows import Source, SourceRow
 
 _DEAL_SEED = 0
 _STATE = ".pack/"
 _PLACE_COLUMNS = ["path", "offset", "size"]  # where the files are now, which may change without changing the set
 # What became of a row: a clip, or with a reason a row of the report.
-_OUTCOME_SCHEMA = pa.schema([*CLIP_SCHEMA, REPORT_SCHEMA.field("reason"), REPORT_SCHEMA.field("detail")])
+OUTCOME_SCHEMA = pa.schema([*CLIP_SCHEMA, REPORT_SCHEMA.field("reason"), REPORT_SCHEMA.field("detail")])
 _REQUESTS = 16  # small files of the state that are read or deleted at once
 
 
@@ -73,7 +70,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What came of a shard: a row for each of its rows (_OUTCOME_SCHEMA), and the tar's row in shards.parquet."""
+    """What came of a shard: a row for each of its rows (OUTCOME_SCHEMA), and the tar's row in shards.parquet."""
 
     outcomes: pa.Table
     shard: dict[str, Any]
@@ -125,74 +122,21 @@ def build_shard(task: ShardTask, on_progress: Callable[[Progress], None] = lambd
     """
     outcomes: list[dict[str, Any]] = []
     progress = Progress()
+    rows = [SourceRow(**fields) for fields in task.rows.to_pylist()]
     with task.folder.writing(task.name) as file:
-        with tarfile.open(fileobj=file, mode="w") as tar, ClipDecoder(task.packing) as decoder:
-            for row in (SourceRow(**fields) for fields in task.rows.to_pylist()):
-                fields = {
-                    "key": row.key,
-                    "labels": row.labels,
-                    "source": row.source,
-                    "split": row.split,
-                    "fold": row.fold,
-                }
-                try:
-                    packed = decoder.pack(row)
-                except Rejected as rejection:
-                    reason, detail = rejection.args
-                    outcomes.append(fields | {"reason": reason, "detail": detail})
-                    progress = Progress(progress.rows + 1, progress.bytes, progress.rejected + 1)
-                    on_progress(progress)
-                    continue
-                size = decoder.file.seek(0, os.SEEK_END)
-                description = {
-                    "key": row.key,
-                    "labels": [task.label_ids[i] for i in row.labels],
-                    "split": row.split,
-                    "fold": row.fold,
-                    "source": row.source,
-                    "samples": packed.samples,
-                    "sample_rate": task.packing.sample_rate,
-                }
-                _add(tar, f"{row.key}.{task.packing.codec}", decoder.file, size)
-                text = json.dumps(description).encode()
-                _add(tar, f"{row.key}.json", io.BytesIO(text), len(text))
-                outcomes.append(
-                    fields | asdict(packed) | {"shard": task.shard, "size": size, "crc32": crc32(decoder.file)}
-                )
-                progress = Progress(progress.rows + 1, progress.bytes + size, progress.rejected)
-                on_progress(progress)
-        shard = {"shard": task.shard, "name": task.name, "size": file.seek(0, os.SEEK_END), "sha256": sha256(file)}
-        offsets = _clip_offsets(file, task.packing.codec)
-        for outcome in outcomes:
-            outcome["offset"] = offsets.get(outcome["key"]) if "size" in outcome else None
-        table = pa.Table.from_pylist(outcomes, _OUTCOME_SCHEMA)
+        for outcome in pack_rows(file, RowsToPack(rows, task.label_ids, task.packing)):
+            packed = "size" in outcome
+            outcomes.append(outcome | ({"shard": task.shard} if packed else {}))
+            size = progress.bytes + outcome.get("size", 0)
+            progress = Progress(progress.rows + 1, size, progress.rejected + (not packed))
+            on_progress(progress)
+        end_tar(file)
+        clips = progress.rows - progress.rejected
+        shard = {"shard": task.shard, "name": task.name, "clips": clips, "size": file.tell(), "sha256": sha256(file)}
+        table = pa.Table.from_pylist(outcomes, OUTCOME_SCHEMA)
         if task.sha256 not in (None, shard["sha256"]):
             raise Differs(table)
-    return ShardResult(table, shard | {"clips": len(offsets)})
-
-
-def _clip_offsets(file: BinaryIO, codec: str) -> dict[str, int]:
-    """Where each key's clip begins in a tar."""
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        return {m.name.removesuffix(f".{codec}"): m.offset_data for m in tar if m.name.endswith(f".{codec}")}
-
-
-def _add(tar: tarfile.TarFile, name: str, file: BinaryIO, size: int) -> None:
-    """A member with no owner and no time, so that the same clips make the same bytes."""
-    member = tarfile.TarInfo(name)
-    member.size = size
-    file.seek(0)
-    tar.addfile(member, file)
-
-
-def crc32(file: BinaryIO) -> int:
-    """Of a whole file."""
-    file.seek(0)
-    crc = 0
-    while data := file.read(1 << 20):
-        crc = zlib.crc32(data, crc)
-    return crc
+    return ShardResult(table, shard)
 
 
 def sha256(file: BinaryIO) -> str:
@@ -241,7 +185,7 @@ def keep(folder: Folder, result: ShardResult) -> None:
 def kept(folder: Folder, shard: int) -> ShardResult:
     """What `keep` noted."""
     table = pq.read_table(io.BytesIO(folder.read(_state_file(shard))))
-    return ShardResult(table.cast(_OUTCOME_SCHEMA), json.loads(table.schema.metadata[b"shard"]))
+    return ShardResult(table.cast(OUTCOME_SCHEMA), json.loads(table.schema.metadata[b"shard"]))
 
 
 def progress_of(result: ShardResult) -> Progress:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import IO, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -51,7 +51,7 @@ class Rejected(Exception):
 
 
 def pack_clip(
-    row: SourceRow, packing: Packing, file: BinaryIO, alive: Callable[[], None] = lambda: None
+    row: SourceRow, packing: Packing, file: IO[bytes], alive: Callable[[], None] = lambda: None
 ) -> PackedSound:
     """Write the row's sound to `file`: mono, 16 bits, at the packing's rate. `alive` is called for every
     further block.
@@ -166,7 +166,7 @@ def _pack_row(path: bytes, row: int) -> Block:
 
 
 @contextmanager
-def _tar_member(path: bytes, offset: int, size: int) -> Iterator[BinaryIO]:
+def _tar_member(path: bytes, offset: int, size: int) -> Iterator[IO[bytes]]:
     """A member of a tar as a file, without a search through the tar."""
     member = tarfile.TarInfo()
     member.offset_data, member.size = offset, size
@@ -174,6 +174,6 @@ def _tar_member(path: bytes, offset: int, size: int) -> Iterator[BinaryIO]:
         with tarfile.open(os.fsdecode(path), "r:") as tar:
             file = tar.extractfile(member)
             assert file
-            yield file  # type: ignore[misc]
+            yield file
     except (tarfile.TarError, OSError) as error:
         raise Rejected("unreadable", str(error)) from error

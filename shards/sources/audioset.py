@@ -108,7 +108,8 @@ def _label_indices(mids: pa.ChunkedArray, label_ids: list[str]) -> tuple[pa.List
     rows_unknown, first = np.unique(row[unknown], return_index=True)
     bad = np.full(len(lists), -1)
     bad[rows_unknown] = np.flatnonzero(unknown)[first]
-    known = np.unique(row[~unknown] * len(label_ids) + indices.drop_null().to_numpy())
+    known = np.sort(row[~unknown] * len(label_ids) + indices.drop_null().to_numpy())
+    known = known[np.diff(known, prepend=-1) > 0]
     offsets = np.concatenate([[0], np.cumsum(np.bincount(known // len(label_ids), minlength=len(lists)))])
     labels = pa.ListArray.from_arrays(offsets.astype(np.int32), (known % len(label_ids)).astype(np.int16))
     return labels, names.take(pa.array(bad, mask=bad < 0))
@@ -117,19 +118,22 @@ def _label_indices(mids: pa.ChunkedArray, label_ids: list[str]) -> tuple[pa.List
 def _find(listed: pa.Table, stems: pa.ChunkedArray) -> pa.Array:
     """Where the file of each segment is in the list of files, or null."""
     place = pa.nulls(len(listed), pa.int32())
-    stems = stems.combine_chunks()
-    for names in _file_names(listed):
-        place = pc.coalesce(place, pc.index_in(names.cast(pa.binary()), value_set=stems))
+    # Most names end in a time in all of the list or nowhere in it, and few stems are soon searched.
+    timed = pa.array(np.flatnonzero(pc.match_substring_regex(stems, r"_[0-9.]+$").to_numpy()), pa.int32())
+    for names, candidates in _file_names(listed, timed, pa.array(np.arange(len(stems)), pa.int32())):
+        found = pc.index_in(names.cast(pa.binary()), value_set=stems.take(candidates).combine_chunks())
+        place = pc.coalesce(place, candidates.take(found))
     return place
 
 
-def _file_names(listed: pa.Table) -> Iterator[pa.Array]:
-    """The stems under which people keep the clips, the most specific first."""
+def _file_names(listed: pa.Table, timed: pa.Array, all_: pa.Array) -> Iterator[tuple[pa.Array, pa.Array]]:
+    """The stems under which people keep the clips, the most specific first, and which files may have such a one."""
     ytid = listed["ytid"].combine_chunks()
+    different = {name: pc.dictionary_encode(listed[name].combine_chunks()) for name in ("start", "end")}
 
     def text(column: str, form: Callable[[float], str]) -> pa.Array:
-        values, inverse = np.unique(listed[column].to_numpy(), return_inverse=True)
-        return pa.array([form(value) for value in values]).take(pa.array(inverse))
+        values = different[column].dictionary.to_pylist()
+        return pa.array([form(value) for value in values]).take(different[column].indices)
 
     def joined(*parts: pa.Array) -> pa.Array:
         return pc.binary_join_element_wise(*parts, "_")
@@ -137,9 +141,9 @@ def _file_names(listed: pa.Table) -> Iterator[pa.Array]:
     def milliseconds(seconds: float) -> str:
         return str(round(seconds * 1000))
 
-    yield joined(ytid, text("start", milliseconds), text("end", milliseconds))
+    yield joined(ytid, text("start", milliseconds), text("end", milliseconds)), timed
     for form in ("{:.3f}".format, "{:g}".format, "{:.1f}".format):
-        yield joined(ytid, text("start", form), text("end", form))
-        yield joined(ytid, text("start", form))
-    yield pc.binary_join_element_wise("Y", ytid, "")
-    yield ytid
+        yield joined(ytid, text("start", form), text("end", form)), timed
+        yield joined(ytid, text("start", form)), timed
+    yield pc.binary_join_element_wise("Y", ytid, ""), all_
+    yield ytid, all_

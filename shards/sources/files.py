@@ -110,10 +110,10 @@ def _replace(rows: pa.Table, name: str, values: Any) -> pa.Table:
 
 
 def _table(found: list[_Found]) -> pa.Table:
-    splits = [os.path.splitext(os.path.basename(name)) for name, *_ in found]
+    splits = [name.rpartition(b"/")[2].rpartition(b".") for name, *_ in found]
     columns = {name: [row[i] for row in found] for i, name in enumerate(("name", "path", "offset", "size"))}
-    stems = [stem for stem, _ in splits]
-    lossy = [suffix.lower().decode(errors="replace") not in LOSSLESS_SUFFIXES for _, suffix in splits]
+    stems = [stem for stem, _, _ in splits]
+    lossy = [b"." + suffix.lower() not in LOSSLESS_SUFFIXES for _, _, suffix in splits]
     return pa.Table.from_pydict({"stem": stems, "lossy": lossy, **columns}, FILE_SCHEMA)
 
 

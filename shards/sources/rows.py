@@ -11,6 +11,8 @@ import pyarrow as pa
 if TYPE_CHECKING:  # a decoder process starts in half the time without S3 and Parquet
     from erann_dist.manifest import Task
 
+_SAFE = re.compile("[A-Za-z0-9_-]+")
+
 ROW_SCHEMA = pa.schema(
     [
         ("key", pa.string()),  # unique; see safe_key
@@ -66,6 +68,8 @@ def rows_table(rows: Iterable[SourceRow]) -> pa.Table:
 
 def safe_key(name: str | bytes) -> str:
     """The name as a key: any byte but A-Z a-z 0-9 _ - becomes %XX, so that no dot or slash confuses a tar's reader."""
+    if isinstance(name, str) and _SAFE.fullmatch(name):
+        return name
     return re.sub(rb"[^A-Za-z0-9_-]", lambda m: b"%%%02X" % m[0][0], os.fsencode(name)).decode()
 
 

@@ -16,7 +16,7 @@ from erann_dist.manifest import MANIFEST
 from jobs import cli
 from tests.conftest import copy_tree, small_recipe, write_tone_set
 
-COMMANDS = ["pack audioset", "pack esc50", "verify", "pretrain", "evaluate", "tag", "demo"]
+COMMANDS = ["pack", "verify", "repair", "index", "stats", "pretrain", "evaluate", "tag", "demo"]
 
 
 class Outcome:
@@ -70,12 +70,15 @@ def trained(tone_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_examples_arguments_are_understood(erann, command: str) -> None:
     """The words behind "Example:" parse as a command line: names of options, numbers, how many arguments."""
     text = erann(*command.split(), "--help").out
-    words = " ".join(text.split("Example:")[1].split("╭")[0].split()).removeprefix("erann ").split()
-    node, context = typer.main.get_command(cli.app), None
-    while hasattr(node, "commands"):
-        context = typer.Context(node, info_name=words[0], parent=context)
-        node = node.commands[words.pop(0)]
-    assert node.make_context(command, words, parent=context).params
+    examples = " ".join(text.split("Example:")[1].split("╭")[0].split()).split("erann ")[1:]
+    assert examples
+    for example in examples:
+        words = example.split()
+        node, context = typer.main.get_command(cli.app), None
+        while hasattr(node, "commands"):
+            context = typer.Context(node, info_name=words[0], parent=context)
+            node = node.commands[words.pop(0)]
+        assert node.make_context(command, words, parent=context).params
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,184 @@
+"""Rows packed into a tar by a process of their own: a decoder that crashes or hangs costs its clip, not the shard."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, BinaryIO
+
+from erann_dist.errors import UserError
+from shards.clip import Packing, Rejected, pack_clip
+from shards.sources.rows import SourceRow
+
+_PATIENCE_SECONDS = 300.0  # without a sign of life; the network disk under a file may be slow
+_IN_MEMORY_BYTES = 64 << 20  # a longer packed clip goes through a temporary file
+_BLOCK = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class RowsToPack:
+    """What the process is asked for."""
+
+    rows: list[SourceRow]
+    label_ids: list[str]
+    packing: Packing
+
+
+def pack_rows(file: BinaryIO, work: RowsToPack) -> Iterator[dict[str, Any]]:
+    """Append the rows' clips to the file as members of a tar; in order, for each row what became of it.
+
+    That is a dict with the manifest's columns, shard apart, or with those of the report. The file's position is of no
+    use to the caller meanwhile. Raises UserError when the process can't be started, OSError when the file can't be
+    written.
+    """
+    end = file.seek(0, os.SEEK_END)
+    todo = deque(work.rows)
+    while todo:
+        with _Process(file, RowsToPack(list(todo), work.label_ids, work.packing)) as process:
+            for message in process:
+                if message is not None:
+                    outcome, end = message
+                    todo.popleft()
+                    yield outcome
+        if todo:
+            # What it had begun to write is taken back; the next process begins behind the row that ended this one.
+            os.ftruncate(file.fileno(), end)
+            os.lseek(file.fileno(), end, os.SEEK_SET)
+            yield _rejected(todo.popleft(), "unreadable", process.end)
+
+
+class _Process:
+    """A child process that packs rows, and its messages until it is done, has died or stands still."""
+
+    def __init__(self, file: BinaryIO, work: RowsToPack) -> None:
+        self.end = ""  # in words, when it did not end well
+        self._connection, theirs = Pipe()
+        with theirs:
+            numbers = theirs.fileno(), file.fileno()
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "shards.packer", *map(str, numbers)],
+                pass_fds=numbers,
+                # libsndfile's and FFmpeg's decoders write warnings of their own; what counts is in the report.
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+            )
+        try:
+            self._connection.send(work)
+            self._connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise UserError(f"the packing process does not start ({_how(self._child.wait())})") from error
+
+    def __enter__(self) -> "_Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._child.kill()
+        self._child.wait()
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            while self._connection.poll(_PATIENCE_SECONDS):
+                message = self._connection.recv()
+                if isinstance(message, Exception):
+                    raise message
+                yield message
+            self.end = f"the decoder stood still for {_PATIENCE_SECONDS:g} s"
+        except (EOFError, ConnectionError):
+            self.end = f"the decoder was ended by it: {_how(self._child.wait())}"
+
+
+def _how(status: int) -> str:
+    return signal.Signals(-status).name if status < 0 else f"exit code {status}"
+
+
+def _rejected(row: SourceRow, reason: str, detail: str | None) -> dict[str, Any]:
+    return _about(row) | {"reason": reason, "detail": detail}
+
+
+def _about(row: SourceRow) -> dict[str, Any]:
+    return {"key": row.key, "labels": row.labels, "source": row.source, "split": row.split, "fold": row.fold}
+
+
+def serve(connection: Connection, file: BinaryIO) -> None:
+    """What the process does: pack rows until they are all done or the other side is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    work: RowsToPack = connection.recv()
+    connection.send(None)
+    try:
+        for row in work.rows:
+            try:
+                outcome = _pack_row(row, work, file, connection)
+            except Rejected as rejection:
+                outcome = _rejected(row, *rejection.args)
+            file.flush()
+            connection.send((outcome, file.tell()))
+    except ConnectionError:
+        return
+    except OSError as error:
+        connection.send(error)
+
+
+def _pack_row(row: SourceRow, work: RowsToPack, file: BinaryIO, connection: Connection) -> dict[str, Any]:
+    """Raises Rejected; OSError when the file can't be written."""
+    with tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES) as clip:
+        try:
+            packed = pack_clip(row, work.packing, clip, alive=lambda: connection.send(None))
+        except (Rejected, OSError):
+            raise
+        except Exception as error:  # whatever a strange file brings the libraries to costs that clip only
+            raise Rejected("unreadable", f"{type(error).__name__}: {error}") from error
+        size = clip.seek(0, os.SEEK_END)
+        crc = 0
+        offset = _begin_member(file, f"{row.key}.{work.packing.codec}", size)
+        clip.seek(0)
+        while data := clip.read(_IN_MEMORY_BYTES):
+            crc = zlib.crc32(data, crc)
+            file.write(data)
+    _pad(file, size)
+    description = {
+        "key": row.key,
+        "labels": [work.label_ids[i] for i in row.labels],
+        "split": row.split,
+        "fold": row.fold,
+        "source": row.source,
+        "samples": packed.samples,
+        "sample_rate": work.packing.sample_rate,
+    }
+    text = json.dumps(description).encode()
+    _begin_member(file, f"{row.key}.json", len(text))
+    file.write(text)
+    _pad(file, len(text))
+    return _about(row) | asdict(packed) | {"offset": offset, "size": size, "crc32": crc}
+
+
+def _begin_member(file: BinaryIO, name: str, size: int) -> int:
+    """Write a member's header, with no owner and no time, so that the same clips make the same bytes; where it ends."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    file.write(member.tobuf())
+    return file.tell()
+
+
+def _pad(file: BinaryIO, size: int) -> None:
+    file.write(bytes(-size % _BLOCK))
+
+
+def end_tar(file: BinaryIO) -> None:
+    """The two empty blocks at a tar's end, filled up to a whole record as tar itself does."""
+    size = file.seek(0, os.SEEK_END) + 2 * _BLOCK
+    file.write(bytes(2 * _BLOCK + -size % tarfile.RECORDSIZE))
+
+
+if __name__ == "__main__":
+    with os.fdopen(int(sys.argv[2]), "r+b") as shared:
+        serve(Connection(int(sys.argv[1])), shared)
