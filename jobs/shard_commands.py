@@ -121,7 +121,11 @@ def pack(
     folder = open_folder(out, endpoint)
     source = read_source(kind, segments, audio, classes, root, esc10, labels)
     packing = Packing(sample_rate, codec, clips_per_shard, order, min_seconds, skip_silent)
-    result = run(source, folder, packing, address)
+    try:
+        result = run(source, folder, packing, address)
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to go on with the shards that are not there yet")
+        raise
     show(result, as_json, packed_page)
     require_coverage(result, max_missing)
 

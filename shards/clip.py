@@ -1,5 +1,6 @@
 """One clip's way from a source row to a file of packed sound, or to the reason why there is none."""
 
+import math
 import os
 import stat
 import tarfile
@@ -83,10 +84,11 @@ def pack_clip(
             for part in (
                 cut_segment(samples, *segment, slack=round(_WHOLE_RECORDING_SECONDS * rate)) if segment else samples
             ):
-                if not np.isfinite(part).all():
+                low, high = float(part.min(initial=0)), float(part.max(initial=0))
+                if not (math.isfinite(low) and math.isfinite(high)):  # NaN, too, is what min and max then are
                     raise Rejected("unreadable", "samples that are not finite")
                 count += len(part)
-                peak = max(peak, float(np.abs(part).max(initial=0)))
+                peak = max(peak, high, -low)
                 yield to_pcm16(part)
 
         file.seek(0)

@@ -4,6 +4,7 @@ import io
 import json
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
@@ -74,9 +75,10 @@ def _write(
     samples: list[tuple[int, _Sample]],
     shards: list[dict[str, Any]],
 ) -> None:
-    first = next((sample.sound for _, sample in samples if "samples" in sample.sound), None)
-    if first is None:
+    kinds = Counter((s.sound["codec"], s.sound["rate"]) for _, s in samples if "samples" in s.sound)
+    if not kinds:
         raise UserError(f"{folder}: no mono 16-bit FLAC or WAV in its tars; pack the clips with erann pack")
+    kind = codec, rate = kinds.most_common(1)[0][0]
     names = {name for _, sample in samples for name in sample.about.get("labels", ())}
     label_ids, label_names = classes or ([*sorted(names, key=_natural)],) * 2
     place = {label: i for i, label in enumerate(label_ids)}
@@ -85,7 +87,7 @@ def _write(
     counts = [0] * len(shards)
     seen: set[str] = set()
     for number, sample in samples:
-        rejected = _rejection(sample, first, place, seen)
+        rejected = _rejection(sample, kind, place, seen)
         about: dict[str, Any] = {
             "key": sample.key,
             "labels": sorted({place[name] for name in sample.about.get("labels", ()) if name in place}),
@@ -109,8 +111,8 @@ def _write(
         task=task,
         label_ids=label_ids,
         label_names=label_names,
-        sample_rate=first["rate"],
-        codec=first["codec"],
+        sample_rate=rate,
+        codec=codec,
         resampler={},
         versions={},
         packing={},
@@ -122,15 +124,15 @@ def _write(
     write_shard_set_tables(folder, info, *tables)
 
 
-def _rejection(sample: _Sample, first: dict[str, Any], place: dict[str, int], seen: set[str]) -> tuple[str, str] | None:
+def _rejection(sample: _Sample, kind: tuple[str, int], place: dict[str, int], seen: set[str]) -> tuple[str, str] | None:
     """Why a sample can't be used: reason and detail."""
     sound, labels = sample.sound, sample.about.get("labels", [])
     if not sound:
         return "missing", "no sound beside its labels"
     if "reason" in sound:
         return sound["reason"], sound["detail"]
-    if (sound["codec"], sound["rate"]) != (first["codec"], first["rate"]):
-        return "unreadable", f"{sound['codec']} at {sound['rate']} Hz among {first['codec']} at {first['rate']} Hz"
+    if (sound["codec"], sound["rate"]) != kind:
+        return "unreadable", f"{sound['codec']} at {sound['rate']} Hz, where most are {kind[0]} at {kind[1]} Hz"
     if not labels:
         return "wrong label", "no label"
     if unknown := [name for name in labels if name not in place]:

@@ -15,6 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, BinaryIO
 
+from erann_dist.environment import KEEP_MEMORY
 from erann_dist.errors import UserError
 from shards.clip import Packing, Rejected, pack_clip
 from shards.sources.rows import SourceRow
@@ -62,6 +63,7 @@ class _Process:
     def __init__(self, file: BinaryIO, work: RowsToPack) -> None:
         self.end = ""  # in words, when it did not end well
         self._connection, theirs = Pipe()
+        path = os.pathsep.join(filter(None, sys.path))
         with theirs:
             numbers = theirs.fileno(), file.fileno()
             self._child = subprocess.Popen(
@@ -69,7 +71,7 @@ class _Process:
                 pass_fds=numbers,
                 # libsndfile's and FFmpeg's decoders write warnings of their own; what counts is in the report.
                 stderr=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"},
+                env=os.environ | KEEP_MEMORY | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )
         try:
             self._connection.send(work)

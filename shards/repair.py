@@ -37,13 +37,13 @@ def repair_tasks(folder: Folder, source: Source, shards: Iterable[int]) -> list[
 
 def why_different(folder: Folder, task: ShardTask, outcomes: pa.Table) -> str:
     """In words, why a rebuilt shard is not the one that was packed."""
-    info, clips = read_manifest(folder, ["key", "shard", "crc32"])
-    before = {clip["key"]: clip["crc32"] for clip in clips.filter(pc.equal(clips["shard"], task.shard)).to_pylist()}
+    info, clips = read_manifest(folder, ["key", "shard", "source"])
+    before = {clip["key"]: clip["source"] for clip in clips.filter(pc.equal(clips["shard"], task.shard)).to_pylist()}
     name = f"{folder}/{task.name}: can't be rebuilt to the same bytes"
     for outcome in outcomes.to_pylist():
         if outcome["key"] in before and outcome["reason"]:
             reason = f"{outcome['reason']} ({outcome['detail']})"
-            return f"{name}: {outcome['source']} was packed then and is now {reason}; bring it back and try again"
+            return f"{name}: {before[outcome['key']]} was packed then and is now {reason}; bring it back and try again"
         if outcome["key"] not in before and not outcome["reason"]:
             return f"{name}: {outcome['source']} was not packed then and can be now; pack a new set to have it in"
     return f"{name}: {_other_versions(info) or 'source files have changed since it was packed'}"

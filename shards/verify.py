@@ -50,9 +50,9 @@ def verify(folder: Folder, quick: bool = False) -> Iterator[tuple[int, list[Prob
     def check(shard: dict[str, Any]) -> tuple[int, list[Problem]]:
         mine = clips.filter(pc.equal(clips["shard"], shard["shard"]))
         lines = _table_problems(sizes.get(shard["name"]), shard, mine)
-        if not lines and not quick:
+        if not quick and sizes.get(shard["name"]) == shard["size"]:
             with folder.reading(shard["name"]) as file:
-                lines = _tar_problems(file, shard, mine, info)
+                lines += _tar_problems(file, shard, mine, info)
         return len(mine), [Problem(f"{folder}/{shard['name']}: {line}", shard["shard"]) for line in lines]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -78,23 +78,29 @@ def _tar_problems(file: BinaryIO, shard: dict[str, Any], clips: pa.Table, info: 
     problems = []
     if sha256(file) != shard["sha256"]:
         problems.append("its bytes have changed (sha256)")
-    wanted = {f"{clip['key']}.{info.codec}": clip for clip in clips.to_pylist()}
-    descriptions = {f"{clip['key']}.json": clip for clip in wanted.values()} if info.packing else {}
+    wanted = {clip["offset"]: clip for clip in clips.to_pylist()}
+    # Whoever made the tars of an indexed set chose the names in it, and what else is in it.
+    ours = bool(info.packing)
+    descriptions = {f"{clip['key']}.json": clip for clip in wanted.values()} if ours else {}
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.name in wanted:
-                    problems += _clip_problems(tar, member, wanted.pop(member.name), info)
+                if clip := wanted.pop(member.offset_data, None):
+                    name = f"{clip['key']}.{info.codec}"
+                    if ours and member.name != name:
+                        problems.append(f"{member.name} is where {MANIFEST} has {name}")
+                    problems += _clip_problems(tar, member, clip, info)
                 elif member.name in descriptions:
                     labels = [info.label_ids[i] for i in descriptions.pop(member.name)["labels"]]
                     if json.load(tar.extractfile(member) or file)["labels"] != labels:
                         problems.append(f"{member.name} has other labels than {MANIFEST}")
-                elif info.packing:
+                elif ours:
                     problems.append(f"{member.name} is not in {MANIFEST}, or is there twice")
     except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
         problems.append(f"not a readable tar ({error})")
-    return problems + [f"{name} is in {MANIFEST} and not in the tar" for name in (*wanted, *descriptions)]
+    lost = [f"{clip['key']}.{info.codec}" for clip in wanted.values()] + list(descriptions)
+    return problems + [f"{name} is in {MANIFEST} and not in the tar" for name in lost]
 
 
 def _crc32(file: IO[bytes]) -> int:
@@ -107,7 +113,7 @@ def _crc32(file: IO[bytes]) -> int:
 def _clip_problems(tar: tarfile.TarFile, member: tarfile.TarInfo, clip: dict[str, Any], info: SetInfo) -> list[str]:
     content = tar.extractfile(member)
     assert content  # regular members have some
-    found = {"offset": member.offset_data, "size": member.size, "crc32": _crc32(content)}
+    found = {"size": member.size, "crc32": _crc32(content)}
     problems = [
         f"{member.name} has {name} {value}, {MANIFEST} says {clip[name]}"
         for name, value in found.items()

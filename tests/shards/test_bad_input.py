@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import pytest
 import soundfile
 
 from erann_dist.manifest import MANIFEST, REPORT
-from shards.clip import REASONS, PackedSound, Packing, Rejected
-from shards.decoder import ClipDecoder
+from shards.clip import REASONS, Packing, Rejected, pack_clip
+from shards.packer import RowsToPack, end_tar, pack_rows
 from shards.sources.folder import read_folder, read_listed_folder
 from shards.sources.rows import SourceRow
 from tests.conftest import pack_here
@@ -105,8 +106,8 @@ def test_a_file_that_may_not_be_read(tmp_path: Path) -> None:
     good(tmp_path / "c" / "b.wav")
     # Even root can't read a process's memory where nothing is; as no file has size 0 here, it is a member of a "tar".
     nobody = SourceRow("m", [0], b"/proc/self/mem", "mem", offset=0, size=100)
-    with ClipDecoder(Packing()) as decoder, pytest.raises(Rejected, match="unreadable"):
-        decoder.pack(nobody)
+    with (tmp_path / "x").open("w+b") as file, pytest.raises(Rejected, match="unreadable"):
+        pack_clip(nobody, Packing(), file)
     if os.geteuid():
         _, report = outcomes(pack_here(read_folder(tmp_path), tmp_path / "shards"))
         assert report == {"c/a.wav": ("unreadable", "Permission denied")}
@@ -119,49 +120,67 @@ def test_a_listed_path_that_leads_nowhere(tmp_path: Path) -> None:
     assert (list(clips), report) == (["a.wav"], {"gone.wav": ("missing", "no such file")})
 
 
-def test_a_decoder_that_dies_costs_that_clip_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The decoder is ended from outside in the middle of a clip, by the signals that a crash would send."""
-    (tmp_path / "endless.wav").touch()
-    os.mkfifo(tmp_path / "wait")
-    ok = good(tmp_path / "ok.wav")
-    with ClipDecoder(Packing()) as decoder:
-        assert isinstance(decoder.pack(SourceRow("a", [0], os.fsencode(ok), "ok")), PackedSound)
-        first = decoder._process
-        for how in (signal.SIGSEGV, signal.SIGKILL):
-            (child,) = (p for p in psutil.Process().children() if "shards.decoder" in " ".join(p.cmdline()))
-            child.suspend()  # so that it is sure to be at work on the next clip when it dies
-            calls = "".join(f"os.kill({child.pid}, {int(number)});" for number in (how, signal.SIGCONT))
-            killer = subprocess.Popen([sys.executable, "-c", f"import os, time; time.sleep(0.3); {calls}"])
-            with pytest.raises(Rejected) as rejection:
-                decoder.pack(SourceRow("b", [0], os.fsencode(ok), "ok"))
-            killer.wait()
-            assert rejection.value.args == ("unreadable", f"the decoder was ended by it: {how.name}")
-            assert isinstance(decoder.pack(SourceRow("c", [0], os.fsencode(ok), "ok")), PackedSound)
-        assert decoder._process is not first
-        last = decoder._process
-    assert last.poll() is not None
+def packing_processes() -> list[psutil.Process]:
+    return [p for p in psutil.Process().children() if "shards.packer" in " ".join(p.cmdline())]
+
+
+@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_a_decoder_that_dies_costs_that_clip_only(tmp_path: Path, how: signal.Signals) -> None:
+    """The process is ended from outside in the middle of a long clip, by the signals that a crash would send."""
+    ok, long = good(tmp_path / "ok.wav"), good(tmp_path / "long.wav", seconds=3600, rate=8000)
+    names = [("a", ok), ("b", long), ("c", ok), ("d", ok)]
+    rows = [SourceRow(key, [0], os.fsencode(path), path.name) for key, path in names]
+    with (tmp_path / "x.tar").open("w+b") as file:
+        outcomes = []
+        for outcome in pack_rows(file, RowsToPack(rows, ["label"], Packing())):
+            outcomes.append(outcome)
+            if outcome["key"] == "a":
+                (process,) = packing_processes()
+                process.send_signal(how)
+        end_tar(file)
+    assert [(o["key"], o.get("reason"), o.get("detail")) for o in outcomes] == [
+        ("a", None, None),
+        ("b", "unreadable", f"the decoder was ended by it: {how.name}"),
+        ("c", None, None),
+        ("d", None, None),
+    ]
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        members = {member.name: (member.offset_data, member.size) for member in tar}
+    assert {name for name in members if name.endswith("flac")} == {"a.flac", "c.flac", "d.flac"}
+    assert all(members[f"{o['key']}.flac"] == (o["offset"], o["size"]) for o in outcomes if "size" in o)
+    assert not packing_processes()
 
 
 def test_a_decoder_that_stands_still_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shards.decoder._PATIENCE_SECONDS", 0.5)
-    ok = good(tmp_path / "ok.wav")
-    with ClipDecoder(Packing()) as decoder:
-        decoder.pack(SourceRow("a", [0], os.fsencode(ok), "ok"))
-        psutil.Process(decoder._process.pid).suspend()
-        with pytest.raises(Rejected, match="unreadable") as rejection:
-            decoder.pack(SourceRow("b", [0], os.fsencode(ok), "ok"))
-        assert "stood still" in rejection.value.args[1]
-        monkeypatch.setattr("shards.decoder._PATIENCE_SECONDS", 60.0)
-        assert isinstance(decoder.pack(SourceRow("c", [0], os.fsencode(ok), "ok")), PackedSound)
+    monkeypatch.setattr("shards.packer._PATIENCE_SECONDS", 1.0)
+    ok, long = good(tmp_path / "ok.wav"), good(tmp_path / "long.wav", seconds=3600, rate=8000)
+    rows = [SourceRow(key, [0], os.fsencode(path), key) for key, path in (("a", ok), ("b", long), ("c", ok))]
+    outcomes = []
+    with (tmp_path / "x.tar").open("w+b") as file:
+        for outcome in pack_rows(file, RowsToPack(rows, ["label"], Packing())):
+            outcomes.append(outcome)
+            if outcome["key"] == "a":
+                packing_processes()[0].suspend()
+    assert [o.get("detail") for o in outcomes] == [None, "the decoder stood still for 1 s", None]
+    assert not packing_processes()
 
 
 def test_a_full_disk_ends_the_shard_and_blames_no_clip(tmp_path: Path) -> None:
     ok = good(tmp_path / "ok.wav", seconds=5)
-    with ClipDecoder(Packing()) as decoder:
-        decoder.file.close()
-        decoder.file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
-        with pytest.raises(OSError, match="writing sound|No space|Invalid argument"):
-            decoder.pack(SourceRow("a", [0], os.fsencode(ok), "ok"))
+    with open("/dev/full", "r+b", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        list(pack_rows(file, RowsToPack([SourceRow("a", [0], os.fsencode(ok), "ok")], ["label"], Packing())))
+    assert not packing_processes()
+
+
+def test_stopping_early_leaves_no_process(tmp_path: Path) -> None:
+    long = good(tmp_path / "long.wav", seconds=3600, rate=8000)
+    rows = [SourceRow(str(i), [0], os.fsencode(path), "x") for i, path in enumerate((good(tmp_path / "ok.wav"), long))]
+    with (tmp_path / "x.tar").open("w+b") as file:
+        outcomes = pack_rows(file, RowsToPack(rows, ["label"], Packing()))
+        next(outcomes)
+        assert packing_processes()
+        outcomes.close()
+        assert not packing_processes()
 
 
 def test_three_hours_take_no_more_memory_than_a_minute(tmp_path: Path) -> None:
@@ -239,4 +258,4 @@ def test_mutated_files_are_packed_or_reported(real_data: Path, tmp_path: Path) -
     assert {reason for reason, _ in report.values()} <= set(REASONS)
     assert len(report) > 20  # the mutations do harm
     assert len(clips) > 100  # and not everywhere
-    assert not [p for p in psutil.Process().children() if "shards.decoder" in " ".join(p.cmdline())]
+    assert not packing_processes()
