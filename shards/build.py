@@ -184,7 +184,7 @@ def keep(folder: Folder, result: ShardResult) -> None:
 
 def kept(folder: Folder, shard: int) -> ShardResult:
     """What `keep` noted."""
-    table = pq.read_table(io.BytesIO(folder.read(_state_file(shard))))
+    table = pq.ParquetFile(io.BytesIO(folder.read(_state_file(shard)))).read()
     return ShardResult(table.cast(OUTCOME_SCHEMA), json.loads(table.schema.metadata[b"shard"]))
 
 
