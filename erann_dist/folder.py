@@ -29,6 +29,10 @@ class LocalFolder:
         names = {path.relative_to(self.url).as_posix(): path for path in paths}
         return {name: path.stat().st_size for name, path in sorted(names.items()) if name.startswith(prefix)}
 
+    def is_empty(self) -> bool:
+        """Whether there is no file in or below it; also when it does not exist."""
+        return next(self._files(), None) is None
+
     def exists(self, name: str) -> bool:
         return Path(self.url, name).is_file()
 

@@ -73,6 +73,10 @@ class S3Folder:
                 return {name: found[name] for name in sorted(found) if name and not name.endswith("/")}
             query["ContinuationToken"] = page["NextContinuationToken"]
 
+    def is_empty(self) -> bool:
+        """Whether there is no object in it."""
+        return not self._request("listed", "", "list_objects_v2", Prefix=self._key(""), MaxKeys=1).get("Contents")
+
     def exists(self, name: str) -> bool:
         try:
             self._head("read", name)

@@ -74,7 +74,7 @@ def summary(folder: Folder) -> dict[str, Any]:
 
 def _build_missing(plan: Plan, there: set[int]) -> None:
     """Build the shards that are not there, and show how it goes."""
-    before = _total(build.progress_of(build.kept(plan.folder, shard)) for shard in there)
+    before = _total(map(build.progress_of, build.kept(plan.folder, there)))
     began = time.monotonic()
     with bar(f"pack {plan.source.name}", len(plan.source.rows)) as progress:
 

@@ -34,7 +34,7 @@ def packed_page(result: dict[str, Any]) -> None:
     if result["missing_share"]:
         reasons += f" ({result['missing_share']:.1%} of the listed clips)"
     console.print(
-        f"{result['shards']}: {result['clips']} clips, {result['hours']:.2f} h, in {result['tars']} tars of "
+        f"{result['shards']}: {result['clips']} clips, {result['hours']:.2f} h, in {result['tars']} tar{'s' * (result['tars'] > 1)} of "
         f"{result['bytes'] / 1e6:.1f} MB together; not packed: {reasons or 'none'}"
     )
 

@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -163,7 +163,7 @@ def start(plan: Plan) -> bool:
         if folder.read(f"{_STATE}plan").decode() != plan.digest:
             raise UserError(f"{folder}: holds another shard set, not finished; choose another --out or remove it")
         folder.discard_unfinished()
-    elif folder.sizes():
+    elif not folder.is_empty():
         raise UserError(f"{folder}: is there and is no shard set; choose another --out")
     else:
         folder.write(f"{_STATE}plan", plan.digest.encode())
@@ -182,8 +182,13 @@ def keep(folder: Folder, result: ShardResult) -> None:
     folder.write(_state_file(result.shard["shard"]), buffer.getvalue())
 
 
-def kept(folder: Folder, shard: int) -> ShardResult:
-    """What `keep` noted."""
+def kept(folder: Folder, shards: Iterable[int]) -> list[ShardResult]:
+    """What `keep` noted of these shards."""
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        return list(pool.map(lambda shard: _kept(folder, shard), shards))
+
+
+def _kept(folder: Folder, shard: int) -> ShardResult:
     table = pq.ParquetFile(io.BytesIO(folder.read(_state_file(shard)))).read()
     return ShardResult(table.cast(OUTCOME_SCHEMA), json.loads(table.schema.metadata[b"shard"]))
 
@@ -201,8 +206,7 @@ def _state_file(shard: int) -> str:
 def finish(plan: Plan) -> SetInfo:
     """Write the tables: the folder is a shard set. Raises UserError, and clears the folder, when no clip got in."""
     source, folder = plan.source, plan.folder
-    with ThreadPoolExecutor(_REQUESTS) as pool:
-        results = list(pool.map(lambda shard: kept(folder, shard), range(plan.num_shards)))
+    results = kept(folder, range(plan.num_shards))
     outcomes = pa.concat_tables(result.outcomes for result in results)
     packed = pc.is_null(outcomes["reason"])
     clips = outcomes.filter(packed).select(CLIP_SCHEMA.names).replace_schema_metadata()

@@ -57,6 +57,7 @@ def play(folder: Folder, moves: list[tuple[str, str, bytes]]) -> None:
 
     sizes = {name: len(data) for name, data in sorted(expected.items())}
     assert list(folder.sizes().items()) == list(sizes.items())
+    assert folder.is_empty() == (not sizes)
     for prefix in ("b.tar", "deep/", "dee", "deep/er/c", "nothing"):
         assert folder.sizes(prefix) == {name: size for name, size in sizes.items() if name.startswith(prefix)}
     for name in NAMES:
@@ -90,6 +91,7 @@ def test_holds_what_was_written(moves: list[tuple[str, str, bytes]]) -> None:
 def test_a_folder_that_does_not_exist_is_empty(tmp_path: Path) -> None:
     folder = open_folder(str(tmp_path / "none"))
     assert folder.sizes() == {}
+    assert folder.is_empty()
     assert not folder.exists("a")
     folder.delete("a")
     folder.discard_unfinished()

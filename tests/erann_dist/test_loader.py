@@ -4,11 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from erann_dist.errors import UserError
 from erann_dist.loader import Crops, load, random_crops, whole_clips
 from erann_dist.manifest import load_manifest
-from tests.conftest import copy_tree
+from shards.sources.audioset import read_audioset
+from tests.conftest import copy_tree, pack_here, write_tone_set
 
 
 def whole_files(shards: Path) -> list[np.ndarray]:
@@ -25,6 +27,16 @@ def whole_files(shards: Path) -> list[np.ndarray]:
                     data = tar.extractfile(member).read()
                     found[member.name.removesuffix(".flac")] = soundfile.read(io.BytesIO(data), dtype="int16")[0]
     return [found[key] for key in manifest.keys.to_pylist()]
+
+
+def test_wav_shards_give_the_same_crops(tone_shards: Path, tmp_path: Path) -> None:
+    wav = pack_here(read_audioset(*write_tone_set(tmp_path, 40)), tmp_path / "wav", codec="wav")
+    rows = np.arange(40)
+    crops = [
+        next(load(m, [random_crops(m, rows, rows, 7, 30_000)], threads=2, ahead=1)).pcm
+        for m in (load_manifest(tone_shards), load_manifest(wav))
+    ]
+    assert torch.equal(crops[0], crops[1])
 
 
 def test_crops_are_the_clips_samples_in_order(tone_shards: Path) -> None:

@@ -14,7 +14,8 @@ import yaml
 
 from erann_dist.manifest import MANIFEST
 from jobs import cli
-from tests.conftest import copy_tree, small_recipe, write_tone_set
+from shards.sources.audioset import read_audioset
+from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
 
 COMMANDS = [
     "pack",
@@ -143,6 +144,7 @@ def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
         ("optim.epoch=1", 2, r"did you mean optim.epochs\?"),
         ("optim.lr=fast", 2, "optim.lr: input should be a valid number"),
         ("data.train=nowhere", 2, "nowhere: no such folder"),
+        ("data.train=s3://bucket/set", 2, "s3://bucket/set: training and evaluation read shard sets on a disk so far"),
         (
             "data.train={url: SHARDS, fold: [7]}",
             2,
@@ -273,3 +275,31 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
     (tmp_path / "full" / "x").touch()
     assert_refused(pack(out=tmp_path / "full"), 1, "full: is there and is no shard set")
     assert not out.exists()
+
+
+def test_a_set_of_another_rate_is_refused(erann, trained: Path, recipe: Path, tmp_path: Path) -> None:
+    slow = pack_here(read_audioset(*write_tone_set(tmp_path / "set", 8)), tmp_path / "slow", sample_rate=32_000)
+    refusal = "holds 32000 Hz, ERANN takes 44100 Hz; pack it anew"
+    assert_refused(erann("pretrain", recipe, f"data.train={slow}"), 1, f"slow: {refusal}")
+    assert_refused(erann("evaluate", trained / "model", slow), 1, f"slow: {refusal}")
+
+
+def test_index_by_the_command(erann, tone_shards: Path, tmp_path: Path) -> None:
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for path in tone_shards.glob("*.tar"):
+        (tars / path.name).write_bytes(path.read_bytes())
+    indexed = json.loads(erann("index", tars, "--json").out)
+    assert (indexed["clips"], indexed["tars"], indexed["not_packed"]) == (40, 5, {})
+    assert erann("verify", tars).code == 0
+    assert "40 clips" in erann("stats", tars).out.replace(",", "")
+    assert_refused(erann("index", tars), 1, "tars: has a manifest already")
+    assert_refused(erann("repair", tars, "--root", tmp_path), 1, "its tars were not made by erann pack")
+    assert_refused(erann("index", tmp_path / "nowhere"), 1, "no tar in it")
+
+
+def test_stats_by_the_command(erann, tone_shards: Path, tmp_path: Path) -> None:
+    result = json.loads(erann("stats", tone_shards, "--json", "--html", tmp_path / "page.html").out)
+    assert result["clips"] == 40
+    assert "<svg" in (tmp_path / "page.html").read_text()
+    assert_refused(erann("stats", tmp_path / "nowhere"), 2, "nowhere: no such folder")
