@@ -33,8 +33,9 @@ def packed_page(result: dict[str, Any]) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in result["not_packed"].items())
     if result["missing_share"]:
         reasons += f" ({result['missing_share']:.1%} of the listed clips)"
+    tars = f"{result['tars']} tar{'s' * (result['tars'] > 1)}"
     console.print(
-        f"{result['shards']}: {result['clips']} clips, {result['hours']:.2f} h, in {result['tars']} tar{'s' * (result['tars'] > 1)} of "
+        f"{result['shards']}: {result['clips']} clips, {result['hours']:.2f} h, in {tars} of "
         f"{result['bytes'] / 1e6:.1f} MB together; not packed: {reasons or 'none'}"
     )
 
