@@ -43,14 +43,14 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[None]:
         else:
             ray.init(
                 "local",
-                num_cpus=max(cpus, os.cpu_count() or 1),
+                num_cpus=max(cpus, len(os.sched_getaffinity(0))),
                 include_dashboard=False,
                 runtime_env=runtime_env,
                 log_to_driver=False,
                 logging_level="ERROR",
                 _node_ip_address="127.0.0.1",
             )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from error
     try:
         yield

@@ -1,6 +1,5 @@
 """Start a run's workers: in this process, under torchrun, or by Ray Train. Their function is the same for all."""
 
-import ctypes
 import os
 import signal
 import sys
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from cluster.environment import WORKER_ENVIRONMENT
 from erann_dist.distributed import Workers, pick_device, process_group_backend, single_worker
+from erann_dist.environment import end_with_parent
 from erann_dist.errors import UsageError, UserError
 from erann_dist.events import Emit, Event
 
@@ -61,19 +61,13 @@ def _launch_under_torchrun(
         # This is the user's own command: it becomes torchrun, which runs the same command on each worker.
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers)]
         os.execve(sys.executable, [*command, *sys.argv], os.environ | WORKER_ENVIRONMENT)
-    _end_with_parent()
+    end_with_parent()  # torchrun's workers would train on beside the next start of the run
     local_device = pick_device(device, int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(process_group_backend(local_device))
     try:
         function(config, Workers(dist.get_rank(), dist.get_world_size(), local_device), on_event)
     finally:
         dist.destroy_process_group()
-
-
-def _end_with_parent() -> None:
-    """Let the kernel end this process when torchrun is killed; it would train on, beside the next start of the run."""
-    prctl_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(prctl_set_pdeathsig, signal.SIGKILL)
 
 
 def _launch_on_ray(

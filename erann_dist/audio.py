@@ -117,12 +117,14 @@ def to_pcm16(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
 
 def encode(blocks: Iterable[npt.NDArray[np.int16]], file: IO[bytes], rate: int, codec: Codec = "flac") -> None:
     """Write blocks of int16, (n,) each, as one mono 16-bit file. Raises OSError when the file can't be written."""
+    watched = _Watched(file)
     try:
-        with soundfile.SoundFile(file, "w", rate, 1, subtype="PCM_16", format=codec.upper(), closefd=False) as out:
+        with soundfile.SoundFile(watched, "w", rate, 1, subtype="PCM_16", format=codec.upper(), closefd=False) as out:
             for block in blocks:
                 out.write(block)
-    except soundfile.LibsndfileError as error:
-        raise OSError(f"writing sound: {error.error_string}") from error
+    finally:
+        if watched.error:
+            raise watched.error
 
 
 def decode_crop(data: bytes, start: int, count: int) -> npt.NDArray[np.int16]:
@@ -156,6 +158,26 @@ def measure(file: IO[bytes]) -> tuple[int, int]:
             return samples, opened.samplerate
     except soundfile.LibsndfileError as error:
         raise DecodeError(error.error_string) from error
+
+
+class _Watched:
+    """A file that keeps its first error, which is lost on the way through libsndfile's callbacks."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._file, name)
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return method(*arguments)
+            except Exception as error:
+                self.error = self.error or error
+                raise
+
+        return call
 
 
 @contextmanager
@@ -219,22 +241,27 @@ def _block(pieces: list[npt.NDArray[Any]], kind: tuple[int, str, int], codec: st
 def _libsndfile_blocks(file: Path | IO[bytes]) -> Iterator[Block]:
     """Raises DecodeError."""
     try:
-        # By number, since soundfile would take a suffix such as .raw at its word.
-        with (
-            _opened(file) as data,
-            soundfile.SoundFile(data.fileno() if data is not file else data, closefd=False) as opened,
-        ):
-            codec = f"{opened.format} {opened.subtype}".lower()
-            found = False
-            while len(samples := opened.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
-                found = True
-                yield _mono(samples.T, opened.samplerate, codec)
-            if not found:
-                raise NoSamples("no samples")
+        with _opened(file) as data:
+            watched = _Watched(data)
+            # A path by number, since soundfile would take a suffix such as .raw at its word.
+            with soundfile.SoundFile(watched if data is file else data.fileno(), closefd=False) as opened:
+                yield from _read_blocks(opened)
+            if watched.error:
+                raise DecodeError(str(watched.error))
     except soundfile.LibsndfileError as error:
         raise DecodeError(error.error_string.strip().rstrip(".").removeprefix("Error : ")) from error
     except OSError as error:
         raise DecodeError(error.strerror or str(error)) from error
+
+
+def _read_blocks(opened: soundfile.SoundFile) -> Iterator[Block]:
+    codec = f"{opened.format} {opened.subtype}".lower()
+    found = False
+    while len(samples := opened.read(_BLOCK_SAMPLES, dtype="float32", always_2d=True)):
+        found = True
+        yield _mono(samples.T, opened.samplerate, codec)
+    if not found:
+        raise NoSamples("no samples")
 
 
 def _mono(channels: npt.NDArray[np.floating[Any]], rate: int, codec: str) -> Block:

@@ -25,13 +25,13 @@ class LocalFolder:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """The files in and below the folder whose relative name starts with prefix: name -> bytes, by name."""
-        paths = (path for path in self._files() if path.suffix != ".part")
+        paths = (path for path in self._files() if path.suffix != ".part" and path.is_file())
         names = {path.relative_to(self.url).as_posix(): path for path in paths}
         return {name: path.stat().st_size for name, path in sorted(names.items()) if name.startswith(prefix)}
 
     def is_empty(self) -> bool:
         """Whether there is no file in or below it; also when it does not exist."""
-        return next(self._files(), None) is None
+        return all(path.suffix == ".part" for path in self._files())
 
     def exists(self, name: str) -> bool:
         return Path(self.url, name).is_file()
@@ -95,6 +95,8 @@ Folder = Union[LocalFolder, "S3Folder"]
 
 def open_folder(url: str, endpoint: str | None = None) -> Folder:
     """The folder at a path or at s3://bucket/prefix; nothing is asked yet. Raises UsageError for any other URL."""
+    if not url:
+        raise UsageError("a shard set's folder is needed, and the path given is empty")
     scheme, separator, rest = url.partition("://")
     if not separator:
         return LocalFolder(url.rstrip("/") or url[:1])
@@ -103,7 +105,7 @@ def open_folder(url: str, endpoint: str | None = None) -> Folder:
     if not rest.partition("/")[0]:
         raise UsageError(f"{url}: the bucket is missing: s3://bucket/prefix")
     if endpoint and not endpoint.startswith(("http://", "https://")):
-        raise UsageError(f"{endpoint}: an S3 endpoint begins with http:// or https://")
+        raise UsageError("an S3 endpoint begins with http:// or https://")  # not shown: it may hold a password
     from erann_dist.s3 import S3Folder
 
     return S3Folder(url.rstrip("/"), endpoint)

@@ -152,7 +152,7 @@ def _link_files(segments: Path, audio: Path, missing: float) -> int:
     base, links = Path(), 0
     for folder in range(100):
         (audio / f"{folder:02d}").mkdir(parents=True)
-    for number, (_, fields) in enumerate(read_lines(segments)):
+    for number, (_, fields) in enumerate(read_lines(segments, comment="#")):
         if number % 1000 < 1000 * missing:
             continue
         if links % _LINKS_TO_ONE == 0:
@@ -180,7 +180,8 @@ def _step_finish(segments: Path, audio: Path, out: Path) -> dict[str, Any]:
     """Make up what the tasks would have noted; then write the tables, which alone is timed."""
     plan = _plan_of(segments, audio, out)
     for shard in range(plan.num_shards):
-        rows = plan.task(shard).rows
+        task = plan.task(shard)
+        rows = task.rows
         there = pc.is_null(rows["reason"]).to_numpy()
         facts = {"shard": shard, "offset": 512, "size": 400_000, "samples": 441_000, "peak": 0.5, "crc32": shard}
         columns = {name: pa.array(np.full(len(rows), value), mask=~there) for name, value in facts.items()}
@@ -190,7 +191,7 @@ def _step_finish(segments: Path, audio: Path, out: Path) -> dict[str, Any]:
         table = pa.table(columns).select(build.OUTCOME_SCHEMA.names).cast(build.OUTCOME_SCHEMA)
         size, name = 2_000_000_000, f"audioset-{shard:06d}.tar"
         tar = {"shard": shard, "name": name, "size": size, "clips": int(there.sum()), "sha256": f"{shard:064x}"}
-        build.keep(plan.folder, build.ShardResult(table, tar))
+        build.keep(task, build.ShardResult(table, tar))
     began = time.perf_counter()
     build.finish(plan)
     return _cost(began)

@@ -1,5 +1,6 @@
 """The `erann` command."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -163,7 +164,8 @@ def main() -> None:
         console.print(f"erann: {error}", markup=False)
         sys.exit(error.exit_code)
     except OSError as error:  # such as a full disk
-        console.print(f"erann: {error.filename or 'system'}: {error.strerror or error}", markup=False)
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "system"
+        console.print(f"erann: {name}: {error.strerror or error}", markup=False)
         sys.exit(UserError.exit_code)
 
 

@@ -34,13 +34,13 @@ def pack(source: Source, folder: Folder, packing: Packing, address: str | None =
     if build.start(plan):
         there = build.finished(plan)
         if there:
-            console.print(f"{folder}: going on, {len(there)} of {plan.num_shards} shards are there")
+            console.print(f"{folder}: going on, {len(there)} of {plan.num_shards} shards are there", markup=False)
         if len(there) < plan.num_shards:
             with ray_cluster(address):
                 _build_missing(plan, there)
         build.finish(plan)
     else:
-        console.print(f"{folder}: these rows are packed already")
+        console.print(f"{folder}: these rows are packed already", markup=False)
     return summary(folder)
 
 
@@ -74,7 +74,7 @@ def summary(folder: Folder) -> dict[str, Any]:
 
 def _build_missing(plan: Plan, there: set[int]) -> None:
     """Build the shards that are not there, and show how it goes."""
-    before = _total(map(build.progress_of, build.kept(plan.folder, there)))
+    before = _total(map(build.progress_of, build.kept(plan, there)))
     began = time.monotonic()
     with bar(f"pack {plan.source.name}", len(plan.source.rows)) as progress:
 
@@ -98,27 +98,35 @@ def build_all(
     """
     import ray
 
-    tally = ray.remote(num_cpus=0)(_Tally).remote()
+    tally = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Tally).remote()
     remote = ray.remote(num_cpus=1)(_build)
     running: dict[Any, ShardTask] = {}
-    slots = int(ray.cluster_resources().get("CPU", 1)) + 1
+    finished = Progress()
     task = next(tasks, None)
     while task is not None or running:
+        slots = int(ray.cluster_resources().get("CPU", 1)) + 1  # nodes come and go
         while task is not None and len(running) < slots:
             absolute = replace(task, folder=_absolute(task.folder))
             running[remote.remote(absolute, keep, tally)] = task
             task = next(tasks, None)
         ready, _ = ray.wait(list(running), num_returns=1, timeout=_REFRESH_SECONDS)
-        for reference in ready:
-            done = running.pop(reference)
-            try:
-                yield done, ray.get(reference)
-            except ray.exceptions.RayError as error:
-                cause = getattr(error, "cause", error)
-                if isinstance(cause, UserError | OSError):
-                    raise cause from error
-                raise UserError(f"{done.name}: {type(cause).__name__}: {str(cause).splitlines()[0]}") from error
-        show(_total(ray.get(tally.all.remote()).values()))
+        try:
+            for reference in ready:
+                progress, outcomes = ray.get(reference)
+                finished = _total([finished, progress])
+                yield running.pop(reference), outcomes
+            under_way = ray.get(tally.of.remote([task.shard for task in running.values()]))
+        except ray.exceptions.RayError as error:
+            raise _cause(error) from error
+        show(_total([finished, *under_way]))
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong in a task, for the user."""
+    cause = getattr(error, "cause", None) or error
+    if isinstance(cause, UserError | OSError):
+        return cause
+    return UserError(f"a packing task failed: {type(cause).__name__}: {' '.join(str(cause).split())[:300]}")
 
 
 def _absolute(folder: Folder) -> Folder:
@@ -126,23 +134,23 @@ def _absolute(folder: Folder) -> Folder:
     return LocalFolder(os.path.abspath(folder.url)) if isinstance(folder, LocalFolder) else folder
 
 
-def _build(task: ShardTask, keep: bool, tally: Any) -> pa.Table | None:
+def _build(task: ShardTask, keep: bool, tally: Any) -> tuple[Progress, pa.Table | None]:
     """What a worker does. It notes the result in the folder itself, so that nothing is lost with the driver."""
-    shown = 0.0
+    shown = time.monotonic()
 
     def show(progress: Progress) -> None:
         nonlocal shown
-        if time.monotonic() - shown >= _REFRESH_SECONDS or progress.rows == len(task.rows):
+        if time.monotonic() - shown >= _REFRESH_SECONDS:
             shown = time.monotonic()
             tally.note.remote(task.shard, progress)
 
     try:
         result = build.build_shard(task, show)
     except build.Differs as difference:
-        return difference.args[0]
+        return Progress(len(task.rows)), difference.args[0]
     if keep:
-        build.keep(task.folder, result)
-    return None
+        build.keep(task, result)
+    return build.progress_of(result), None
 
 
 class _Tally:
@@ -154,8 +162,8 @@ class _Tally:
     def note(self, shard: int, progress: Progress) -> None:
         self._shards[shard] = progress
 
-    def all(self) -> dict[int, Progress]:
-        return self._shards
+    def of(self, shards: list[int]) -> list[Progress]:
+        return [self._shards[shard] for shard in shards if shard in self._shards]
 
 
 def _total(parts: Iterable[Progress]) -> Progress:

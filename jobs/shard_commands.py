@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from erann_dist.errors import UsageError
+from erann_dist.errors import UsageError, UserError
 from jobs.options import EXAMPLE, Address, Endpoint, Json, Shards
 from jobs.progress import console
 from jobs.show import facts_page, packed_page, repaired_page, show
@@ -59,7 +59,7 @@ def read_source(
     from shards.sources.ravdess import read_ravdess
     from shards.sources.urbansound8k import read_urbansound8k
 
-    with console.status(f"reading {segments or labels or root}"):
+    with console.status("reading the source"):
         if kind == "audioset":
             if segments is None or audio is None:
                 raise UsageError("audioset needs --segments and --audio")
@@ -113,12 +113,15 @@ def pack(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    from erann_dist.folder import open_folder
+    from erann_dist.folder import LocalFolder, open_folder
     from jobs.pack import pack as run
     from jobs.pack import require_coverage
     from shards.clip import Packing
 
     folder = open_folder(out, endpoint)
+    for place in (audio, root):
+        if place and isinstance(folder, LocalFolder) and Path(folder.url).absolute().is_relative_to(place.absolute()):
+            raise UsageError(f"--out {out}: lies in {place}, whose sound is packed; choose another place")
     source = read_source(kind, segments, audio, classes, root, esc10, labels)
     packing = Packing(sample_rate, codec, clips_per_shard, order, min_seconds, skip_silent)
     try:
@@ -154,7 +157,10 @@ def repair(
     from jobs.shard_sets import repair as run
 
     folder = open_folder(shards, endpoint)
-    name = read_info(folder).name
+    info = read_info(folder)
+    if not info.packing:
+        raise UserError(f"{folder}: its tars were not made by erann pack, which alone could rebuild them")
+    name = info.name
     kind = "esc50" if name == "esc10" else name
     source = read_source(kind, segments, audio, classes, root, name == "esc10", labels)
     show(run(folder, source, quick, address), as_json, repaired_page)

@@ -47,9 +47,9 @@ def repair(folder: Folder, source: Source, quick: bool = False, address: str | N
 
 def index(folder: Folder, classes: tuple[list[str], list[str]] | None) -> dict[str, Any]:
     """Write the manifest of tars that are there. Raises UserError."""
-    with console.status(f"indexing {folder}") as status:
-        for name in index_tars(folder, classes):
-            status.update(f"indexing {folder}/{name}")
+    with console.status("indexing") as status:
+        for number, _ in enumerate(index_tars(folder, classes)):
+            status.update(f"indexing tar {number}")
     return summary(folder)
 
 

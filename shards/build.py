@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, BinaryIO
@@ -56,6 +57,7 @@ class ShardTask:
     rows: pa.Table  # ROW_SCHEMA
     label_ids: list[str]
     packing: Packing
+    state: str  # the folder's name for what is noted of this plan's finished shards
     sha256: str | None = None  # that the tar must have
 
 
@@ -110,8 +112,23 @@ class Plan:
     def task(self, shard: int) -> ShardTask:
         begin = shard * self.packing.clips_per_shard
         rows = self.source.rows.take(pa.array(self._order[begin : begin + self.packing.clips_per_shard]))
-        name = f"{self.source.name}-{shard:06d}.tar"
-        return ShardTask(self.folder, name, shard, rows.combine_chunks(), self.source.label_ids, self.packing)
+        return ShardTask(
+            folder=self.folder,
+            name=self.tar_name(shard),
+            shard=shard,
+            rows=rows.combine_chunks(),
+            label_ids=self.source.label_ids,
+            packing=self.packing,
+            state=self.state,
+        )
+
+    def tar_name(self, shard: int) -> str:
+        return f"{self.source.name}-{shard:06d}.tar"
+
+    @property
+    def state(self) -> str:
+        # By its digest: a task of another plan whose driver was killed may still live and note something.
+        return f"{_STATE}{self.digest[:16]}/"
 
 
 def build_shard(task: ShardTask, on_progress: Callable[[Progress], None] = lambda progress: None) -> ShardResult:
@@ -158,11 +175,12 @@ def start(plan: Plan) -> bool:
                 "choose another --out or remove it"
             )
         _remove_state(folder)
+        _clear_up(folder)
         return False
     if folder.exists(f"{_STATE}plan"):
         if folder.read(f"{_STATE}plan").decode() != plan.digest:
             raise UserError(f"{folder}: holds another shard set, not finished; choose another --out or remove it")
-        folder.discard_unfinished()
+        _clear_up(folder)
     elif not folder.is_empty():
         raise UserError(f"{folder}: is there and is no shard set; choose another --out")
     else:
@@ -172,24 +190,33 @@ def start(plan: Plan) -> bool:
 
 def finished(plan: Plan) -> set[int]:
     """The shards that an interrupted packing left finished."""
-    return {int(name.removeprefix(_STATE)[:6]) for name in plan.folder.sizes(_STATE) if name.endswith(".parquet")}
+    names = (name.removeprefix(plan.state) for name in plan.folder.sizes(plan.state))
+    return {int(name.removesuffix(".parquet")) for name in names}
 
 
-def keep(folder: Folder, result: ShardResult) -> None:
+def keep(task: ShardTask, result: ShardResult) -> None:
     """Note a finished shard."""
     buffer = io.BytesIO()
-    pq.write_table(result.outcomes.replace_schema_metadata({"shard": json.dumps(result.shard)}), buffer)
-    folder.write(_state_file(result.shard["shard"]), buffer.getvalue())
+    facts = {"shard": json.dumps(result.shard), "versions": json.dumps(versions())}
+    pq.write_table(result.outcomes.replace_schema_metadata(facts), buffer)
+    task.folder.write(_state_file(task.state, task.shard), buffer.getvalue())
 
 
-def kept(folder: Folder, shards: Iterable[int]) -> list[ShardResult]:
-    """What `keep` noted of these shards."""
+def kept(plan: Plan, shards: Iterable[int]) -> list[ShardResult]:
+    """What `keep` noted of these shards. Raises UserError when one was built by other versions than are here."""
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        return list(pool.map(lambda shard: _kept(folder, shard), shards))
+        return list(pool.map(lambda shard: _kept(plan, shard), shards))
 
 
-def _kept(folder: Folder, shard: int) -> ShardResult:
-    table = pq.ParquetFile(io.BytesIO(folder.read(_state_file(shard)))).read()
+def _kept(plan: Plan, shard: int) -> ShardResult:
+    folder = plan.folder
+    table = pq.ParquetFile(io.BytesIO(folder.read(_state_file(plan.state, shard)))).read()
+    if (there := json.loads(table.schema.metadata[b"versions"])) != versions():
+        pins = " ".join(f"{name}=={version}" for name, version in there.items())
+        raise UserError(
+            f"{folder}/{plan.tar_name(shard)}: was packed by other versions than are here; go on with those on every "
+            f"machine (pip install {pins}), or remove {folder} and begin anew"
+        )
     return ShardResult(table.cast(OUTCOME_SCHEMA), json.loads(table.schema.metadata[b"shard"]))
 
 
@@ -199,21 +226,28 @@ def progress_of(result: ShardResult) -> Progress:
     return Progress(len(sizes), pc.sum(sizes).as_py() or 0, sizes.null_count)
 
 
-def _state_file(shard: int) -> str:
-    return f"{_STATE}{shard:06d}.parquet"
+def _state_file(state: str, shard: int) -> str:
+    return f"{state}{shard:06d}.parquet"
+
+
+def _clear_up(folder: Folder) -> None:
+    """Remove what killed processes left; who may not, can pack all the same."""
+    with suppress(UserError, PermissionError):
+        folder.discard_unfinished()
 
 
 def finish(plan: Plan) -> SetInfo:
     """Write the tables: the folder is a shard set. Raises UserError, and clears the folder, when no clip got in."""
     source, folder = plan.source, plan.folder
-    results = kept(folder, range(plan.num_shards))
+    results = kept(plan, range(plan.num_shards))
     outcomes = pa.concat_tables(result.outcomes for result in results)
     packed = pc.is_null(outcomes["reason"])
     clips = outcomes.filter(packed).select(CLIP_SCHEMA.names).replace_schema_metadata()
     report = outcomes.filter(pc.invert(packed)).select(REPORT_SCHEMA.names).replace_schema_metadata()
     if not len(clips):
-        for name in folder.sizes():
-            folder.delete(name)
+        for shard in range(plan.num_shards):
+            folder.delete(plan.tar_name(shard))
+        _remove_state(folder)
         reasons = sorted({f"{row['reason']} ({row['detail']})" for row in report.slice(0, 1000).to_pylist()})
         raise UserError(f"none of the {len(report)} rows could be packed: {'; '.join(reasons[:3])}")
     info = SetInfo(

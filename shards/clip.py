@@ -1,5 +1,6 @@
 """One clip's way from a source row to a file of packed sound, or to the reason why there is none."""
 
+import errno
 import math
 import os
 import stat
@@ -18,9 +19,10 @@ from erann_dist.audio import Block, Codec, DecodeError, NoSamples, decode, encod
 from shards.sources.files import HDF5_SUFFIXES, open_pack
 from shards.sources.rows import SourceRow
 
-REASONS = ("missing", "unreadable", "empty", "silent", "too short", "wrong label", "duplicate")
+REASONS = ("missing", "unreadable", "empty", "silent", "too short", "wrong label", "duplicate")  # in the report
 _WHOLE_RECORDING_SECONDS = 1.0  # a file that is longer than its segment by more is the whole recording
 _SILENCE_PEAK = 1e-4  # -80 dB of full scale
+_ERRORS_OF_THE_FILE = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
 _MAX_BYTES = np.iinfo(np.int32).max  # the manifest's column
 
 T = TypeVar("T")
@@ -143,8 +145,14 @@ def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
+        if not os.path.isdir(os.path.dirname(path)):
+            raise FileNotFoundError(
+                error.errno, "the folder is gone; is its disk mounted?", os.fsdecode(path)
+            ) from error
         raise Rejected("missing", "a link to a file that is not there" if os.path.islink(path) else "gone") from error
     except OSError as error:
+        if error.errno not in _ERRORS_OF_THE_FILE:
+            raise  # the disk's
         raise Rejected("unreadable", error.strerror) from error
     if not stat.S_ISREG(status.st_mode):
         raise Rejected("unreadable", "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")

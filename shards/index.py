@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 
 from erann_dist.audio import SUFFIXES, DecodeError, measure
@@ -25,10 +26,10 @@ from erann_dist.manifest import (
     write_shard_set_tables,
 )
 from shards.build import sha256
+from shards.sources.files import require_end
 from shards.sources.rows import safe_key
 
 _CODECS = ("flac", "wav")
-_PLACES = {"split": str, "fold": int}
 
 
 @dataclass
@@ -37,7 +38,12 @@ class _Sample:
 
     key: str
     sound: dict[str, Any] = field(default_factory=dict)  # offset, size, samples, rate, codec, crc32; or reason, detail
-    about: dict[str, Any] = field(default_factory=dict)  # labels, split, fold
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)  # by json, cls, txt: labels, split, fold
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What is said most exactly counts."""
+        return self.said.get("txt", {}) | self.said.get("cls", {}) | self.said.get("json", {})
 
 
 def index(folder: Folder, classes: tuple[list[str], list[str]] | None = None) -> Iterator[str]:
@@ -150,8 +156,7 @@ def _samples(file: BinaryIO) -> list[_Sample]:
         for member in tar:
             folder, _, base = member.name.rpartition("/")
             stem, _, kind = base.partition(".")
-            content = tar.extractfile(member)
-            if content is None or not stem:
+            if member.isdir() or not stem:
                 continue
             # A second sound of one key is a sample of its own: WebDataset would fail on it, here it is reported.
             name = f"{folder}/{stem}" if folder else stem
@@ -159,16 +164,26 @@ def _samples(file: BinaryIO) -> list[_Sample]:
             sample = samples.setdefault(name, _Sample(safe_key(name)))
             if f".{kind}" in SUFFIXES:
                 if sample.sound:
-                    sample = samples.setdefault(f"{name}\0{member.offset}", _Sample(sample.key, {}, sample.about))
-                sample.sound = _sound(content.read(), kind, member)
-            elif kind in ("json", "cls", "txt"):
-                sample.about |= _about(content.read(), kind)
+                    sample = samples.setdefault(f"{name}\0{member.offset}", _Sample(sample.key, {}, sample.said))
+                sample.sound = _sound(tar, member, kind)
+            elif kind in ("json", "cls", "txt") and member.isreg():
+                content = tar.extractfile(member)
+                assert content  # regular members have some
+                sample.said[kind] = _about(content.read(), kind)
+        require_end(tar)
     return list(samples.values())
 
 
-def _sound(data: bytes, kind: str, member: tarfile.TarInfo) -> dict[str, Any]:
+def _sound(tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> dict[str, Any]:
     if kind not in _CODECS:
         return {"reason": "unreadable", "detail": f"{kind}: only mono 16-bit FLAC and WAV can be used as they are"}
+    if not member.isreg():
+        return {"reason": "unreadable", "detail": "a link, not a file"}
+    if member.size > np.iinfo(np.int32).max:
+        return {"reason": "unreadable", "detail": "more than 2 GiB"}
+    content = tar.extractfile(member)
+    assert content  # regular members have some
+    data = content.read()
     try:
         samples, rate = measure(io.BytesIO(data))
     except DecodeError as error:
@@ -196,11 +211,16 @@ def _about(data: bytes, kind: str) -> dict[str, Any]:
         return {}
     if not isinstance(said, dict):
         return {}
-    labels = said.get("labels", said.get("label", []))
-    found: dict[str, Any] = {"labels": [str(name) for name in (labels if isinstance(labels, list) else [labels])]}
-    return found | {name: said[name] for name, kind in _PLACES.items() if isinstance(said.get(name), kind)}
+    labels = said.get("labels", said.get("label"))
+    names = [str(name) for name in (labels if isinstance(labels, list) else [labels]) if name is not None]
+    found: dict[str, Any] = {"labels": names} if names else {}
+    if isinstance(said.get("split"), str):
+        found["split"] = said["split"]
+    if said.get("fold") in range(128) and said["fold"] is not True and said["fold"] is not False:
+        found["fold"] = int(said["fold"])
+    return found
 
 
 def _natural(label: str) -> tuple[bool, int, str]:
     """Numbers in the order of their value, before words."""
-    return (not label.isdigit(), int(label) if label.isdigit() else 0, label)
+    return (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any, BinaryIO
 
-from erann_dist.environment import KEEP_MEMORY
+from erann_dist.environment import KEEP_MEMORY, end_with_parent
 from erann_dist.errors import UserError
 from shards.clip import Packing, Rejected, pack_clip
 from shards.sources.rows import SourceRow
@@ -39,10 +39,11 @@ def pack_rows(file: BinaryIO, work: RowsToPack) -> Iterator[dict[str, Any]]:
 
     That is a dict with the manifest's columns, shard apart, or with those of the report. The file's position is of no
     use to the caller meanwhile. Raises UserError when the process can't be started, OSError when the file can't be
-    written.
+    written or a disk fails.
     """
     end = file.seek(0, os.SEEK_END)
     todo = deque(work.rows)
+    suspect: SourceRow | None = None
     while todo:
         with _Process(file, RowsToPack(list(todo), work.label_ids, work.packing)) as process:
             for message in process:
@@ -51,10 +52,14 @@ def pack_rows(file: BinaryIO, work: RowsToPack) -> Iterator[dict[str, Any]]:
                     todo.popleft()
                     yield outcome
         if todo:
-            # What it had begun to write is taken back; the next process begins behind the row that ended this one.
+            # What it had begun to write is taken back; the next process goes on from there.
             os.ftruncate(file.fileno(), end)
             os.lseek(file.fileno(), end, os.SEEK_SET)
-            yield _rejected(todo.popleft(), "unreadable", process.end)
+            # It may have been killed for other reasons than this row: only twice is the row's own fault.
+            if suspect is todo[0]:
+                yield _rejected(todo.popleft(), "unreadable", process.end)
+            else:
+                suspect = todo[0]
 
 
 class _Process:
@@ -114,6 +119,7 @@ def _about(row: SourceRow) -> dict[str, Any]:
 def serve(connection: Connection, file: BinaryIO) -> None:
     """What the process does: pack rows until they are all done or the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    end_with_parent()
     work: RowsToPack = connection.recv()
     connection.send(None)
     try:
@@ -126,16 +132,16 @@ def serve(connection: Connection, file: BinaryIO) -> None:
             connection.send((outcome, file.tell()))
     except ConnectionError:
         return
-    except OSError as error:
+    except (OSError, UserError) as error:
         connection.send(error)
 
 
 def _pack_row(row: SourceRow, work: RowsToPack, file: BinaryIO, connection: Connection) -> dict[str, Any]:
-    """Raises Rejected; OSError when the file can't be written."""
+    """Raises Rejected; OSError when the file can't be written or the disk fails; UserError."""
     with tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES) as clip:
         try:
             packed = pack_clip(row, work.packing, clip, alive=lambda: connection.send(None))
-        except (Rejected, OSError):
+        except (Rejected, OSError, UserError):  # the clip's, the disk's, the machine's fault
             raise
         except Exception as error:  # whatever a strange file brings the libraries to costs that clip only
             raise Rejected("unreadable", f"{type(error).__name__}: {error}") from error

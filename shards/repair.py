@@ -17,8 +17,6 @@ from shards.sources.rows import Source
 def repair_tasks(folder: Folder, source: Source, shards: Iterable[int]) -> list[ShardTask]:
     """The tasks that build these shards again. Raises UserError when they were packed from another source."""
     info, clips = read_manifest(folder, ["key", "shard"])
-    if not info.packing:
-        raise UserError(f"{folder}: its tars were not made by erann pack, which alone could rebuild them")
     listed = {shard["shard"]: shard for shard in read_table(folder, SHARDS).to_pylist()}
     plan = Plan(source, Packing(**info.packing), folder)
     tasks = []

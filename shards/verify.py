@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist.audio import DecodeError, measure
+from erann_dist.errors import UserError
 from erann_dist.folder import Folder
 from erann_dist.manifest import MANIFEST, SHARDS, SetInfo, content_hash, read_manifest, read_table
 from shards.build import sha256
@@ -46,16 +48,22 @@ def verify(folder: Folder, quick: bool = False) -> Iterator[tuple[int, list[Prob
         for number in sorted(set(pc.unique(clips["shard"]).to_pylist()) - numbers)
     ]
     yield 0, problems
+    clips = clips.sort_by("shard")
+    numbers_of_clips = clips["shard"].to_numpy()
 
     def check(shard: dict[str, Any]) -> tuple[int, list[Problem]]:
-        mine = clips.filter(pc.equal(clips["shard"], shard["shard"]))
+        first, end = np.searchsorted(numbers_of_clips, [shard["shard"], shard["shard"] + 1])
+        mine = clips.slice(first, end - first)
         lines = _table_problems(sizes.get(shard["name"]), shard, mine)
         if not quick and sizes.get(shard["name"]) == shard["size"]:
-            with folder.reading(shard["name"]) as file:
-                lines += _tar_problems(file, shard, mine, info)
+            try:
+                with folder.reading(shard["name"]) as file:
+                    lines += _tar_problems(file, shard, mine, info)
+            except (OSError, UserError) as error:
+                lines.append(f"can't be read ({error})")
         return len(mine), [Problem(f"{folder}/{shard['name']}: {line}", shard["shard"]) for line in lines]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(check, shards)
 
 

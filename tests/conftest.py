@@ -38,7 +38,7 @@ def pack_here(source: Source, folder: Path, **options: Any) -> Path:
     plan = build.Plan(source, Packing(**{"clips_per_shard": 8} | options), LocalFolder(str(folder)))
     assert build.start(plan)
     for shard in range(plan.num_shards):
-        build.keep(plan.folder, build.build_shard(plan.task(shard)))
+        build.keep(plan.task(shard), build.build_shard(plan.task(shard)))
     build.finish(plan)
     return folder
 

@@ -79,7 +79,7 @@ def _read_segments(path: Path) -> pa.Table:
         )
         chunk.clear()
 
-    for line, fields in read_lines(path):
+    for line, fields in read_lines(path, comment="#"):
         try:
             ytid, start_text, end_text, mids = fields
             start, end = float(start_text), float(end_text)

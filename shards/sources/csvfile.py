@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -9,15 +10,15 @@ from typing import TextIO
 from erann_dist.errors import UsageError, UserError
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each line and its number; lines that start with # and empty ones are passed over.
+def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, list[str]]]:
+    """The fields of each line and its number; empty lines, and those that start with `comment`, are passed over.
 
     Raises UsageError when there is no such file, UserError when it is no CSV in UTF-8.
     """
     number = 0
     try:
         with _open(path) as file:
-            lines = (line if not line.startswith("#") else "\n" for line in file)
+            lines = ("\n" if comment and line.startswith(comment) else line for line in file)
             reader = csv.reader(lines, skipinitialspace=True, strict=True)
             for fields in reader:
                 number = reader.line_num
@@ -27,7 +28,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise UsageError(f"{path}: no such file") from error
     except csv.Error as error:
         raise UserError(f"{path}:{number + 1}: {error}") from error
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a text file ({error})") from error
 
 
@@ -38,7 +39,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
     """
     lines = read_lines(path)
     _, header = next(lines, (0, []))
-    header = [name.strip().removeprefix("\ufeff") for name in header]
+    header = [name.strip() for name in header]
     if missing := [name for name in columns if name not in header]:
         raise UserError(f"{path}:1: no column {missing[0]}; needed are {', '.join(columns)}")
     for number, fields in lines:
@@ -47,7 +48,14 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
         yield f"{path}:{number}", dict(zip(header, fields, strict=True))
 
 
+def fold_number(where: str, text: str) -> int:
+    """A fold, which the manifest holds in 8 bits. Raises UserError, naming the line."""
+    if not text.strip().isdecimal() or int(text) > 127:
+        raise UserError(f"{where}: {text!r} is no fold; a number from 0 to 127 is needed")
+    return int(text)
+
+
 def _open(path: Path) -> TextIO:
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")

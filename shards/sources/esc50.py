@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist.errors import UsageError, UserError
-from shards.sources.csvfile import read_table
+from shards.sources.csvfile import fold_number, read_table
 from shards.sources.files import find_audio, locate
 from shards.sources.rows import Source, SourceRow, rows_table, safe_key
 
@@ -26,7 +26,7 @@ def read_esc50(root: Path, esc10: bool = False) -> Source:
         if line["esc10"] not in ("True", "False"):
             raise UserError(f"{where}: {line['esc10']!r} under esc10, where True or False is needed")
         try:
-            clip = Path(line["filename"]).stem, int(line["target"]), line["category"], int(line["fold"])
+            clip = Path(line["filename"]).stem, int(line["target"]), line["category"], fold_number(where, line["fold"])
         except ValueError as error:
             raise UserError(f"{where}: not a clip ({error})") from error
         if not esc10 or line["esc10"] == "True":

@@ -58,7 +58,7 @@ def find_audio(folder: Path) -> AudioFiles:
             chunk = []
     table = pa.concat_tables([*tables, _table(chunk)])
     if not len(table):
-        raise UserError(f"{folder}: no sound file in it or below it")
+        raise UserError(f"{folder}: no sound file in it or below it{'; ' * bool(warnings)}{'; '.join(warnings[:1])}")
     order = [("lossy", "ascending"), ("name", "ascending")]
     return AudioFiles(table.sort_by(order).combine_chunks(), dict(sorted(passed_over.items())), warnings)
 
@@ -112,7 +112,7 @@ def _replace(rows: pa.Table, name: str, values: Any) -> pa.Table:
 def _table(found: list[_Found]) -> pa.Table:
     splits = [name.rpartition(b"/")[2].rpartition(b".") for name, *_ in found]
     columns = {name: [row[i] for row in found] for i, name in enumerate(("name", "path", "offset", "size"))}
-    stems = [stem for stem, _, _ in splits]
+    stems = [stem if dot else suffix for stem, dot, suffix in splits]
     lossy = [b"." + suffix.lower() not in LOSSLESS_SUFFIXES for _, _, suffix in splits]
     return pa.Table.from_pydict({"stem": stems, "lossy": lossy, **columns}, FILE_SCHEMA)
 
@@ -130,21 +130,24 @@ def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterat
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith(b"."):
-                    continue
-                suffix = os.path.splitext(entry.name)[1].lower().decode(errors="replace")
-                name = entry.path[len(root) + 1 :]
-                if entry.is_dir():
-                    waiting.append(entry.path)
-                elif suffix == ".tar" or suffix in HDF5_SUFFIXES:
-                    yield from _archived(entry.path, name + b"/", warnings)
-                    continue
-                if suffix in SUFFIXES:  # a folder of such a name too: it is reported, not lost
-                    yield name, entry.path, None, None
-                elif not entry.is_dir():
-                    passed_over[suffix or "none"] += 1
+        folders: list[bytes] = []
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)  # which of two ways to a folder is taken is no chance
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            suffix = os.path.splitext(entry.name)[1].lower().decode(errors="replace")
+            name = entry.path[len(root) + 1 :]
+            if is_folder := os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                folders.append(entry.path)
+            elif suffix == ".tar" or suffix in HDF5_SUFFIXES:
+                yield from _archived(entry.path, name + b"/", warnings)
+                continue
+            if suffix in SUFFIXES:  # a folder of such a name too: it is reported, not lost
+                yield name, entry.path, None, None
+            elif not is_folder:
+                passed_over[suffix or "none"] += 1
+        waiting += reversed(folders)
 
 
 def _archived(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_Found]:
@@ -159,16 +162,36 @@ def _archived(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_Foun
 
 def _tar_members(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_Found]:
     """Their names are looked up and never written to, so that a name such as ../x.wav can do no harm."""
-    count = 0
+    count = links = 0
     try:
         with tarfile.open(os.fsdecode(path), "r:") as tar:
             for member in tar:
                 suffix = os.path.splitext(member.name)[1].lower()
-                if member.isfile() and suffix in SUFFIXES and not os.path.basename(member.name).startswith("."):
-                    count += 1
-                    yield prefix + os.fsencode(member.name), path, member.offset_data, member.size
+                if suffix in SUFFIXES and not os.path.basename(member.name).startswith("."):
+                    if member.isreg():
+                        count += 1
+                        yield prefix + os.fsencode(member.name), path, member.offset_data, member.size
+                    elif not member.isdir():
+                        links += 1
+                tar.members.clear()  # type: ignore[attr-defined]  # else every header is kept
+            require_end(tar)
+        if links:
+            warnings.append(
+                f"{printable(path)}: passed over {links} links to sound; only the files themselves are used"
+            )
     except (tarfile.TarError, OSError) as error:
         warnings.append(f"{printable(path)}: damaged behind its {count} readable clips ({error}); fetch it again")
+
+
+def require_end(tar: tarfile.TarFile) -> None:
+    """Raise tarfile.ReadError unless the members that were read are followed by a tar's end.
+
+    tarfile itself takes a damaged header, or a file that is cut off before one, for the end.
+    """
+    assert tar.fileobj
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("cut off, or a damaged header")
 
 
 def _pack_rows(path: bytes, prefix: bytes) -> Iterator[_Found]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from erann_dist.errors import UserError
 from erann_dist.manifest import Task
-from shards.sources.csvfile import read_table
+from shards.sources.csvfile import fold_number, read_table
 from shards.sources.files import find_audio, report_duplicates, with_files
 from shards.sources.rows import Source, SourceRow, printable, rows_table, safe_key
 
@@ -50,10 +50,7 @@ def read_listed_folder(root: Path, labels: Path) -> Source:
     lines = []
     for where, line in read_table(labels, ("path", "labels")):
         names = sorted({name.strip() for name in re.split("[,;]", line["labels"]) if name.strip()})
-        try:
-            fold = int(line["fold"]) if line.get("fold") else None
-        except ValueError as error:
-            raise UserError(f"{where}: {line['fold']!r} is no fold; a number is needed") from error
+        fold = fold_number(where, line["fold"]) if line.get("fold") else None
         lines.append((line["path"], names, line.get("split") or None, fold))
     label_ids = sorted({name for _, names, _, _ in lines for name in names})
     if not label_ids:

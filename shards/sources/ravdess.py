@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-import pyarrow as pa
+import pyarrow.compute as pc
 
 from shards.sources.files import find_audio, locate
 from shards.sources.rows import Source, SourceRow, printable, rows_table, safe_key
@@ -20,11 +20,12 @@ def read_ravdess(root: Path) -> Source:
     Songs and names that are not RAVDESS's are reported as wrong labels. Raises UsageError or UserError.
     """
     files = find_audio(root)
-    stems = files.table["stem"].to_pylist()
-    rows = rows_table(_row(stem) for stem in dict.fromkeys(stems))
-    first = pa.array([stems.index(stem) for stem in dict.fromkeys(stems)], pa.int32())
-    names = [label.capitalize() for label in LABELS]
-    return Source("ravdess", "classification", LABELS, names, locate(rows, first, files), files.warnings)
+    stems = files.table["stem"].combine_chunks()
+    names = pc.unique(stems)
+    rows = rows_table(_row(name) for name in names.to_pylist())
+    first = pc.index_in(names, value_set=stems)
+    labels = [label.capitalize() for label in LABELS]
+    return Source("ravdess", "classification", LABELS, labels, locate(rows, first, files), files.warnings)
 
 
 def _row(stem: bytes) -> SourceRow:

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -62,8 +63,10 @@ class Source:
 
 
 def rows_table(rows: Iterable[SourceRow]) -> pa.Table:
-    """The rows as a table."""
-    return pa.Table.from_pylist([asdict(row) for row in rows], ROW_SCHEMA)
+    """The rows as a table, a part at a time: as Python objects two million would take gigabytes."""
+    rows = iter(rows)
+    parts = iter(lambda: [asdict(row) for row in islice(rows, 65_536)], [])
+    return pa.concat_tables([pa.Table.from_pylist(part, ROW_SCHEMA) for part in parts] or [ROW_SCHEMA.empty_table()])
 
 
 def safe_key(name: str | bytes) -> str:

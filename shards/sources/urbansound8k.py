@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist.errors import UsageError, UserError
-from shards.sources.csvfile import read_table
+from shards.sources.csvfile import fold_number, read_table
 from shards.sources.files import find_audio, locate
 from shards.sources.rows import Source, SourceRow, rows_table, safe_key
 
@@ -29,7 +29,7 @@ def read_urbansound8k(root: Path) -> Source:
     listed = []
     for where, line in read_table(path, _COLUMNS):
         try:
-            label, fold = int(line["classID"]), int(line["fold"])
+            label, fold = int(line["classID"]), fold_number(where, line["fold"])
         except ValueError as error:
             raise UserError(f"{where}: not a clip ({error})") from error
         stem = Path(line["slice_file_name"]).stem

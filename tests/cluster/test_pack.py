@@ -15,6 +15,8 @@ import psutil
 import pytest
 
 from erann_dist.folder import open_folder
+from shards.build import Plan
+from shards.clip import Packing
 from shards.sources.audioset import read_audioset
 from tests.commands import ERANN, Running, erann
 from tests.conftest import pack_here, write_tone_set
@@ -42,6 +44,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("place")
     pack_here(read_audioset(*write_tone_set(place / "set", 40)), place / "expected")
     return place
+
+
+def digest(place: Path) -> str:
+    """Under which the finished shards of PACK are noted."""
+    root = place / "set"
+    source = read_audioset(root / "tone_segments.csv", root / "audio", root / "classes.csv")
+    return Plan(source, Packing(clips_per_shard=8), open_folder("any")).digest[:16]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -74,7 +83,7 @@ def test_packed_on_a_cluster_of_several_nodes(place: Path) -> None:
 def test_stopped_and_run_again(place: Path, how: signal.Signals) -> None:
     out = f"stopped-{how.name}"
     running = Running(place, *PACK, "--out", out)
-    running.wait_for(place / out / ".pack" / "000000.parquet")
+    running.wait_for(place / out / ".pack" / digest(place) / "000000.parquet")
     code = running.end(how)
     assert running.survivors() == []
     assert not (place / out / "manifest.parquet").exists()

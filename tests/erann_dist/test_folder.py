@@ -189,7 +189,7 @@ def test_the_url_says_which_kind(url: str, folder: Folder) -> None:
         ("s3:///key", None, "s3:///key: the bucket is missing"),
         ("gs://bucket/a", None, "gs://bucket/a: a folder is a path or s3://bucket/prefix, not gs://"),
         ("http://host/a", None, "http://host/a: a folder is a path or s3://bucket/prefix, not http://"),
-        ("s3://bucket", "localhost:9000", "localhost:9000: an S3 endpoint begins with http:// or https://"),
+        ("s3://bucket", "localhost:9000", "an S3 endpoint begins with http:// or https://"),
     ],
 )
 def test_other_urls_are_refused_in_one_line(url: str, endpoint: str | None, message: str) -> None:

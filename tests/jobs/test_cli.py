@@ -271,6 +271,8 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
     assert_refused(erann("pack", "ravdess", "--out", out), 2, "ravdess needs --root")
     assert_refused(pack(out="gs://bucket/x"), 2, "gs://bucket/x: a folder is a path or s3://bucket/prefix")
     assert_refused(pack(out="s3:///x"), 2, "the bucket is missing")
+    assert_refused(pack(out=""), 2, "the path given is empty")
+    assert_refused(pack(out=audio / "shards"), 2, "lies in .*audio, whose sound is packed")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     assert_refused(pack(out=tmp_path / "full"), 1, "full: is there and is no shard set")

@@ -6,7 +6,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -14,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from erann_dist.audio import DecodeError, decode
 from erann_dist.manifest import MANIFEST, REPORT
 from shards.clip import REASONS, Packing, Rejected, pack_clip
 from shards.packer import RowsToPack, end_tar, pack_rows
@@ -124,45 +130,62 @@ def packing_processes() -> list[psutil.Process]:
     return [p for p in psutil.Process().children() if "shards.packer" in " ".join(p.cmdline())]
 
 
-@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
-def test_a_decoder_that_dies_costs_that_clip_only(tmp_path: Path, how: signal.Signals) -> None:
-    """The process is ended from outside in the middle of a long clip, by the signals that a crash would send."""
+def interrupted(tmp_path: Path, times: int, interrupt: Callable[[psutil.Process], None]) -> list[dict[str, Any]]:
+    """What becomes of four clips, when the process is disturbed so many times in the second one, which is long."""
     ok, long = good(tmp_path / "ok.wav"), good(tmp_path / "long.wav", seconds=3600, rate=8000)
     names = [("a", ok), ("b", long), ("c", ok), ("d", ok)]
     rows = [SourceRow(key, [0], os.fsencode(path), path.name) for key, path in names]
+    seen: set[int] = set()
+    done = threading.Event()
+
+    def disturb() -> None:
+        while len(seen) < times and not done.is_set():
+            for process in packing_processes():
+                # The long clip has begun when the tar holds the first one, and the process uses the disk no more.
+                if process.pid not in seen and (tmp_path / "x.tar").stat().st_size > 1024:
+                    seen.add(process.pid)
+                    time.sleep(0.2)
+                    with suppress(psutil.Error):
+                        interrupt(process)
+            time.sleep(0.01)
+
+    watcher = threading.Thread(target=disturb)
     with (tmp_path / "x.tar").open("w+b") as file:
-        outcomes = []
-        for outcome in pack_rows(file, RowsToPack(rows, ["label"], Packing())):
-            outcomes.append(outcome)
-            if outcome["key"] == "a":
-                (process,) = packing_processes()
-                process.send_signal(how)
+        watcher.start()
+        outcomes = list(pack_rows(file, RowsToPack(rows, ["label"], Packing())))
         end_tar(file)
+    done.set()
+    watcher.join()
+    assert len(seen) == times
+    assert not packing_processes()
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        members = {member.name: (member.offset_data, member.size) for member in tar}
+    packed = {f"{o['key']}.flac": (o["offset"], o["size"]) for o in outcomes if "size" in o}
+    assert {name: place for name, place in members.items() if name.endswith("flac")} == packed
+    return outcomes
+
+
+@pytest.mark.parametrize("how", [signal.SIGSEGV, signal.SIGKILL, signal.SIGABRT])
+def test_a_decoder_that_dies_costs_that_clip_only(tmp_path: Path, how: signal.Signals) -> None:
+    """The process is ended from outside in the middle of a clip, twice, by the signals that a crash would send."""
+    outcomes = interrupted(tmp_path, 2, lambda process: process.send_signal(how))
     assert [(o["key"], o.get("reason"), o.get("detail")) for o in outcomes] == [
         ("a", None, None),
         ("b", "unreadable", f"the decoder was ended by it: {how.name}"),
         ("c", None, None),
         ("d", None, None),
     ]
-    with tarfile.open(tmp_path / "x.tar") as tar:
-        members = {member.name: (member.offset_data, member.size) for member in tar}
-    assert {name for name in members if name.endswith("flac")} == {"a.flac", "c.flac", "d.flac"}
-    assert all(members[f"{o['key']}.flac"] == (o["offset"], o["size"]) for o in outcomes if "size" in o)
-    assert not packing_processes()
+
+
+def test_a_process_that_is_killed_once_costs_no_clip(tmp_path: Path) -> None:
+    outcomes = interrupted(tmp_path, 1, psutil.Process.kill)
+    assert [(o["key"], o.get("reason")) for o in outcomes] == [(key, None) for key in "abcd"]
 
 
 def test_a_decoder_that_stands_still_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shards.packer._PATIENCE_SECONDS", 1.0)
-    ok, long = good(tmp_path / "ok.wav"), good(tmp_path / "long.wav", seconds=3600, rate=8000)
-    rows = [SourceRow(key, [0], os.fsencode(path), key) for key, path in (("a", ok), ("b", long), ("c", ok))]
-    outcomes = []
-    with (tmp_path / "x.tar").open("w+b") as file:
-        for outcome in pack_rows(file, RowsToPack(rows, ["label"], Packing())):
-            outcomes.append(outcome)
-            if outcome["key"] == "a":
-                packing_processes()[0].suspend()
-    assert [o.get("detail") for o in outcomes] == [None, "the decoder stood still for 1 s", None]
-    assert not packing_processes()
+    outcomes = interrupted(tmp_path, 2, psutil.Process.suspend)
+    assert [o.get("detail") for o in outcomes] == [None, "the decoder stood still for 1 s", None, None]
 
 
 def test_a_full_disk_ends_the_shard_and_blames_no_clip(tmp_path: Path) -> None:
@@ -170,6 +193,50 @@ def test_a_full_disk_ends_the_shard_and_blames_no_clip(tmp_path: Path) -> None:
     with open("/dev/full", "r+b", buffering=0) as file, pytest.raises(OSError, match="No space left"):
         list(pack_rows(file, RowsToPack([SourceRow("a", [0], os.fsencode(ok), "ok")], ["label"], Packing())))
     assert not packing_processes()
+
+
+def test_a_full_scratch_disk_is_not_the_clips_fault(tmp_path: Path) -> None:
+    ok = good(tmp_path / "ok.wav", seconds=5)
+    with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+        pack_clip(SourceRow("a", [0], os.fsencode(ok), "ok"), Packing(), NoTruncate(full))
+
+
+class NoTruncate:
+    """/dev/full can't be truncated, as a file on a full disk can."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def truncate(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def test_a_folder_that_is_gone_ends_the_shard(tmp_path: Path) -> None:
+    row = SourceRow("a", [0], os.fsencode(tmp_path / "unmounted" / "a.wav"), "a.wav")
+    with (tmp_path / "x").open("w+b") as file, pytest.raises(FileNotFoundError, match="is its disk mounted"):
+        list(pack_rows(file, RowsToPack([row], ["label"], Packing())))
+
+
+def test_a_wav_in_a_tar_that_can_not_be_read_to_its_end(tmp_path: Path) -> None:
+    """libsndfile takes an error of the file below it for the end."""
+    data = good(tmp_path / "x.wav", seconds=10).read_bytes()
+
+    class Failing(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            if self.tell() > 300_000:
+                raise OSError(5, "Input/output error")
+            return super().readinto(buffer)
+
+        def read(self, size: int = -1) -> bytes:
+            if self.tell() > 300_000:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    with pytest.raises(DecodeError, match="libsndfile: .*Input/output error; FFmpeg: "):
+        decode(Failing(data), list)
 
 
 def test_stopping_early_leaves_no_process(tmp_path: Path) -> None:

@@ -212,14 +212,16 @@ def test_an_interrupted_packing_goes_on(tone_shards: Path, tmp_path: Path) -> No
     plan = Plan(source, Packing(clips_per_shard=8), LocalFolder(str(tmp_path / "shards")))
     assert build.start(plan)
     for shard in (0, 3):
-        build.keep(plan.folder, build.build_shard(plan.task(shard)))
+        build.keep(plan.task(shard), build.build_shard(plan.task(shard)))
     (tmp_path / "shards" / "audioset-000002.tar.0123456789abcdef.part").write_bytes(b"cut in the middle")
     with pytest.raises(UserError, match="no shard set here"):
         load_manifest(tmp_path / "shards")
+    (tmp_path / "shards" / ".pack" / "0123456789abcdef").mkdir()
+    (tmp_path / "shards" / ".pack" / "0123456789abcdef" / "000001.parquet").write_bytes(b"of another plan")
     assert build.start(plan)
     assert build.finished(plan) == {0, 3}
     for shard in (1, 2, 4):
-        build.keep(plan.folder, build.build_shard(plan.task(shard)))
+        build.keep(plan.task(shard), build.build_shard(plan.task(shard)))
     build.finish(plan)
     assert digests(tmp_path / "shards") == digests(tone_shards)
     assert not build.start(plan)
@@ -242,7 +244,7 @@ if build.start(plan):
     print("ready", flush=True)
     for shard in range(plan.num_shards):
         if shard not in build.finished(plan):
-            build.keep(plan.folder, build.build_shard(plan.task(shard)))
+            build.keep(plan.task(shard), build.build_shard(plan.task(shard)))
     build.finish(plan)
 """
     kills = 0
@@ -277,3 +279,30 @@ def test_folders_that_hold_something_else_are_refused(tone_shards: Path, tmp_pat
     assert build.start(plan(tmp_path / "new"))
     with pytest.raises(UserError, match="another shard set, not finished"):
         build.start(plan(tmp_path / "new", "other"))
+
+
+def test_a_kill_before_the_plan_is_written(tmp_path: Path) -> None:
+    plan = Plan(source_of(row(None)), Packing(), LocalFolder(str(tmp_path / "shards")))
+    (tmp_path / "shards" / ".pack").mkdir(parents=True)
+    (tmp_path / "shards" / ".pack" / "plan.0123456789abcdef.part").write_bytes(b"cut")
+    assert build.start(plan)
+
+
+def test_a_set_is_not_packed_by_two_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    soundfile.write(tmp_path / "x.wav", np.sin(np.arange(RATE)) * 0.5, RATE)
+    plan = Plan(source_of(row(tmp_path / "x.wav")), Packing(), LocalFolder(str(tmp_path / "shards")))
+    build.start(plan)
+    build.keep(plan.task(0), build.build_shard(plan.task(0)))
+    monkeypatch.setattr("shards.build.versions", lambda: {"av": "1", "soundfile": "2", "soxr": "3"})
+    with pytest.raises(UserError, match=r"test-000000\.tar: was packed by other versions .*pip install av=="):
+        build.kept(plan, [0])
+
+
+def test_what_else_lies_there_stays_when_nothing_could_be_packed(tmp_path: Path) -> None:
+    plan = Plan(source_of(row(None)), Packing(), LocalFolder(str(tmp_path / "shards")))
+    build.start(plan)
+    (tmp_path / "shards" / "letter.txt").write_text("dear")
+    build.keep(plan.task(0), build.build_shard(plan.task(0)))
+    with pytest.raises(UserError, match="none of the 1 rows"):
+        build.finish(plan)
+    assert [p.name for p in (tmp_path / "shards").iterdir()] == ["letter.txt"]

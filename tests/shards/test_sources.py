@@ -51,6 +51,7 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     (tmp_path / "audio").mkdir()
     (tmp_path / "audio" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "audio")
+    (tmp_path / "audio" / "round").symlink_to("round")
     assert find_audio(tmp_path / "audio").table["name"].to_pylist() == [b"linked/x.wav"]
 
 
@@ -99,10 +100,21 @@ def test_clips_in_tars_are_packed_without_unpacking(tmp_path: Path) -> None:
 
 def test_a_damaged_tar_is_named_and_what_can_be_read_is_used(tmp_path: Path) -> None:
     tar = tar_of(tmp_path / "x.tar", {f"{i}.wav": sound_bytes(0.1) for i in range(3)})
-    tar.write_bytes(tar.read_bytes()[:100_000])
-    found = find_audio(tmp_path)
-    assert found.table["name"].to_pylist() == [b"x.tar/0.wav", b"x.tar/1.wav"]
-    assert "x.tar: damaged behind its 2 readable clips" in found.warnings[0]
+    whole = tar.read_bytes()
+    second = whole.index(b"1.wav")
+    damaged = bytearray(whole)
+    damaged[whole.index(b"2.wav") + 150] ^= 1  # its header's checksum: tarfile takes it for the end
+    for data, names in (
+        (whole[:100_000], [b"x.tar/0.wav", b"x.tar/1.wav"]),
+        (whole[:second], [b"x.tar/0.wav"]),  # cut before a header
+        (bytes(damaged), [b"x.tar/0.wav", b"x.tar/1.wav"]),
+    ):
+        tar.write_bytes(data)
+        found = find_audio(tmp_path)
+        assert found.table["name"].to_pylist() == names
+        assert f"x.tar: damaged behind its {len(names)} readable clips" in found.warnings[0]
+    tar.write_bytes(whole)
+    assert find_audio(tmp_path).warnings == []
 
 
 def test_panns_packs_are_read(tmp_path: Path) -> None:
@@ -146,7 +158,7 @@ def test_esc10_is_the_official_subset(real_data: Path) -> None:
     ("text", "message"),
     [
         ("filename,fold\na.wav,1\n", "esc50.csv:1: no column target"),
-        ("filename,fold,target,category,esc10\na.wav,x,1,dog,True\n", "esc50.csv:2: not a clip"),
+        ("filename,fold,target,category,esc10\na.wav,x,1,dog,True\n", "esc50.csv:2: 'x' is no fold"),
         (
             "filename,fold,target,category,esc10\na.wav,1,1,dog,True\nb.wav,1\n",
             "esc50.csv:3: 2 fields where the header has 5",
@@ -253,10 +265,13 @@ def test_a_list_gives_labels_splits_and_folds(tmp_path: Path) -> None:
         ("a", [0], None, None, "duplicate"),
     ]
     assert rows_of(source)[0].path == os.fsencode(tmp_path / "a.wav")
+    touch(tmp_path, "#1 hit.wav")
+    labels.write_text("\ufeffpath,labels\na.wav,dog\n#1 hit.wav,cat\n")
+    assert [row.reason for row in rows_of(read_listed_folder(tmp_path, labels))] == [None, None]
     labels.write_text("path,labels\na.wav,dog\nb.wav,cat\n")
     assert read_listed_folder(tmp_path, labels).task == "classification"
     labels.write_text("path,labels,fold\na.wav,dog,first\n")
-    with pytest.raises(UserError, match="mine.csv:2: 'first' is no fold"):
+    with pytest.raises(UserError, match="mine.csv:2: 'first' is no fold; a number from 0 to 127"):
         read_listed_folder(tmp_path, labels)
     labels.write_text("file,labels\na.wav,dog\n")
     with pytest.raises(UserError, match="mine.csv:1: no column path"):

@@ -236,7 +236,9 @@ def test_index_takes_what_it_can_and_reports_the_rest(tmp_path: Path) -> None:
     with webdataset.TarWriter(str(tmp_path / "part" / "a.tar")) as writer:
         writer.write({"__key__": "dogs/one", "flac": sound(), "cls": 10})
         writer.write({"__key__": "dogs/two", "flac": sound(0.5), "json": json.dumps({"label": 9, "fold": 3}).encode()})
-        writer.write({"__key__": "cats/one", "flac": sound(), "txt": b"9\\n"[:1]})
+        writer.write({"__key__": "cats/one", "flac": sound(), "txt": "9"})
+        about = json.dumps({"duration": 10, "label": None, "fold": 300}).encode()
+        writer.write({"__key__": "cats/two", "cls": 10, "flac": sound(), "json": about})
     foreign_tar(
         tmp_path / "b.tar",
         {
@@ -261,11 +263,11 @@ def test_index_takes_what_it_can_and_reports_the_rest(tmp_path: Path) -> None:
     manifest = load_manifest(tmp_path)
     report = {r["source"].partition("/")[2]: r["reason"] for r in pq.read_table(tmp_path / REPORT).to_pylist()}
     # b.tar comes before part/a.tar, so that its dogs/one is the first.
-    assert manifest.keys.to_pylist() == ["dogs%2Fone", "dogs%2Ftwo", "cats%2Fone"]
-    assert manifest.shards.tolist() == [0, 1, 1]
+    assert manifest.keys.to_pylist() == ["dogs%2Fone", "dogs%2Ftwo", "cats%2Fone", "cats%2Ftwo"]
+    assert manifest.shards.tolist() == [0, 1, 1, 1]
     assert manifest.info.label_ids == ["9", "10"]
-    assert manifest.label_values.tolist() == [1, 0, 0]
-    assert manifest.folds.tolist() == [-1, 3, -1]
+    assert manifest.label_values.tolist() == [1, 0, 0, 1]
+    assert manifest.folds.tolist() == [-1, 3, -1, -1]
     assert (manifest.info.task, manifest.info.sample_rate) == ("classification", RATE)
     assert report == {
         "stereo": "unreadable",
