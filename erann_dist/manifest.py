@@ -138,7 +138,7 @@ def read_manifest(folder: Folder, columns: list[str] | None = None) -> tuple[Set
     """The facts about the shard set in a folder, and columns of its manifest. Raises as read_table."""
     with _opened(folder, MANIFEST) as file:
         parquet = pq.ParquetFile(file)
-        return _info(folder, parquet.schema_arrow), parquet.read(columns).replace_schema_metadata()
+        return _info(folder, parquet.schema_arrow), _read(parquet, columns).replace_schema_metadata()
 
 
 def read_info(folder: Folder) -> SetInfo:
@@ -153,8 +153,12 @@ def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> p
     Raises UsageError when there is no such folder, UserError when the table is not there or can't be read.
     """
     with _opened(folder, name) as file:
-        # Not pq.read_table: its threads may hold the file's bytes a moment longer, and crash if the program ends then.
-        return pq.ParquetFile(file).read(columns)
+        return _read(pq.ParquetFile(file), columns)
+
+
+def _read(parquet: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
+    # Without threads: theirs may hold Python's bytes a moment longer, and crash when the program ends then.
+    return parquet.read(columns, use_threads=False)
 
 
 @contextmanager

@@ -210,7 +210,7 @@ def kept(plan: Plan, shards: Iterable[int]) -> list[ShardResult]:
 
 def _kept(plan: Plan, shard: int) -> ShardResult:
     folder = plan.folder
-    table = pq.ParquetFile(io.BytesIO(folder.read(_state_file(plan.state, shard)))).read()
+    table = pq.ParquetFile(io.BytesIO(folder.read(_state_file(plan.state, shard)))).read(use_threads=False)
     if (there := json.loads(table.schema.metadata[b"versions"])) != versions():
         pins = " ".join(f"{name}=={version}" for name, version in there.items())
         raise UserError(
