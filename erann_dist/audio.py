@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, Literal, TypeVar
 
@@ -117,14 +118,27 @@ def to_pcm16(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
 
 def encode(blocks: Iterable[npt.NDArray[np.int16]], file: IO[bytes], rate: int, codec: Codec = "flac") -> None:
     """Write blocks of int16, (n,) each, as one mono 16-bit file. Raises OSError when the file can't be written."""
+    blocks = iter(blocks)
+    head: list[npt.NDArray[np.int16]] = []
+    while sum(map(len, head)) <= _BLOCK_SAMPLES and (block := next(blocks, None)) is not None:
+        head.append(block)
+    if sum(map(len, head)) <= _BLOCK_SAMPLES:  # all of it: libsndfile's many small writes are fastest in memory
+        buffer = io.BytesIO()
+        _write(head, buffer, rate, codec)
+        file.write(buffer.getbuffer())
+        return
     watched = _Watched(file)
     try:
-        with soundfile.SoundFile(watched, "w", rate, 1, subtype="PCM_16", format=codec.upper(), closefd=False) as out:
-            for block in blocks:
-                out.write(block)
+        _write(chain(head, blocks), watched, rate, codec)
     finally:
         if watched.error:
             raise watched.error
+
+
+def _write(blocks: Iterable[npt.NDArray[np.int16]], file: Any, rate: int, codec: Codec) -> None:
+    with soundfile.SoundFile(file, "w", rate, 1, subtype="PCM_16", format=codec.upper()) as out:
+        for block in blocks:
+            out.write(block)
 
 
 def decode_crop(data: bytes, start: int, count: int) -> npt.NDArray[np.int16]:
@@ -177,6 +191,7 @@ class _Watched:
                 self.error = self.error or error
                 raise
 
+        self.__dict__[name] = call  # it is called some 200 times for a clip
         return call
 
 

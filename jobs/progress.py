@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,13 +23,22 @@ class Bar:
         self._progress = progress
         self._task = progress.add_task(title, total=total, note="") if progress else TaskID(0)
         self._last_line = time.monotonic() - _PLAIN_SECONDS
+        self._first: tuple[int, float] | None = None  # how much was done at the first update, and when that was
 
     def update(self, done: int, note: str = "") -> None:
         if self._progress:
             self._progress.update(self._task, completed=done, note=note)
         elif done == self._total or time.monotonic() - self._last_line >= _PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            console.print(f"{self._title}  {done}/{self._total}  {note}".rstrip())
+            console.print(f"{self._title}  {done}/{self._total}  {note}  {self._left(done)}".rstrip())
+
+    def _left(self, done: int) -> str:
+        """The time left, at the speed since the first update; the live bar has a column of its own for it."""
+        now = time.monotonic()
+        first, began = self._first = self._first or (done, now)
+        if done <= first or done >= self._total:
+            return ""
+        return f"{timedelta(seconds=round((self._total - done) * (now - began) / (done - first)))} left"
 
 
 @contextmanager

@@ -196,9 +196,10 @@ def test_a_full_disk_ends_the_shard_and_blames_no_clip(tmp_path: Path) -> None:
 
 
 def test_a_full_scratch_disk_is_not_the_clips_fault(tmp_path: Path) -> None:
-    ok = good(tmp_path / "ok.wav", seconds=5)
-    with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left"):
-        pack_clip(SourceRow("a", [0], os.fsencode(ok), "ok"), Packing(), NoTruncate(full))
+    for seconds in (5, 60):  # one block, and several
+        ok = good(tmp_path / "ok.wav", seconds)
+        with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="No space left"):
+            pack_clip(SourceRow("a", [0], os.fsencode(ok), "ok"), Packing(), NoTruncate(full))
 
 
 class NoTruncate:
