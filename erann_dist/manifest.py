@@ -137,14 +137,14 @@ class Manifest:
 def read_manifest(folder: Folder, columns: list[str] | None = None) -> tuple[SetInfo, pa.Table]:
     """The facts about the shard set in a folder, and columns of its manifest. Raises as read_table."""
     with _opened(folder, MANIFEST) as file:
-        parquet = pq.ParquetFile(file)
-        return _info(folder, parquet.schema_arrow), _read(parquet, columns).replace_schema_metadata()
+        parquet = pq.ParquetFile(arrow_file(file))
+        return _info(folder, parquet.schema_arrow), parquet.read(columns).replace_schema_metadata()
 
 
 def read_info(folder: Folder) -> SetInfo:
     """The facts about the shard set in a folder. Raises as read_table."""
     with _opened(folder, MANIFEST) as file:
-        return _info(folder, pq.read_schema(file))
+        return _info(folder, pq.read_schema(arrow_file(file)))
 
 
 def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
@@ -153,12 +153,13 @@ def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> p
     Raises UsageError when there is no such folder, UserError when the table is not there or can't be read.
     """
     with _opened(folder, name) as file:
-        return _read(pq.ParquetFile(file), columns)
+        return pq.ParquetFile(arrow_file(file)).read(columns)
 
 
-def _read(parquet: pq.ParquetFile, columns: list[str] | None) -> pa.Table:
-    # Without threads: theirs may hold Python's bytes a moment longer, and crash when the program ends then.
-    return parquet.read(columns, use_threads=False)
+def arrow_file(file: BinaryIO) -> pa.OSFile:
+    """The same file for Arrow alone: its threads may hold what they read a moment longer than a program lives, and
+    Python's bytes, which it would have from a Python file, would crash it then."""
+    return pa.OSFile(f"/dev/fd/{file.fileno()}")
 
 
 @contextmanager

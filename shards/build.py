@@ -31,6 +31,7 @@ from erann_dist.manifest import (
     REPORT_SCHEMA,
     SHARD_SCHEMA,
     SetInfo,
+    arrow_file,
     content_hash,
     read_info,
     write_shard_set_tables,
@@ -210,7 +211,8 @@ def kept(plan: Plan, shards: Iterable[int]) -> list[ShardResult]:
 
 def _kept(plan: Plan, shard: int) -> ShardResult:
     folder = plan.folder
-    table = pq.ParquetFile(io.BytesIO(folder.read(_state_file(plan.state, shard)))).read(use_threads=False)
+    with folder.reading(_state_file(plan.state, shard)) as file:
+        table = pq.ParquetFile(arrow_file(file)).read()
     if (there := json.loads(table.schema.metadata[b"versions"])) != versions():
         pins = " ".join(f"{name}=={version}" for name, version in there.items())
         raise UserError(
