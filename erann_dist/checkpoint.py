@@ -32,6 +32,7 @@ class Facts:
     train_hash: str  # of the training manifests' content
     variant: str
     threads: int
+    bad_clips: list[str]  # keys of those that were given up so far
     versions: dict[str, str]
 
 

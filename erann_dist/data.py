@@ -1,5 +1,9 @@
 """A recipe's data: the clips that its sources select."""
 
+import dataclasses
+import hashlib
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -7,21 +11,21 @@ import pyarrow.compute as pc
 
 from erann_dist import SAMPLE_RATE
 from erann_dist.errors import UsageError, UserError
-from erann_dist.folder import LocalFolder, open_folder
+from erann_dist.folder import open_folder
 from erann_dist.manifest import REPORT, Manifest, concatenate, load_manifest, read_table, require_same_labels
 from erann_dist.recipe import DataSection, DataSource
 
 
 def load_source(source: DataSource) -> Manifest:
     """The clips of one source. Raises UsageError when there are none, UserError at a rate that no ERANN takes."""
-    if not isinstance(open_folder(source.url), LocalFolder):
-        raise UsageError(f"{source.url}: training and evaluation read shard sets on a disk so far; copy it there")
     manifest = load_manifest(source.url)
     if manifest.info.sample_rate != SAMPLE_RATE:
         raise UserError(
             f"{source.url}: holds {manifest.info.sample_rate} Hz, ERANN takes {SAMPLE_RATE} Hz; pack it anew"
         )
-    keep = _selected(source, manifest.splits, manifest.folds)
+    keep = _selected(source, manifest.splits, manifest.folds) & _listed(source, manifest.keys)
+    if not keep.any() and (source.keys or source.without):
+        raise UsageError(f"{source.url}: the lists of keys, the split and the folds leave no clip")
     if not keep.any():
         folds = sorted(set(manifest.folds[manifest.folds >= 0].tolist()))
         splits = sorted(s for s in pc.unique(manifest.splits).to_pylist() if s is not None)
@@ -29,7 +33,11 @@ def load_source(source: DataSource) -> Manifest:
             f"{source.url}: no clip has split {source.split} and fold {source.fold}; "
             f"there are the splits {splits} and the folds {folds}"
         )
-    return manifest if keep.all() else manifest.select(keep)
+    if keep.all():
+        return manifest
+    # A run must not go on with other clips than it began with, as when a list of keys was edited.
+    selected = hashlib.sha256(manifest.info.content_hash.encode() + np.packbits(keep).tobytes()).hexdigest()
+    return dataclasses.replace(manifest.select(keep), info=dataclasses.replace(manifest.info, content_hash=selected))
 
 
 def load_sources(sources: list[DataSource]) -> Manifest:
@@ -49,6 +57,22 @@ def count_reported(source: DataSource) -> int:
     report = read_table(open_folder(source.url), REPORT)
     once = pc.not_equal(report["reason"], "duplicate").to_numpy()  # a duplicate is not one more clip
     return int((once & _selected(source, report["split"], report["fold"].fill_null(-1).to_numpy())).sum())
+
+
+def _listed(source: DataSource, keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Whether each key is in the source's list of keys and not in the other one. Raises UsageError."""
+    keep = np.ones(len(keys), dtype=np.bool_)
+    for path, wanted in ((source.keys, True), (source.without, False)):
+        if path is not None:
+            try:
+                lines = Path(path).read_text().split()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"{path}: no list of keys ({getattr(error, 'strerror', None) or error})") from error
+            listed = pa.array(sorted(set(lines)), pa.string())
+            if not pc.any(pc.is_in(listed, keys)).as_py():
+                raise UsageError(f"{path}: none of its {len(listed)} keys is in {source.url}; it needs a key a line")
+            keep &= pc.is_in(keys, listed).to_numpy() == wanted
+    return keep
 
 
 def _selected(source: DataSource, splits: pa.ChunkedArray, folds: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:

@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,13 @@ class Workers:
             return [value]
         values: list[Any] = [None] * self.world_size if self.is_first else []
         dist.gather_object(value, values if self.is_first else None)
+        return values
+
+    def gather_all(self, value: T) -> list[T]:
+        """Each worker's value, by rank, on all of them."""
+        values: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
         return values
 
     def wait_for_all(self) -> None:

@@ -69,7 +69,7 @@ def score(
     ]
     total, done = sum(len(c.rows) for c in crops), 0
     scores = np.zeros((total, manifest.num_classes), dtype=np.float32)
-    for batch in loader.load(manifest, crops, threads=loader_threads, ahead=2):
+    for batch in loader.load(manifest, crops, threads=loader_threads, ahead_bytes=1 << 20):
         logits = model(log_mel(batch.pcm.to(workers.device).float() / 32768)).float()
         probabilities = logits.sigmoid() if manifest.info.task == "tagging" else logits.softmax(dim=1)
         scores[done : done + len(probabilities)] = probabilities.cpu().numpy()

@@ -33,6 +33,9 @@ class Step:
     examples_per_s: float
     clips_per_s: float  # decoded; twice the examples with fresh mixup partners
     data_wait: float  # share of the time, on the first worker
+    read_mb_per_s: float  # by the first worker, from shards and cache
+    cache_hits: float | None  # share of its clips that came from the cache; none without a cache
+    bad_clips: int  # that it gave up so far
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,11 @@ class LocalFolder:
         """The whole content. Raises FileNotFoundError."""
         return Path(self.url, name).read_bytes()
 
+    def version(self, name: str) -> str:
+        """What changes when the file does. Raises FileNotFoundError."""
+        status = Path(self.url, name).stat()
+        return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
+
     @contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
         """The file, open for reading. Raises FileNotFoundError."""

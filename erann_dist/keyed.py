@@ -12,20 +12,21 @@ U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 # What a stream of numbers is for. Streams of different purposes are independent; the values are part of the plan.
-ROUND, CLASS_PASS, EPOCH, CROP, MIXUP, TIME_MASK, FREQUENCY_MASK, SHARD_DEAL = range(1, 9)
+ROUND, CLASS_PASS, EPOCH, CROP, MIXUP, TIME_MASK, FREQUENCY_MASK, SHARD_DEAL, SUBSTITUTE = range(1, 10)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX2 = np.uint64(0x94D049BB133111EB)
 _LOW32 = np.uint64(0xFFFFFFFF)
 _U32 = np.uint64(32)
+_S30, _S27, _S31 = (np.uint64(shift) for shift in (30, 27, 31))
 _ROUNDS = 10
 
 
 def _mix(x: U64) -> U64:
-    x = (x ^ (x >> np.uint64(30))) * _MIX1
-    x = (x ^ (x >> np.uint64(27))) * _MIX2
-    return x ^ (x >> np.uint64(31))
+    x = x.copy()
+    _mix_in_place(x, np.empty_like(x))
+    return x
 
 
 def _word(value: int | npt.NDArray[np.integer]) -> U64:
@@ -79,13 +80,31 @@ def permute(index: npt.NDArray[np.integer], size: npt.NDArray[np.integer] | int,
 
 
 def _feistel(x: U64, a: U64, b: U64, key: U64) -> U64:
-    left, right = x // b, x % b
+    left, right = np.divmod(x, b)
+    key = key.copy()
+    cell, scratch = np.empty_like(x), np.empty_like(x)
     for number in range(_ROUNDS):
-        key = key + _GOLDEN
-        if number % 2 == 0:
-            left = left + (((_mix(right ^ key) & _LOW32) * a) >> _U32)
-            left = np.where(left >= a, left - a, left)
-        else:
-            right = right + (((_mix(left ^ key) & _LOW32) * b) >> _U32)
-            right = np.where(right >= b, right - b, right)
-    return left * b + right
+        key += _GOLDEN
+        moved, other, side = (left, right, a) if number % 2 == 0 else (right, left, b)
+        # moved = (moved + a keyed hash of the other coordinate, scaled to the side) modulo the side
+        np.bitwise_xor(other, key, out=cell)
+        _mix_in_place(cell, scratch)
+        cell &= _LOW32
+        cell *= side
+        cell >>= _U32
+        moved += cell
+        np.subtract(moved, side, out=cell)  # wraps to a huge number where nothing is to be taken off
+        np.minimum(moved, cell, out=moved)
+    left *= b
+    left += right
+    return left
+
+
+def _mix_in_place(x: U64, scratch: U64) -> None:
+    """_mix without new arrays: those of a few hundred numbers cost more than the arithmetic."""
+    for shift, factor in ((_S30, _MIX1), (_S27, _MIX2)):
+        np.right_shift(x, shift, out=scratch)
+        x ^= scratch
+        x *= factor
+    np.right_shift(x, _S31, out=scratch)
+    x ^= scratch

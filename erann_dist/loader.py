@@ -1,20 +1,25 @@
-"""Batches of decoded crops, in order, a bounded number ahead of the caller."""
+"""Batches of decoded crops, in order, a bounded number of bytes ahead of the caller."""
 
-from collections import deque
-from collections.abc import Generator, Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from erann_dist.audio import DecodeError, decode_crop
+from erann_dist.cache import CacheForm, ClipCache
 from erann_dist.errors import UserError
+from erann_dist.folder import LocalFolder
 from erann_dist.keyed import CROP, keyed_uniform
 from erann_dist.manifest import Manifest
-from erann_dist.storage import ClipReader
+from erann_dist.storage import BadClip, ClipReader
+
+AHEAD_BYTES = 256 << 20
+S3_REQUESTS = 32  # at once
+_SUBSTITUTES = 1000  # for one clip, one after the other
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,46 @@ class Crops:
     starts: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]  # samples to decode; what is missing to `length` is zeros at the end
     length: int
+    positions: npt.NDArray[np.int64] | None = None  # in the sampler's stream, if they were drawn
 
 
 @dataclass(frozen=True)
 class Batch:
     """Crops and their samples."""
 
-    crops: Crops
+    crops: Crops  # a bad clip's place is taken by its substitute's
     pcm: Tensor  # (n, length) int16
+
+
+@dataclass
+class BadClips:
+    """The clips that were given up, by key, and how many a run tolerates."""
+
+    allowed: int = 0
+    keys: set[str] = field(default_factory=set)
+
+    def add(self, bad: BadClip) -> None:
+        """Raises the BadClip itself when none is allowed, UserError when it is one too many."""
+        if not self.allowed:
+            raise bad
+        self.keys.add(bad.key)
+        if len(self.keys) > self.allowed:
+            raise UserError(f"{bad}; it is bad clip number {len(self.keys)}, data.max_bad_clips is {self.allowed}")
+
+    def unite(self, others: Iterable[set[str]]) -> None:
+        """Note what other workers, or an earlier start of the run, gave up. Raises UserError when it is too many."""
+        self.keys.update(*others)
+        if len(self.keys) > self.allowed:
+            raise UserError(f"{len(self.keys)} clips are bad, data.max_bad_clips is {self.allowed}: {self._some()}")
+
+    def _some(self) -> str:
+        return ", ".join(sorted(self.keys)[:5]) + (", …" if len(self.keys) > 5 else "")
+
+
+NONE_BAD = BadClips()  # stays empty: it allows none
+
+# The crop that takes the place of the one drawn at a position, on attempt 0, 1, …: one of (1,) rows.
+Substitute = Callable[[int, int], Crops]
 
 
 def whole_clips(manifest: Manifest, rows: npt.NDArray[np.int64], length: int) -> Crops:
@@ -47,38 +84,66 @@ def random_crops(
     counts = np.minimum(manifest.samples[rows], length)
     choices = manifest.samples[rows] - counts + 1
     starts = np.floor(keyed_uniform(seed, CROP, positions) * choices).astype(np.int64)
-    return Crops(rows, starts, counts, length)
+    return Crops(rows, starts, counts, length, positions)
 
 
 def load(
-    manifest: Manifest, batches: Iterable[Crops], *, threads: int, ahead: int, pin_memory: bool = False
+    manifest: Manifest,
+    batches: Iterable[Crops],
+    *,
+    threads: int,
+    ahead_bytes: int = AHEAD_BYTES,
+    cache: ClipCache | None = None,
+    cache_form: CacheForm = "flac",
+    pin_memory: bool = False,
+    bad_clips: BadClips = NONE_BAD,
+    substitute: Substitute | None = None,
+    read: Counter[str] | None = None,
 ) -> Generator[Batch, None, None]:
     """For each batch its samples, in pinned memory if asked.
 
-    `ahead` batches are read and decoded by `threads` threads while the caller works on one. Raises UserError, naming
-    key and shard, for a clip that can't be read or decoded. Closing the iterator ends the threads.
+    At least one batch, and as many as `ahead_bytes` of samples hold, are read and decoded by `threads` threads while
+    the caller works on one. A clip that is damaged or does not decode, read twice, is noted in `bad_clips` and replaced
+    by `substitute`'s. Raises UserError, which names key or tar: when there are more of them than allowed, and for a tar
+    that can't be read or is not as the manifest says. `read` is kept up to date with what ClipReader counts. Closing
+    the iterator ends the threads.
     """
-    reader = ClipReader(manifest)
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    reader = ClipReader(manifest, threads, cache, cache_form, read)
+    remote = any(not isinstance(tar.folder, LocalFolder) for tar in manifest.tars)
+    pool = ThreadPoolExecutor(threads + S3_REQUESTS * remote, thread_name_prefix="loader")
     pending: deque[tuple[Batch, list[Future[None]]]] = deque()
 
-    def decode_into(row: int, start: int, count: int, out: npt.NDArray[np.int16]) -> None:
-        data = reader.read(row)
-        try:
-            out[:count] = decode_crop(data, start, count)
-        except DecodeError as error:
-            path = manifest.shard_paths[manifest.shards[row]]
-            raise UserError(f"{path}: clip {manifest.keys[row]} does not decode: {error}") from error
+    def candidates(crops: Crops, i: int) -> Iterator[tuple[int, int, int]]:
+        """The clip that was drawn, and those that may take its place."""
+        yield int(crops.rows[i]), int(crops.starts[i]), int(crops.counts[i])
+        if substitute is not None and crops.positions is not None:
+            for attempt in range(_SUBSTITUTES):
+                other = substitute(int(crops.positions[i]), attempt)
+                yield int(other.rows[0]), int(other.starts[0]), int(other.counts[0])
+
+    def decode_into(crops: Crops, i: int, out: npt.NDArray[np.int16]) -> None:
+        for row, start, count in candidates(crops, i):
+            if bad_clips.keys and manifest.keys[row].as_py() in bad_clips.keys:
+                continue
+            try:
+                out[:count] = reader.crop(row, start, count)
+            except BadClip as bad:
+                bad_clips.add(bad)
+                continue
+            crops.rows[i], crops.starts[i], crops.counts[i] = row, start, count
+            return
+        raise UserError(f"{manifest.tars[0].folder}: no clip was found that is not bad, in {_SUBSTITUTES} draws")
 
     def submit(crops: Crops) -> None:
         pcm = torch.zeros(len(crops.rows), crops.length, dtype=torch.int16, pin_memory=pin_memory)
-        columns = (crops.rows.tolist(), crops.starts.tolist(), crops.counts.tolist(), pcm.numpy())
-        pending.append((Batch(crops, pcm), [pool.submit(decode_into, *clip) for clip in zip(*columns, strict=True)]))
+        out = pcm.numpy()
+        clips = [pool.submit(decode_into, crops, i, out[i]) for i in range(len(out))]
+        pending.append((Batch(crops, pcm), clips))
 
     try:
         for crops in batches:
             submit(crops)
-            if len(pending) > ahead:
+            while len(pending) > 1 and sum(batch.pcm.nbytes for batch, _ in pending) > ahead_bytes:
                 yield _finished(pending.popleft())
         while pending:
             yield _finished(pending.popleft())

@@ -85,17 +85,31 @@ class SetInfo:
 
 
 @dataclass(frozen=True)
+class Tar:
+    """One shard of a set, and what the set says of it."""
+
+    folder: Folder
+    name: str
+    size: int  # bytes
+    set_hash: str  # content_hash of its set
+
+    def __str__(self) -> str:
+        return f"{self.folder}/{self.name}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The clips of one or several shard sets, in columns; entry i of each is clip i's."""
 
     info: SetInfo
-    shard_paths: list[Path]
+    tars: list[Tar]
     keys: pa.ChunkedArray
     label_values: npt.NDArray[np.int16]  # clip i's labels: label_values[label_offsets[i]:label_offsets[i + 1]]
-    label_offsets: npt.NDArray[np.int64]
+    label_offsets: npt.NDArray[np.int32]
     splits: pa.ChunkedArray
     folds: npt.NDArray[np.int8]  # -1 for none
-    shards: npt.NDArray[np.int32]  # index into shard_paths
+    shards: npt.NDArray[np.int32]  # index into tars
+    rows: npt.NDArray[np.int32]  # in its own set's manifest
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int32]
     samples: npt.NDArray[np.int64]
@@ -123,10 +137,11 @@ class Manifest:
             self,
             keys=self.keys.take(pa.array(rows)),
             label_values=self.label_values[np.repeat(keep, counts)],
-            label_offsets=np.concatenate([[0], np.cumsum(counts[rows])]).astype(np.int64),
+            label_offsets=np.concatenate([[0], np.cumsum(counts[rows])]).astype(np.int32),
             splits=self.splits.take(pa.array(rows)),
             folds=self.folds[rows],
             shards=self.shards[rows],
+            rows=self.rows[rows],
             offsets=self.offsets[rows],
             sizes=self.sizes[rows],
             samples=self.samples[rows],
@@ -179,17 +194,18 @@ def load_manifest(url: str | Path, endpoint: str | None = None) -> Manifest:
     """The manifest of the shard set in a folder. Raises as read_table."""
     folder = open_folder(str(url), endpoint)
     info, table = read_manifest(folder)
-    names = read_table(folder, SHARDS, ["name"])["name"].to_pylist()
+    tars = read_table(folder, SHARDS, ["name", "size"]).to_pylist()
     labels = table["labels"].combine_chunks()
     return Manifest(
         info=info,
-        shard_paths=[Path(folder.url, name) for name in names],
+        tars=[Tar(folder, tar["name"], tar["size"], info.content_hash) for tar in tars],
         keys=table["key"],
         label_values=labels.flatten().to_numpy(),
-        label_offsets=np.concatenate([[0], np.cumsum(labels.value_lengths().to_numpy())]).astype(np.int64),
+        label_offsets=np.concatenate([[0], np.cumsum(labels.value_lengths().to_numpy())]).astype(np.int32),
         splits=table["split"],
         folds=table["fold"].fill_null(-1).to_numpy(),
         shards=table["shard"].to_numpy(),
+        rows=np.arange(len(table), dtype=np.int32),
         offsets=table["offset"].to_numpy(),
         sizes=table["size"].to_numpy(),
         samples=table["samples"].to_numpy(),
@@ -218,21 +234,22 @@ def concatenate(manifests: list[Manifest]) -> Manifest:
     """Several sets as one, in the order given. Raises UserError when their labels, task or rate differ."""
     first = manifests[0]
     for other in manifests[1:]:
-        require_same_labels(first.info, other.info, str(first.shard_paths[0].parent), str(other.shard_paths[0].parent))
-    shard_starts = np.cumsum([0] + [len(m.shard_paths) for m in manifests])
+        require_same_labels(first.info, other.info, str(first.tars[0].folder), str(other.tars[0].folder))
+    shard_starts = np.cumsum([0] + [len(m.tars) for m in manifests])
     label_starts = np.cumsum([0] + [len(m.label_values) for m in manifests])
     content = hashlib.sha256("".join(m.info.content_hash for m in manifests).encode()).hexdigest()
     return Manifest(
         info=first.info if len(manifests) == 1 else dataclasses.replace(first.info, content_hash=content),
-        shard_paths=[path for m in manifests for path in m.shard_paths],
+        tars=[tar for m in manifests for tar in m.tars],
         keys=pa.chunked_array([c for m in manifests for c in m.keys.chunks], pa.string()),
         label_values=np.concatenate([m.label_values for m in manifests]),
         label_offsets=np.concatenate(
             [[0], *(m.label_offsets[1:] + start for m, start in zip(manifests, label_starts, strict=False))]
-        ),
+        ).astype(np.int32),
         splits=pa.chunked_array([c for m in manifests for c in m.splits.chunks], pa.string()),
         folds=np.concatenate([m.folds for m in manifests]),
         shards=np.concatenate([m.shards + np.int32(start) for m, start in zip(manifests, shard_starts, strict=False)]),
+        rows=np.concatenate([m.rows for m in manifests]),
         offsets=np.concatenate([m.offsets for m in manifests]),
         sizes=np.concatenate([m.sizes for m in manifests]),
         samples=np.concatenate([m.samples for m in manifests]),

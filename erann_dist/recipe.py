@@ -7,10 +7,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from erann_dist import SAMPLE_RATE
 from erann_dist.augment import Mixup, Partner
+from erann_dist.cache import CacheForm
 from erann_dist.errors import UsageError
 from erann_dist.features import PAD_SAMPLES
 from erann_dist.model import Variant
@@ -29,11 +39,13 @@ class ModelSection(_Section):
 
 
 class DataSource(_Section):
-    """A shard set, or the part of it in one split or in some folds. A plain string in a recipe is its url."""
+    """A shard set, or the part of it in one split, in some folds, or by lists of keys. A plain string is its url."""
 
     url: str
     split: str | None = None
     fold: list[int] | None = None
+    keys: str | None = None  # a text file, a key a line: only these clips
+    without: str | None = None  # the same: all clips but these
 
     @model_validator(mode="before")
     @classmethod
@@ -48,12 +60,20 @@ def _as_list(value: Any) -> Any:
 Sources = Annotated[list[DataSource], BeforeValidator(_as_list), Field(min_length=1)]
 
 
+class CacheSection(_Section):
+    dir: str  # on a disk of the node
+    max_bytes: ByteSize = Field(gt=0)
+    format: CacheForm = "flac"
+
+
 class DataSection(_Section):
     train: Sources
     eval: Sources
     crop_s: float = Field(8.0, gt=0, le=600)  # length of a training crop; shorter clips are zero-padded
     sampling: Literal["balanced", "uniform"] = "balanced"
     loader_threads: int = Field(2, ge=1)
+    cache: CacheSection | None = None
+    max_bad_clips: int = Field(0, ge=0)  # damaged clips that are replaced by others; one more ends the run
 
     @property
     def crop_samples(self) -> int:
@@ -157,7 +177,8 @@ class Recipe(_Section):
         """The part that decides what is computed: without where it runs, how often it logs, saves and evaluates."""
         settings = self.model_dump(exclude={"checkpoint", "evaluate"})
         settings["run"] = {"seed": self.run.seed}
-        del settings["data"]["loader_threads"]
+        for name in ("loader_threads", "cache", "max_bad_clips"):
+            del settings["data"][name]
         return settings
 
     def hash(self) -> str:

@@ -12,8 +12,8 @@ import tempfile
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import SplitResult, urlsplit
 
 from botocore.exceptions import (  # type: ignore[import-untyped]
     ClientError,
@@ -36,6 +36,10 @@ T = TypeVar("T")
 ATTEMPTS = 6
 PAUSE_S = 0.5
 REQUEST_S = 60.0
+# A clip that a run on many machines waits for is asked for longer: for about a minute, at PAUSE_S as above.
+PATIENT_ATTEMPTS = 9
+PATIENT_S = 180.0
+LONGEST_PAUSE_S = 16.0
 RATE = 1e6  # bytes per second
 CONNECT_S = 10.0
 SILENCE_S = 20.0  # without a byte on a connection
@@ -89,6 +93,30 @@ class S3Folder:
         file = io.BytesIO()
         self._fetch(name, file)
         return file.getvalue()
+
+    def read_range(self, name: str, start: int, size: int, etag: str | None) -> bytes:
+        """Bytes start .. start + size of the object of that ETag, or of any. It is more patient than the other methods.
+
+        Raises FileNotFoundError.
+        """
+        at = {"Bucket": self._bucket, "Key": self._key(name)} | ({"IfMatch": etag} if etag else {})
+
+        async def ask(s3: S3FileSystem) -> bytes:
+            return await _retried(lambda: _range(s3, start, start + size, at), PATIENT_ATTEMPTS)
+
+        try:
+            return self._wait("read", name, PATIENT_S, ask)
+        except _Changed:
+            raise self._error("read", name, "it is no longer the object that this run began with") from None
+
+    def size_and_version(self, name: str) -> tuple[int, str]:
+        """The object's bytes, and its ETag. Raises FileNotFoundError."""
+        head = self._head("read", name)
+        return head["ContentLength"], head["ETag"]
+
+    def version(self, name: str) -> str:
+        """What changes when the object does: its ETag. Raises FileNotFoundError."""
+        return self.size_and_version(name)[1]
 
     @contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
@@ -281,6 +309,18 @@ class CutShort(Exception):
     """An answer that claims to be whole and is not."""
 
 
+def connection(endpoint: str | None) -> tuple[SplitResult, str, Any]:
+    """The server's URL, the region, and credentials with access_key, secret_key and token, as s3fs found them."""
+    s3 = _file_system(endpoint)
+
+    async def ask(s3: S3FileSystem) -> tuple[SplitResult, str, Any]:
+        client = await s3.set_session()
+        credentials = await (await s3.session.get_credentials()).get_frozen_credentials()
+        return urlsplit(client.meta.endpoint_url), client.meta.region_name, credentials
+
+    return cast(tuple[SplitResult, str, Any], sync(s3.loop, ask, s3))
+
+
 def _file_system(endpoint: str | None) -> S3FileSystem:
     return _kept_file_system(endpoint, os.getpid(), CONNECT_S, SILENCE_S)
 
@@ -308,11 +348,11 @@ def _kept_file_system(endpoint: str | None, process: int, connect_s: float, sile
     return s3
 
 
-async def _retried(attempt: Callable[[], Awaitable[T]]) -> T:
+async def _retried(attempt: Callable[[], Awaitable[T]], attempts: int = ATTEMPTS) -> T:
     """What attempt() gives, asked again after failures that may pass. Raises _Missing, _Changed or _Refused."""
-    for i in range(ATTEMPTS):
+    for i in range(attempts):
         if i:
-            await asyncio.sleep(PAUSE_S * 2 ** (i - 1) * random.uniform(0.5, 1.5))
+            await asyncio.sleep(min(PAUSE_S * 2 ** (i - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.5))
         try:
             return await attempt()
         except Exception as error:
@@ -320,7 +360,7 @@ async def _retried(attempt: Callable[[], Awaitable[T]]) -> T:
             cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error
             if not _may_pass(cause):
                 break
-    raise _explained(cause)
+    raise _explained(cause, attempts)
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -330,9 +370,9 @@ def _may_pass(error: BaseException) -> bool:
     return status >= 500 or status == 429 or error.response["Error"]["Code"] in PASSING_CODES
 
 
-def _explained(error: BaseException) -> Exception:
+def _explained(error: BaseException, attempts: int) -> Exception:
     """The error in words: codes and botocore's own messages, for the rest of an answer can hold session tokens."""
-    again = f", {ATTEMPTS} times in a row" if _may_pass(error) else ""
+    again = f", {attempts} times in a row" if _may_pass(error) else ""
     if isinstance(error, ClientError):
         code = error.response["Error"]["Code"]
         match code:

@@ -68,7 +68,9 @@ class UniformSampler:
         return permute(place, self._rows, keyed_hash(self._seed, EPOCH, epoch))
 
 
-def class_lists(values: npt.NDArray[np.integer], offsets: I64, num_classes: int) -> list[npt.NDArray[np.int32]]:
+def class_lists(
+    values: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], num_classes: int
+) -> list[npt.NDArray[np.int32]]:
     """Turn each clip's labels into each class's clips, rows ascending.
 
     values, offsets: the labels of clip i are values[offsets[i]:offsets[i + 1]].

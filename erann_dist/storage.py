@@ -1,12 +1,31 @@
-"""A clip's bytes by shard, offset and size, checked against its CRC; and small files that are whole or not there."""
+"""A clip's sound by its row: from the node's cache, or from its tar on a disk or in S3, checked either way."""
 
 import os
+import resource
 import threading
 import zlib
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from erann_dist.audio import DecodeError, decode_crop
+from erann_dist.cache import CacheForm, ClipCache, ClipId
 from erann_dist.errors import UserError
-from erann_dist.manifest import Manifest
+from erann_dist.folder import LocalFolder
+from erann_dist.manifest import Manifest, Tar
+
+
+class BadClip(UserError):
+    """A clip that is damaged where it comes from, or does not decode."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(key, message)
+        self.key = key
+
+    def __str__(self) -> str:
+        return str(self.args[1])
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,35 +36,159 @@ def write_text(path: Path, text: str) -> None:
 
 
 class ClipReader:
-    """Reads clips out of the shards of a manifest, from any number of threads. Close it when done."""
+    """Reads clips of a manifest, from any number of threads. Close it when done.
 
-    def __init__(self, manifest: Manifest) -> None:
+    decoders: how many threads may decode at once; the others wait for S3. read: counts the clips and bytes that were
+    read, as clips_cache, bytes_cache, clips_origin and bytes_origin.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        decoders: int,
+        cache: ClipCache | None = None,
+        cache_form: CacheForm = "flac",
+        read: Counter[str] | None = None,
+    ) -> None:
         self._manifest = manifest
-        self._files: dict[Path, int] = {}
+        self._cache = cache
+        self._form = cache_form
+        self._decoding = threading.Semaphore(decoders)
         self._lock = threading.Lock()
+        self._tars: dict[int, _LocalTar | _S3Tar] = {}
+        self._read = Counter() if read is None else read
+        _allow_many_files()
 
-    def read(self, row: int) -> bytes:
-        """The FLAC file of clip `row`. Raises UserError, naming shard and key, when it is not there whole."""
-        m = self._manifest
-        path = m.shard_paths[m.shards[row]]
-        size = int(m.sizes[row])
-        try:
-            data = os.pread(self._file(path), size, int(m.offsets[row]))
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror} (clip {m.keys[row]})") from error
-        if len(data) != size or zlib.crc32(data) != m.crc32s[row]:
-            problem = "is cut short" if len(data) != size else "is damaged"
-            raise UserError(f"{path}: clip {m.keys[row]} {problem}; check the set with erann verify {path.parent}")
-        return data
+    def crop(self, row: int, start: int, count: int) -> npt.NDArray[np.int16]:
+        """Samples start .. start + count of clip `row`: (count,) int16.
 
-    def _file(self, path: Path) -> int:
-        with self._lock:
-            if path not in self._files:
-                self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            return self._files[path]
+        Raises BadClip, which names key and tar, for a clip that is damaged or does not decode, also when it is read
+        again from its tar; UserError when its tar is not there or not as the manifest says.
+        """
+        if self._cache and (pcm := self._cached(self._cache, row, start, count)) is not None:
+            return pcm
+        for careful in (False, True):
+            try:
+                data = self._origin(row, careful)
+                pcm = self._decode(data, start, count)
+                if self._cache:
+                    self._keep(self._cache, row, data)
+                return pcm
+            except DecodeError as error:
+                problem = str(error)
+        raise self._bad(row, problem)
 
     def close(self) -> None:
         with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+            for tar in self._tars.values():
+                tar.close()
+            self._tars.clear()
+
+    def _cached(self, cache: ClipCache, row: int, start: int, count: int) -> npt.NDArray[np.int16] | None:
+        data = cache.get(self._clip_id(row))
+        if data is None:
+            return None
+        if self._form == "pcm":
+            pcm = np.frombuffer(data, "<i2")[start : start + count]
+        elif zlib.crc32(data) != self._manifest.crc32s[row]:
+            return None
+        else:
+            try:
+                pcm = self._decode(data, start, count)
+            except DecodeError:
+                return None
+        self._count("cache", len(data))
+        return pcm
+
+    def _keep(self, cache: ClipCache, row: int, data: bytes) -> None:
+        if self._form == "pcm":
+            data = self._decode(data, 0, int(self._manifest.samples[row])).astype("<i2").tobytes()
+        cache.put(self._clip_id(row), data)
+
+    def _decode(self, data: bytes, start: int, count: int) -> npt.NDArray[np.int16]:
+        with self._decoding:
+            return decode_crop(data, start, count)
+
+    def _origin(self, row: int, careful: bool) -> bytes:
+        """The clip as it is in its tar. Raises UserError, and DecodeError when it is not what was packed."""
+        m = self._manifest
+        size, tar = int(m.sizes[row]), m.tars[m.shards[row]]
+        try:
+            data = self._tar(int(m.shards[row])).read(int(m.offsets[row]), size, careful)
+        except OSError as error:
+            raise UserError(f"{tar}: {error.strerror} (clip {m.keys[row]})") from error
+        self._count("origin", len(data))
+        if len(data) != size:
+            raise DecodeError("is cut short")
+        if zlib.crc32(data) != m.crc32s[row]:
+            raise DecodeError("is damaged")
+        return data
+
+    def _tar(self, number: int) -> "_LocalTar | _S3Tar":
+        with self._lock:
+            if number not in self._tars:
+                tar = self._manifest.tars[number]
+                self._tars[number] = _LocalTar(tar) if isinstance(tar.folder, LocalFolder) else _S3Tar(tar)
+            return self._tars[number]
+
+    def _clip_id(self, row: int) -> ClipId:
+        m = self._manifest
+        size = m.sizes[row] if self._form == "flac" else 2 * m.samples[row]
+        return ClipId(m.tars[m.shards[row]].set_hash, int(m.rows[row]), self._form, int(size))
+
+    def _count(self, source: str, size: int) -> None:
+        with self._lock:
+            self._read[f"clips_{source}"] += 1
+            self._read[f"bytes_{source}"] += size
+
+    def _bad(self, row: int, problem: str) -> BadClip:
+        m = self._manifest
+        tar, key = m.tars[m.shards[row]], m.keys[row].as_py()
+        problem = problem if problem.startswith("is ") else f"does not decode: {problem}"
+        return BadClip(key, f"{tar}: clip {key} {problem}; check the set with erann verify {tar.folder}")
+
+
+class _LocalTar:
+    def __init__(self, tar: Tar) -> None:
+        self._file = os.open(str(tar), os.O_RDONLY | os.O_CLOEXEC)
+        size = os.fstat(self._file).st_size
+        if size != tar.size:
+            os.close(self._file)
+            raise _other_size(tar, size)
+
+    def read(self, start: int, size: int, careful: bool) -> bytes:
+        return os.pread(self._file, size, start)
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class _S3Tar:
+    def __init__(self, tar: Tar) -> None:
+        from erann_dist.s3_ranges import S3Object
+
+        assert not isinstance(tar.folder, LocalFolder)
+        self._tar = tar
+        self._object = S3Object(tar.folder, tar.name)
+
+    def read(self, start: int, size: int, careful: bool) -> bytes:
+        if self._object.size != self._tar.size:
+            raise _other_size(self._tar, self._object.size)
+        return self._object.read_carefully(start, size) if careful else self._object.read(start, size)
+
+    def close(self) -> None:
+        self._object.close()
+
+
+def _other_size(tar: Tar, size: int) -> UserError:
+    return UserError(
+        f"{tar}: {size} bytes, the set's tables say {tar.size}: it was cut or replaced; "
+        f"check the set with erann verify {tar.folder}"
+    )
+
+
+def _allow_many_files() -> None:
+    """Every tar and every slab of the cache is kept open, more than the usual limit of 1,024 at AudioSet's size."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -9,8 +9,11 @@ import fcntl
 import importlib.metadata
 import math
 import time
-from contextlib import closing
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +26,7 @@ from torch import Tensor
 from erann_dist import checkpoint, evaluation, loader
 from erann_dist.augment import clip_positions, make_inputs
 from erann_dist.batchnorm import RunningStatistics
+from erann_dist.cache import ClipCache
 from erann_dist.data import count_reported, load_train_and_eval
 from erann_dist.distributed import Workers
 from erann_dist.engine import Engine, make_engine
@@ -40,11 +44,15 @@ from erann_dist.events import (
     TensorBoard,
 )
 from erann_dist.features import LogMel
+from erann_dist.keyed import SUBSTITUTE, keyed_integer
 from erann_dist.manifest import Manifest, Task
 from erann_dist.model import ERANN
 from erann_dist.model_folder import ModelInfo, model_card, save_model
 from erann_dist.recipe import OptimSection, Recipe
 from erann_dist.sampling import BalancedSampler, Sampler, UniformSampler, class_lists
+
+_DRAW_AHEAD = 16  # micro-batches
+SUBSTITUTE_POSITIONS = 2**40  # where substitutes for bad clips are drawn from
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,12 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
     per_rank = micro_batches_per_rank(optim, workers.world_size)
     engine = make_engine(recipe.run.engine, model, optim, per_rank, workers)
     resumed_from = checkpoint.latest(run_dir / "checkpoints")
-    first_step = _resume(resumed_from, recipe, clips, engine) if resumed_from else 0
+    bad_clips = loader.BadClips(recipe.data.max_bad_clips)
+    first_step = 0
+    if resumed_from:
+        facts = _resume(resumed_from, recipe, clips, engine)
+        first_step = facts.step
+        bad_clips.unite([set(facts.bad_clips)])
     statistics = RunningStatistics(model)
     log_mel = LogMel().to(workers.device)
     sampler = make_sampler(recipe, clips)
@@ -137,9 +150,14 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
         )
     )
 
-    def crops_of(micro_batch: MicroBatch) -> loader.Crops:
-        positions = clip_positions(micro_batch.examples, recipe.augment.mixup, recipe.augment.partner)
-        return loader.random_crops(clips, sampler.draw(positions), positions, seed, recipe.data.crop_samples)
+    def crops_ahead() -> Iterator[loader.Crops]:
+        """This rank's crops to the end of the run, a batch for each micro-batch; drawn in blocks, which is faster."""
+        dealt = (mb for s in range(first_step, steps) for mb in deal(s, optim, workers.rank, workers.world_size))
+        while block := list(islice(dealt, _DRAW_AHEAD)):
+            needed = [clip_positions(mb.examples, recipe.augment.mixup, recipe.augment.partner) for mb in block]
+            drawn = np.split(sampler.draw(np.concatenate(needed)), np.cumsum([len(each) for each in needed])[:-1])
+            for positions, rows in zip(needed, drawn, strict=True):
+                yield loader.random_crops(clips, rows, positions, seed, recipe.data.crop_samples)
 
     def evaluate(step: int) -> evaluation.Predictions | None:
         predictions = evaluation.score(
@@ -153,25 +171,38 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
             say(Evaluated(step, len(eval_clips), evaluation.summarise(predictions, eval_clips.info.task)))
         return predictions
 
+    def substitute(position: int, attempt: int) -> loader.Crops:
+        """Another draw for a position whose clip is bad: the same on whatever worker it falls."""
+        positions = np.array([position])
+        drawn = sampler.draw(keyed_integer(0, SUBSTITUTE_POSITIONS, seed, SUBSTITUTE, attempt, positions))
+        return loader.random_crops(clips, drawn, positions, seed, recipe.data.crop_samples)
+
     def save(step: int) -> None:
         saving = time.perf_counter()
+        bad_clips.unite(workers.gather_all(bad_clips.keys))
         state = engine.state()
         if workers.is_first:
-            facts = _facts(step, recipe, clips)
+            facts = _facts(step, recipe, clips, bad_clips.keys)
             path = checkpoint.save(run_dir / "checkpoints", facts, state, recipe.checkpoint.keep_last)
             say(CheckpointSaved(step, str(path), time.perf_counter() - saving))
         workers.wait_for_all()
 
+    cache = ClipCache(Path(recipe.data.cache.dir), recipe.data.cache.max_bytes) if recipe.data.cache else None
+    read = Counter[str]()
     batches = loader.load(
         clips,
-        (crops_of(mb) for s in range(first_step, steps) for mb in deal(s, optim, workers.rank, workers.world_size)),
+        crops_ahead(),
         threads=recipe.data.loader_threads,
-        ahead=2 * per_rank,
+        cache=cache,
+        cache_form=recipe.data.cache.format if recipe.data.cache else "flac",
+        bad_clips=bad_clips,
+        substitute=substitute,
+        read=read,
         pin_memory=workers.device.type == "cuda",
     )
     model.train()
-    with closing(batches):
-        window = _Window()
+    with closing(batches), closing(cache) if cache else nullcontext():
+        window = _Window(read)
         for step in range(first_step, steps):
             lr = learning_rate(step, steps, optim)
             step_loss = torch.zeros((), device=workers.device)
@@ -200,8 +231,8 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
 
             done = step + 1
             if done % recipe.run.log_every == 0 or done == steps:
-                say(window.report(done, lr, optim.global_batch, clips_per_example))
-                window = _Window()
+                say(window.report(done, lr, optim.global_batch, clips_per_example, cache, len(bad_clips.keys)))
+                window = _Window(read)
             paused = time.perf_counter()
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:
                 evaluate(done)
@@ -228,21 +259,44 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
 class _Window:
     """What happened since the last Step event."""
 
-    def __init__(self) -> None:
+    def __init__(self, read: Counter[str]) -> None:
+        self._read = read  # goes on counting
+        self._read_before = read.copy()
         self.began = time.perf_counter()
         self.waited = 0.0  # seconds, for data
         self.losses: list[Tensor] = []
 
-    def report(self, step: int, lr: float, examples_per_step: int, clips_per_example: int) -> Step:
+    def report(
+        self,
+        step: int,
+        lr: float,
+        examples_per_step: int,
+        clips_per_example: int,
+        cache: ClipCache | None,
+        bad_clips: int,
+    ) -> Step:
         # Reading the losses waits for the device, so that the clock is read when the work is done.
         loss = float(torch.stack(self.losses).mean())
         seconds = time.perf_counter() - self.began
         examples = len(self.losses) * examples_per_step / seconds
-        return Step(step, loss, lr, examples, examples * clips_per_example, self.waited / seconds)
+        read = self._read.copy()
+        read.subtract(self._read_before)
+        clips = read["clips_cache"] + read["clips_origin"]
+        return Step(
+            step=step,
+            loss=loss,
+            lr=lr,
+            examples_per_s=examples,
+            clips_per_s=examples * clips_per_example,
+            data_wait=self.waited / seconds,
+            read_mb_per_s=(read["bytes_cache"] + read["bytes_origin"]) / 1e6 / seconds,
+            cache_hits=read["clips_cache"] / clips if cache and clips else None,
+            bad_clips=bad_clips,
+        )
 
 
-def _resume(path: Path, recipe: Recipe, clips: Manifest, engine: Engine) -> int:
-    """Take over a checkpoint's state; the number of steps that it has done."""
+def _resume(path: Path, recipe: Recipe, clips: Manifest, engine: Engine) -> checkpoint.Facts:
+    """Take over a checkpoint's state; what it says of itself."""
     facts = checkpoint.load_facts(path)
     if facts.train_hash != clips.info.content_hash:
         raise UserError(f"{path}: made with other training clips than {recipe.data.train[0].url} now holds")
@@ -252,16 +306,17 @@ def _resume(path: Path, recipe: Recipe, clips: Manifest, engine: Engine) -> int:
         checkpoint.load_state(path, {f"model.{k}": v for k, v in engine.model.state_dict().items()}),
         facts.step,
     )
-    return facts.step
+    return facts
 
 
-def _facts(step: int, recipe: Recipe, clips: Manifest) -> checkpoint.Facts:
+def _facts(step: int, recipe: Recipe, clips: Manifest, bad_clips: set[str]) -> checkpoint.Facts:
     return checkpoint.Facts(
         step=step,
         recipe_hash=recipe.hash(),
         train_hash=clips.info.content_hash,
         variant=recipe.model.variant,
         threads=recipe.run.threads,
+        bad_clips=sorted(bad_clips),
         versions={name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
     )
 

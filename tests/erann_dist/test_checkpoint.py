@@ -9,7 +9,7 @@ from erann_dist.errors import UserError
 
 
 def save(folder: Path, step: int, keep_last: int = 9) -> Path:
-    facts = Facts(step, "recipe", "data", "ERANN-0-1", 1, {"torch": "x"})
+    facts = Facts(step, "recipe", "data", "ERANN-0-1", 1, ["bad"], {"torch": "x"})
     return checkpoint.save(folder, facts, {"model.w": torch.full((2, 3), float(step))}, keep_last)
 
 

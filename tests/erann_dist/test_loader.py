@@ -20,7 +20,7 @@ def whole_files(shards: Path) -> list[np.ndarray]:
 
     manifest = load_manifest(shards)
     found = {}
-    for path in manifest.shard_paths:
+    for path in map(str, manifest.tars):
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.name.endswith(".flac"):
@@ -33,7 +33,7 @@ def test_wav_shards_give_the_same_crops(tone_shards: Path, tmp_path: Path) -> No
     wav = pack_here(read_audioset(*write_tone_set(tmp_path, 40)), tmp_path / "wav", codec="wav")
     rows = np.arange(40)
     crops = [
-        next(load(m, [random_crops(m, rows, rows, 7, 30_000)], threads=2, ahead=1)).pcm
+        next(load(m, [random_crops(m, rows, rows, 7, 30_000)], threads=2, ahead_bytes=1 << 20)).pcm
         for m in (load_manifest(tone_shards), load_manifest(wav))
     ]
     assert torch.equal(crops[0], crops[1])
@@ -46,7 +46,7 @@ def test_crops_are_the_clips_samples_in_order(tone_shards: Path) -> None:
     for start in range(0, 120, 6):
         positions = np.arange(start, start + 6)
         requests.append(random_crops(manifest, rng.integers(len(manifest), size=6), positions, 5, 50_000))
-    batches = list(load(manifest, requests, threads=3, ahead=4))
+    batches = list(load(manifest, requests, threads=3, ahead_bytes=1 << 20))
     assert [b.crops for b in batches] == requests
     for batch in batches:
         for row, start, count, pcm in zip(
@@ -74,13 +74,13 @@ def test_crop_starts_are_spread_and_keyed(tone_shards: Path) -> None:
 def test_a_damaged_clip_is_named_and_ends_the_load(tone_shards: Path, tmp_path: Path) -> None:
     shards = copy_tree(tone_shards, tmp_path / "shards")
     manifest = load_manifest(shards)
-    path = manifest.shard_paths[manifest.shards[11]]
+    path = Path(str(manifest.tars[manifest.shards[11]]))
     data = bytearray(path.read_bytes())
     data[int(manifest.offsets[11]) + 500] ^= 1
     path.write_bytes(data)
     requests = [whole_clips(manifest, np.array([row]), 70_000) for row in range(40)]
     threads_before = threading.active_count()
-    batches = load(manifest, requests, threads=2, ahead=3)
+    batches = load(manifest, requests, threads=2, ahead_bytes=1 << 20)
     assert [next(batches).crops.rows[0] for _ in range(11)] == list(range(11))
     with pytest.raises(UserError, match=rf"{path.name}: clip {manifest.keys[11]} is damaged"):
         next(batches)
@@ -90,27 +90,30 @@ def test_a_damaged_clip_is_named_and_ends_the_load(tone_shards: Path, tmp_path: 
 def test_a_shard_cut_short_is_named(tone_shards: Path, tmp_path: Path) -> None:
     shards = copy_tree(tone_shards, tmp_path / "shards")
     manifest = load_manifest(shards)
-    path = manifest.shard_paths[0]
+    path = Path(str(manifest.tars[0]))
     path.write_bytes(path.read_bytes()[:50_000])
     rows = np.flatnonzero(manifest.shards == 0)
-    with pytest.raises(UserError, match=f"{path.name}: clip .* is cut short"):
-        list(load(manifest, [Crops(rows, rows * 0, rows * 0 + 1, 10)], threads=2, ahead=1))
+    with pytest.raises(UserError, match=f"{path.name}: 50000 bytes, the set's tables say .* cut or replaced"):
+        list(load(manifest, [Crops(rows, rows * 0, rows * 0 + 1, 10)], threads=2, ahead_bytes=1 << 20))
 
 
 def test_a_missing_shard_is_named(tone_shards: Path, tmp_path: Path) -> None:
     shards = copy_tree(tone_shards, tmp_path / "shards")
     manifest = load_manifest(shards)
-    manifest.shard_paths[0].unlink()
+    Path(str(manifest.tars[0])).unlink()
     rows = np.flatnonzero(manifest.shards == 0)
-    with pytest.raises(UserError, match=f"{manifest.shard_paths[0].name}: No such file"):
-        list(load(manifest, [whole_clips(manifest, rows, 70_000)], threads=2, ahead=1))
+    with pytest.raises(UserError, match=f"{manifest.tars[0].name}: No such file"):
+        list(load(manifest, [whole_clips(manifest, rows, 70_000)], threads=2, ahead_bytes=1 << 20))
 
 
 def test_stopping_early_leaves_no_thread_and_no_open_file(tone_shards: Path) -> None:
     manifest = load_manifest(tone_shards)
     threads_before, files_before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
     batches = load(
-        manifest, (whole_clips(manifest, np.array([r % 40]), 70_000) for r in range(10**6)), threads=3, ahead=5
+        manifest,
+        (whole_clips(manifest, np.array([r % 40]), 70_000) for r in range(10**6)),
+        threads=3,
+        ahead_bytes=1 << 20,
     )
     next(batches)
     assert threading.active_count() > threads_before

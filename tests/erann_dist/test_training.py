@@ -222,7 +222,7 @@ def test_a_line_that_a_kill_cut_short_is_taken_out(tmp_path: Path) -> None:
         '{"event": "Step", "step": 1}\n{"event": "Step", "step": 3}\n'
         '{"event": "Evaluated", "step": 2, "metrics": {"mAP": 1}\n'
     )
-    MetricsFile(path, 2)(Step(3, float("nan"), 1e-3, 1.0, 1.0, 0.0))
+    MetricsFile(path, 2)(Step(3, float("nan"), 1e-3, 1.0, 1.0, 0.0, 1.0, None, 0))
     kept, new = (json.loads(line) for line in path.read_text().splitlines())
     assert kept == {"event": "Step", "step": 1}
     assert (new["step"], new["loss"]) == (3, None)

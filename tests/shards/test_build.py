@@ -73,7 +73,7 @@ def test_manifest_points_at_exactly_the_flac_bytes(tone_shards: Path) -> None:
 
 def test_webdataset_reads_the_shards(tone_shards: Path) -> None:
     manifest = load_manifest(tone_shards)
-    dataset = webdataset.WebDataset([str(p) for p in manifest.shard_paths], shardshuffle=False)
+    dataset = webdataset.WebDataset([str(tar) for tar in manifest.tars], shardshuffle=False)
     samples = list(dataset)
     assert [s["__key__"] for s in samples] == manifest.keys.to_pylist()
     assert [zlib.crc32(s["flac"]) for s in samples] == manifest.crc32s.tolist()
@@ -135,7 +135,7 @@ def test_wav_shards(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "x.flac", np.sin(np.arange(RATE)) * 0.5, RATE)
     folder = pack_here(source_of(row(tmp_path / "x.flac")), tmp_path / "shards", codec="wav")
     manifest = load_manifest(folder)
-    data = manifest.shard_paths[0].read_bytes()[manifest.offsets[0] :][: manifest.sizes[0]]
+    data = Path(str(manifest.tars[0])).read_bytes()[manifest.offsets[0] :][: manifest.sizes[0]]
     pcm, _ = soundfile.read(io.BytesIO(data), dtype="int16")
     np.testing.assert_array_equal(pcm, soundfile.read(tmp_path / "x.flac", dtype="int16")[0])
     assert (manifest.info.codec, data[:4]) == ("wav", b"RIFF")

@@ -1,0 +1,149 @@
+"""The node's clip cache: clips, not shards, on a local disk, shared by all workers and jobs of the node.
+
+    DIR/slab-00017            records, one behind the other: a header, then the clip's bytes
+    DIR/index-<set>           for each clip of a set, in its manifest's order, 8 bytes: slab and place, or 0
+
+A record is written before its place in the index, and is believed only if its header names the clip that was asked for
+and its checksum holds. So a process may be killed and a file be cut or spoiled at any moment: what is not whole is a
+miss. A slab is written by one process at a time, which holds its lock, and is adopted by the next one. Nothing is ever
+thrown out: with balanced draws a tenth of the clips takes most of the reads, whichever come first stay.
+"""
+
+import fcntl
+import os
+import struct
+import threading
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from erann_dist.errors import UsageError
+
+CacheForm = Literal["flac", "pcm"]  # as the clip is in its tar; or decoded, which is twice the size
+
+_HEADER = struct.Struct("<4s4xQQII")  # magic, set, row, bytes, CRC-32 of the bytes
+_MAGIC = b"ERC1"
+_ENTRY = struct.Struct("<Q")  # (slab + 1) << 40 | place / 16
+_ALIGN = 16
+_SLAB_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class ClipId:
+    """Which clip, in which form."""
+
+    set_hash: str  # content_hash of its shard set
+    row: int  # in that set's manifest
+    form: CacheForm
+    size: int  # bytes, in this form
+
+
+class ClipCache:
+    """A cache in a folder, for any number of threads. All who share the folder should give the same max_bytes.
+
+    The slabs together are never larger than max_bytes. Raises UsageError when there is no folder to be had.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder = folder
+        self._slab_bytes = min(_SLAB_BYTES, max_bytes // 16)
+        self._slabs = max_bytes // max(1, self._slab_bytes)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"{folder}: no cache can be kept here ({error.strerror})") from error
+        self._lock = threading.Lock()
+        self._files: dict[str, int] = {}
+        self._slab = -1  # that this process appends to
+        self._end = 0  # of the records in it
+        self._untried = 0  # the next slab to ask for
+        self.problem: str | None = None  # why nothing is kept any more
+
+    def get(self, clip: ClipId) -> bytes | None:
+        """The clip's bytes, if they are there and whole."""
+        try:
+            entry = os.pread(self._file(_index_name(clip), 0), _ENTRY.size, clip.row * _ENTRY.size)
+            if len(entry) != _ENTRY.size or not any(entry):
+                return None
+            slab, place = divmod(_ENTRY.unpack(entry)[0], 1 << 40)
+            file = self._file(f"slab-{slab - 1:05d}", 0)
+            header = os.pread(file, _HEADER.size, place * _ALIGN)
+            if len(header) != _HEADER.size:
+                return None
+            *of, crc32 = _HEADER.unpack(header)
+            if of != [_MAGIC, _set_number(clip), clip.row, clip.size]:
+                return None
+            data = os.pread(file, clip.size, place * _ALIGN + _HEADER.size)
+        except OSError:
+            return None
+        return data if len(data) == clip.size and zlib.crc32(data) == crc32 else None
+
+    def put(self, clip: ClipId, data: bytes) -> None:
+        """Keep the clip's bytes, of its size, if there is room."""
+        header = _HEADER.pack(_MAGIC, _set_number(clip), clip.row, len(data), zlib.crc32(data))
+        room = -(-(len(header) + len(data)) // _ALIGN) * _ALIGN
+        try:
+            with self._lock:
+                if self.problem:
+                    return
+                if not self._make_room(room):
+                    self.problem = f"{self._folder}: the cache is full"
+                    return
+                slab, place = self._slab, self._end
+                self._end += room
+            file = self._file(f"slab-{slab:05d}", os.O_CREAT)
+            record = header + data
+            if os.pwrite(file, record, place) == len(record):
+                entry = _ENTRY.pack((slab + 1) << 40 | place // _ALIGN)
+                os.pwrite(self._file(_index_name(clip), os.O_CREAT), entry, clip.row * _ENTRY.size)
+        except OSError as error:
+            self.problem = f"{self._folder}: nothing more is kept in the cache ({error.strerror})"
+
+    def used_bytes(self) -> int:
+        """What all the slabs take."""
+        return sum(path.stat().st_size for path in self._folder.glob("slab-*"))
+
+    def close(self) -> None:
+        with self._lock:
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+
+    def _make_room(self, size: int) -> bool:
+        """See that the own slab has room; take another, or a new one, if not."""
+        if self._slab >= 0 and self._end + size <= self._slab_bytes:
+            return True
+        while self._untried < self._slabs:
+            number, self._untried = self._untried, self._untried + 1
+            file = self._open(f"slab-{number:05d}", os.O_CREAT)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+            except OSError:
+                continue
+            end = -(-os.fstat(file).st_size // _ALIGN) * _ALIGN
+            if end + size <= self._slab_bytes:
+                self._slab, self._end = number, end
+                return True
+        return False
+
+    def _file(self, name: str, create: int) -> int:
+        file = self._files.get(name)
+        if file is None:
+            with self._lock:
+                file = self._open(name, create)
+        return file
+
+    def _open(self, name: str, create: int) -> int:
+        if name not in self._files:
+            self._files[name] = os.open(self._folder / name, os.O_RDWR | os.O_CLOEXEC | create, 0o666)
+        return self._files[name]
+
+
+def _index_name(clip: ClipId) -> str:
+    return f"index-{clip.set_hash[:16]}-{clip.form}"
+
+
+def _set_number(clip: ClipId) -> int:
+    """Tells a record's set and form apart from all others."""
+    return int(clip.set_hash[:16], 16) ^ zlib.crc32(clip.form.encode())
