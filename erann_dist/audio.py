@@ -150,7 +150,7 @@ def decode_crop(data: bytes, start: int, count: int) -> npt.NDArray[np.int16]:
     """
     try:
         # libsndfile reads a file without Python's help, but calls back into Python some 180 times for a buffer.
-        with soundfile.SoundFile(_scratch.holding(data), closefd=False) as file:
+        with soundfile.SoundFile(_memory_file().holding(data), closefd=False) as file:
             if file.channels != 1:
                 raise DecodeError(f"{file.channels} channels")
             file.seek(start)
@@ -162,8 +162,8 @@ def decode_crop(data: bytes, start: int, count: int) -> npt.NDArray[np.int16]:
     return pcm
 
 
-class _MemoryFile(threading.local):
-    """A file in memory for each thread, that ends with it."""
+class _MemoryFile:
+    """A file in memory, to be written anew again and again."""
 
     def __init__(self) -> None:
         self._file = os.memfd_create("clip", os.MFD_CLOEXEC)
@@ -177,6 +177,17 @@ class _MemoryFile(threading.local):
 
     def __del__(self) -> None:
         os.close(self._file)
+
+
+_of_thread = threading.local()
+
+
+def _memory_file() -> _MemoryFile:
+    """This thread's; it ends with the thread."""
+    if not hasattr(_of_thread, "memory_file"):
+        _of_thread.memory_file = _MemoryFile()
+    file: _MemoryFile = _of_thread.memory_file
+    return file
 
 
 def measure(file: IO[bytes]) -> tuple[int, int]:
@@ -311,6 +322,3 @@ def _mono(channels: npt.NDArray[np.floating[Any]], rate: int, codec: str) -> Blo
         samples /= np.float32(count)
     layout = {1: "mono", 2: "stereo"}.get(count, f"{count} channels")
     return Block(samples, rate, f"{codec} {rate} Hz {layout}")
-
-
-_scratch = _MemoryFile()

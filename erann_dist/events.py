@@ -104,7 +104,7 @@ class TensorBoard:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Step):
-            values = {f"train/{k}": v for k, v in asdict(event).items() if k != "step"}
+            values = {f"train/{k}": v for k, v in asdict(event).items() if k != "step" and v is not None}
         elif isinstance(event, Evaluated):
             values = {f"eval/{k}": v for k, v in event.metrics.items()}
         else:

@@ -202,7 +202,7 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
     )
     model.train()
     with closing(batches), closing(cache) if cache else nullcontext():
-        window = _Window(read)
+        window = _Window(read, cache is not None)
         for step in range(first_step, steps):
             lr = learning_rate(step, steps, optim)
             step_loss = torch.zeros((), device=workers.device)
@@ -231,8 +231,8 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
 
             done = step + 1
             if done % recipe.run.log_every == 0 or done == steps:
-                say(window.report(done, lr, optim.global_batch, clips_per_example, cache, len(bad_clips.keys)))
-                window = _Window(read)
+                say(window.report(done, lr, optim.global_batch, clips_per_example, len(bad_clips.keys)))
+                window = _Window(read, cache is not None)
             paused = time.perf_counter()
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:
                 evaluate(done)
@@ -259,8 +259,9 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
 class _Window:
     """What happened since the last Step event."""
 
-    def __init__(self, read: Counter[str]) -> None:
+    def __init__(self, read: Counter[str], with_cache: bool) -> None:
         self._read = read  # goes on counting
+        self._with_cache = with_cache
         self._read_before = read.copy()
         self.began = time.perf_counter()
         self.waited = 0.0  # seconds, for data
@@ -272,7 +273,6 @@ class _Window:
         lr: float,
         examples_per_step: int,
         clips_per_example: int,
-        cache: ClipCache | None,
         bad_clips: int,
     ) -> Step:
         # Reading the losses waits for the device, so that the clock is read when the work is done.
@@ -290,7 +290,7 @@ class _Window:
             clips_per_s=examples * clips_per_example,
             data_wait=self.waited / seconds,
             read_mb_per_s=(read["bytes_cache"] + read["bytes_origin"]) / 1e6 / seconds,
-            cache_hits=read["clips_cache"] / clips if cache and clips else None,
+            cache_hits=read["clips_cache"] / clips if self._with_cache and clips else None,
             bad_clips=bad_clips,
         )
 

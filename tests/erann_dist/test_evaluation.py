@@ -57,7 +57,7 @@ def test_scores_are_the_models_on_the_whole_clip(tone_shards: Path) -> None:
     model = ERANN.from_name("ERANN-2-1", 3).eval()
     for row in (0, 17, 39):
         crops = whole_clips(manifest, np.array([row]), int(manifest.samples[row]))
-        (batch,) = load(manifest, [crops], threads=1, ahead=0)
+        (batch,) = load(manifest, [crops], threads=1)
         with torch.no_grad():
             expected = model(LogMel()(batch.pcm.float() / 32768)).sigmoid()[0]
         np.testing.assert_allclose(scores[row], expected, atol=1e-6)
