@@ -110,8 +110,8 @@ class S3Folder:
             raise self._error("read", name, "it is no longer the object that this run began with") from None
 
     def size_and_version(self, name: str) -> tuple[int, str]:
-        """The object's bytes, and its ETag. Raises FileNotFoundError."""
-        head = self._head("read", name)
+        """The object's bytes, and its ETag. As patient as read_range. Raises FileNotFoundError."""
+        head = self._head("read", name, PATIENT_ATTEMPTS, PATIENT_S)
         return head["ContentLength"], head["ETag"]
 
     def version(self, name: str) -> str:
@@ -245,7 +245,7 @@ class S3Folder:
         with self.reading(name) as stored:
             return _md5s(stored, PART) == _md5s(file, PART)
 
-    def _head(self, done: str, name: str) -> dict[str, Any]:
+    def _head(self, done: str, name: str, attempts: int | None = None, seconds: float | None = None) -> dict[str, Any]:
         """Size, ETag and more about the object. Raises FileNotFoundError."""
         at = {"Bucket": self._bucket, "Key": self._key(name)}
 
@@ -260,7 +260,7 @@ class S3Folder:
                 answer["Body"].close()
                 return answer
 
-        return self._wait(done, name, REQUEST_S, lambda s3: _retried(lambda: ask(s3)))
+        return self._wait(done, name, seconds or REQUEST_S, lambda s3: _retried(lambda: ask(s3), attempts))
 
     def _abort(self, name: str, upload: str) -> None:
         with suppress(FileNotFoundError):  # finished or aborted meanwhile
@@ -348,8 +348,9 @@ def _kept_file_system(endpoint: str | None, process: int, connect_s: float, sile
     return s3
 
 
-async def _retried(attempt: Callable[[], Awaitable[T]], attempts: int = ATTEMPTS) -> T:
+async def _retried(attempt: Callable[[], Awaitable[T]], attempts: int | None = None) -> T:
     """What attempt() gives, asked again after failures that may pass. Raises _Missing, _Changed or _Refused."""
+    attempts = attempts or ATTEMPTS
     for i in range(attempts):
         if i:
             await asyncio.sleep(min(PAUSE_S * 2 ** (i - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.5))

@@ -26,7 +26,7 @@ from moto.moto_server.werkzeug_app import MotoRequestHandler
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from erann_dist import s3
+from erann_dist import s3, s3_ranges
 
 BUCKET = "sounds"
 SECRET = "the-secret-access-key"  # of no use outside of a test; one test looks for it in messages
@@ -192,6 +192,7 @@ def s3_server() -> Iterator[Server]:
 
 def forget_clients() -> None:
     """Close this process's connections; new clients look for credentials anew."""
+    s3_ranges._client.cache_clear()
     s3._kept_file_system.cache_clear()
     S3FileSystem.clear_instance_cache()
     gc.collect()

@@ -7,7 +7,7 @@ import soundfile
 import torch
 
 from erann_dist.errors import UserError
-from erann_dist.loader import Crops, load, random_crops, whole_clips
+from erann_dist.loader import BadClips, Crops, load, random_crops, whole_clips
 from erann_dist.manifest import load_manifest
 from shards.sources.audioset import read_audioset
 from tests.conftest import copy_tree, pack_here, write_tone_set
@@ -120,3 +120,52 @@ def test_stopping_early_leaves_no_thread_and_no_open_file(tone_shards: Path) -> 
     batches.close()
     assert threading.active_count() == threads_before
     assert len(list(Path("/proc/self/fd").iterdir())) == files_before
+
+
+def damage(shards: Path, rows: list[int]) -> None:
+    manifest = load_manifest(shards)
+    for row in rows:
+        path = Path(str(manifest.tars[manifest.shards[row]]))
+        data = bytearray(path.read_bytes())
+        data[int(manifest.offsets[row]) + 500] ^= 1
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_bad_clips_are_replaced_by_a_function_of_the_position(tone_shards: Path, tmp_path: Path, threads: int) -> None:
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    damage(shards, [3, 11, 12])
+    manifest, files = load_manifest(shards), whole_files(tone_shards)
+
+    def substitute(position: int, attempt: int) -> Crops:
+        # The first substitute of every other position is bad itself.
+        row = np.array([11 if attempt == 0 and position % 2 else (position + attempt) % 3])
+        return random_crops(manifest, row, np.array([position]), 5, 30_000)
+
+    bad_clips = BadClips(3)
+    positions = np.arange(80).reshape(8, 10)
+    crops = [random_crops(manifest, block % 40, block, 5, 30_000) for block in positions]
+    batches = list(load(manifest, crops, threads=threads, bad_clips=bad_clips, substitute=substitute))
+    assert bad_clips.keys == {manifest.keys[row].as_py() for row in (3, 11, 12)}
+    for block, batch in zip(positions, batches, strict=True):
+        drawn = block % 40
+        attempts = np.where(np.isin(drawn, [3, 11, 12]), block % 2, -1)
+        expected = np.where(attempts < 0, drawn, (block + attempts) % 3)
+        assert batch.crops.rows.tolist() == expected.tolist()
+        again = random_crops(manifest, expected, block, 5, 30_000)
+        for i, (row, start, count) in enumerate(zip(expected, again.starts, again.counts, strict=True)):
+            assert np.array_equal(batch.pcm[i, :count], files[row][start : start + count])
+
+
+def test_one_bad_clip_too_many(tone_shards: Path, tmp_path: Path) -> None:
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    damage(shards, [3, 11, 12])
+    manifest = load_manifest(shards)
+    block = np.arange(40)
+    crops = [random_crops(manifest, block, block, 5, 30_000)]
+
+    def substitute(position: int, attempt: int) -> Crops:
+        return random_crops(manifest, np.array([0]), np.array([position]), 5, 30_000)
+
+    with pytest.raises(UserError, match=r"clip \w+ is damaged; .* bad clip number 3, data.max_bad_clips is 2"):
+        list(load(manifest, crops, threads=1, bad_clips=BadClips(2), substitute=substitute))

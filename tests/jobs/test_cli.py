@@ -144,7 +144,6 @@ def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
         ("optim.epoch=1", 2, r"did you mean optim.epochs\?"),
         ("optim.lr=fast", 2, "optim.lr: input should be a valid number"),
         ("data.train=nowhere", 2, "nowhere: no such folder"),
-        ("data.train=s3://bucket/set", 2, "s3://bucket/set: training and evaluation read shard sets on a disk so far"),
         (
             "data.train={url: SHARDS, fold: [7]}",
             2,

@@ -1,0 +1,183 @@
+"""Clips read from S3, through faults, and through the node's cache: right, or one clear line."""
+
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from erann_dist import s3, s3_ranges
+from erann_dist.cache import ClipCache
+from erann_dist.errors import UserError
+from erann_dist.folder import open_folder
+from erann_dist.loader import BadClips, Crops, load, random_crops
+from erann_dist.manifest import Manifest, load_manifest
+from erann_dist.sampling import BalancedSampler, class_lists
+from shards.sources.audioset import read_audioset
+from tests.conftest import pack_here, write_tone_set
+from tests.s3 import (
+    DENIED,
+    DROP,
+    FLIP_ANSWER,
+    INTERNAL_ERROR,
+    SHORT,
+    SLOW_DOWN,
+    TRUNCATE,
+    Fault,
+    Request,
+    Server,
+    always,
+    s3_server,
+)
+
+CROP = 22_050
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("tones")
+    return pack_here(read_audioset(*write_tone_set(root, 40)), root / "shards")
+
+
+@pytest.fixture
+def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """S3 with the shard set in it."""
+    monkeypatch.setattr(s3, "PAUSE_S", 0.005)
+    monkeypatch.setattr(s3_ranges, "REQUEST_S", 2.0)
+    with s3_server() as server:
+        folder = open_folder(f"{server.bucket_url}/set", server.endpoint)
+        for path in shards.iterdir():
+            if path.is_file():
+                folder.write(path.name, path.read_bytes())
+        server.requests.clear()
+        yield server
+
+
+def remote(server: Server) -> Manifest:
+    return load_manifest(f"{server.bucket_url}/set", server.endpoint)
+
+
+def crops_of(manifest: Manifest, steps: int = 6) -> list[Crops]:
+    sampler = BalancedSampler(class_lists(manifest.label_values, manifest.label_offsets, 3), 5)
+    blocks = np.arange(16 * steps).reshape(steps, 16)
+    return [random_crops(manifest, sampler.draw(positions), positions, 5, CROP) for positions in blocks]
+
+
+def samples(manifest: Manifest, cache: ClipCache | None = None, form: str = "flac", **options: object) -> torch.Tensor:
+    batches = load(manifest, crops_of(manifest), threads=2, cache=cache, cache_form=form, **options)
+    return torch.stack([batch.pcm for batch in batches])
+
+
+def test_the_same_samples_as_from_disk(server: Server, shards: Path) -> None:
+    assert torch.equal(samples(remote(server)), samples(load_manifest(shards)))
+    clips = [request for request in server.requests if request.path.endswith(".tar") and request.method == "GET"]
+    assert len(clips) == 96
+    assert all("aws-sdk-cpp" in request.headers["user-agent"] for request in clips)  # the faster one of the clients
+
+
+@pytest.mark.parametrize(
+    "fault", [DROP, TRUNCATE, SHORT, FLIP_ANSWER, INTERNAL_ERROR, SLOW_DOWN], ids=lambda f: f.kind + f.code
+)
+def test_every_third_request_fails(server: Server, shards: Path, fault: Fault) -> None:
+    manifest = remote(server)
+
+    # A flipped bit is asked for once more, with If-Match; the others several times.
+    def faults(request: Request) -> Fault | None:
+        last_try = fault == FLIP_ANSWER and "if-match" in request.headers
+        return fault if request.method == "GET" and request.nth % 3 == 0 and not last_try else None
+
+    server.faults = faults
+    assert torch.equal(samples(manifest), samples(load_manifest(shards)))
+
+
+def test_an_outage_is_waited_for(server: Server, shards: Path) -> None:
+    manifest = remote(server)
+    over = threading.Event()
+    threading.Timer(0.5, over.set).start()
+    server.faults = lambda request: None if over.is_set() else INTERNAL_ERROR
+    assert torch.equal(samples(manifest), samples(load_manifest(shards)))
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        (INTERNAL_ERROR, r"audioset-00000\d.tar could not be read: S3 can't do it now: .*9 times in a row"),
+        (DENIED, r"audioset-00000\d.tar could not be read: access denied"),
+        (SHORT, r"audioset-00000\d.tar could not be read: no answer, or one cut short"),
+    ],
+    ids=lambda x: x.kind + x.code if isinstance(x, Fault) else "",
+)
+def test_what_lasts_is_one_line(server: Server, fault: Fault, line: str) -> None:
+    manifest = remote(server)
+    samples(manifest)  # every tar is open
+
+    def faults(request: Request) -> Fault | None:
+        return fault if request.path.endswith(".tar") and request.method == "GET" else None
+
+    server.faults = faults
+    with pytest.raises(UserError, match=line):
+        samples(manifest)
+
+
+def test_a_flipped_bit_that_lasts_is_a_bad_clip(server: Server) -> None:
+    manifest = remote(server)
+    server.faults = always(FLIP_ANSWER, "GetObject")
+    with pytest.raises(UserError, match=r"audioset-00000\d.tar: clip \w+ is damaged"):
+        samples(manifest)
+
+
+def test_a_tar_of_another_size_and_a_missing_one(server: Server) -> None:
+    manifest = remote(server)
+    folder = manifest.tars[2].folder
+    folder.write("audioset-000002.tar", folder.read("audioset-000002.tar") + b"more")
+    with pytest.raises(UserError, match="audioset-000002.tar: .* it was cut or replaced"):
+        samples(manifest)
+    folder.delete("audioset-000002.tar")
+    with pytest.raises(UserError, match="audioset-000002.tar: No such file"):
+        samples(manifest)
+
+
+def test_a_tar_that_is_replaced_in_mid_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another object of the same size: never data."""
+    manifest = remote(server)
+    batches = load(manifest, crops_of(manifest, 40), threads=2, ahead_bytes=1)
+    next(batches)
+    for number in range(5):
+        name = f"audioset-{number:06d}.tar"
+        data = bytearray(manifest.tars[0].folder.read(name))
+        manifest.tars[0].folder.write(name, bytes(byte ^ 1 for byte in data))
+    with pytest.raises(UserError, match=r"tar could not be read: it is no longer the object that this run began with"):
+        list(batches)
+
+
+@pytest.mark.parametrize("form", ["flac", "pcm"])
+def test_the_cache_takes_the_place_of_s3(server: Server, shards: Path, tmp_path: Path, form: str) -> None:
+    manifest, expected = remote(server), samples(load_manifest(shards))
+    read = Counter[str]()
+    cache = ClipCache(tmp_path / "cache", 64 << 20)
+    assert torch.equal(samples(manifest, cache, form, read=read), expected)
+    assert read["clips_origin"] >= 40 > 0
+    assert read["clips_origin"] + read["clips_cache"] == 96
+    server.faults = always(DENIED)
+    again = Counter[str]()
+    assert torch.equal(samples(manifest, ClipCache(tmp_path / "cache", 64 << 20), form, read=again), expected)
+    assert again["clips_cache"] == 96
+    assert again["clips_origin"] == 0
+    # A cache that is spoiled is filled again from S3.
+    server.faults = lambda request: None
+    for path in (tmp_path / "cache").glob("slab-*"):
+        path.write_bytes(bytes(byte ^ 255 for byte in path.read_bytes()))
+    third = Counter[str]()
+    assert torch.equal(samples(manifest, ClipCache(tmp_path / "cache", 64 << 20), form, read=third), expected)
+    assert third["clips_origin"] >= 40
+    shutil.rmtree(tmp_path / "cache")
+
+
+def test_a_cache_without_room_is_no_harm(server: Server, shards: Path, tmp_path: Path) -> None:
+    cache = ClipCache(tmp_path / "cache", 600_000)
+    assert torch.equal(samples(remote(server), cache, bad_clips=BadClips()), samples(load_manifest(shards)))
+    assert cache.problem is not None
