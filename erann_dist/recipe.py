@@ -70,7 +70,7 @@ class DataSection(_Section):
     train: Sources
     eval: Sources
     crop_s: float = Field(8.0, gt=0, le=600)  # length of a training crop; shorter clips are zero-padded
-    sampling: Literal["balanced", "uniform"] = "balanced"
+    sampling: Literal["balanced", "uniform", "sequential"] = "balanced"
     loader_threads: int = Field(2, ge=1)
     cache: CacheSection | None = None
     max_bad_clips: int = Field(0, ge=0)  # damaged clips that are replaced by others; one more ends the run

@@ -68,6 +68,18 @@ class UniformSampler:
         return permute(place, self._rows, keyed_hash(self._seed, EPOCH, epoch))
 
 
+class SequentialSampler:
+    """Every row once per epoch, in the manifest's order."""
+
+    def __init__(self, rows: int) -> None:
+        if rows < 1:
+            raise ValueError("sequential sampling needs at least one clip")
+        self._rows = rows
+
+    def draw(self, positions: npt.NDArray[np.integer]) -> I64:
+        return np.asarray(positions, dtype=np.int64) % self._rows
+
+
 def class_lists(
     values: npt.NDArray[np.integer], offsets: npt.NDArray[np.integer], num_classes: int
 ) -> list[npt.NDArray[np.int32]]:

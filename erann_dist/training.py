@@ -27,7 +27,7 @@ from erann_dist import checkpoint, evaluation, loader
 from erann_dist.augment import clip_positions, make_inputs
 from erann_dist.batchnorm import RunningStatistics
 from erann_dist.cache import ClipCache
-from erann_dist.data import count_reported, load_train_and_eval
+from erann_dist.data import count_reported, load_sources
 from erann_dist.distributed import Workers
 from erann_dist.engine import Engine, make_engine
 from erann_dist.errors import UserError
@@ -45,11 +45,12 @@ from erann_dist.events import (
 )
 from erann_dist.features import LogMel
 from erann_dist.keyed import SUBSTITUTE, keyed_integer
-from erann_dist.manifest import Manifest, Task
+from erann_dist.manifest import Manifest, Task, require_same_labels
 from erann_dist.model import ERANN
 from erann_dist.model_folder import ModelInfo, model_card, save_model
 from erann_dist.recipe import OptimSection, Recipe
-from erann_dist.sampling import BalancedSampler, Sampler, UniformSampler, class_lists
+from erann_dist.sampling import BalancedSampler, Sampler, SequentialSampler, UniformSampler, class_lists
+from erann_dist.shared_clips import shared_clips
 
 _DRAW_AHEAD = 16  # micro-batches
 SUBSTITUTE_POSITIONS = 2**40  # where substitutes for bad clips are drawn from
@@ -105,6 +106,8 @@ def example_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
 def make_sampler(recipe: Recipe, clips: Manifest) -> Sampler:
     if recipe.data.sampling == "uniform":
         return UniformSampler(len(clips), recipe.run.seed)
+    if recipe.data.sampling == "sequential":
+        return SequentialSampler(len(clips))
     lists = class_lists(clips.label_values, clips.label_offsets, clips.num_classes)
     return BalancedSampler(lists, recipe.run.seed)
 
@@ -114,11 +117,16 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
 
     All workers call it. The first one's events go to `emit`, metrics.jsonl and TensorBoard. Raises UserError.
     """
+    with _lock(run_dir) if workers.is_first else nullcontext(), shared_clips(recipe.data.train) as clips:
+        eval_clips = load_sources(recipe.data.eval)
+        require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
+        _train(recipe, run_dir, workers, emit, clips, eval_clips)
+
+
+def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: Manifest, eval_clips: Manifest) -> None:
     began = time.perf_counter()
-    lock = _lock(run_dir) if workers.is_first else None  # until this function ends
     optim, seed = recipe.optim, recipe.run.seed
     torch.set_num_threads(recipe.run.threads)
-    clips, eval_clips = load_train_and_eval(recipe.data)
     steps = recipe.steps(len(clips))
 
     torch.manual_seed(seed)  # the initial weights; no other random choice is torch's
@@ -252,8 +260,6 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
         outcome = evaluation.summarise(predictions, info.task) | {"model": str(run_dir / "model")}
         say(Finished(steps, time.perf_counter() - began, outcome))
     workers.wait_for_all()
-    if lock:
-        lock.close()
 
 
 class _Window:

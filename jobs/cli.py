@@ -135,9 +135,26 @@ def bench_pack(
     rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 3,
     as_json: Json = False,
 ) -> None:
-    from jobs.bench import bench_pack as run
+    from jobs.bench.packing import bench_pack as run
 
     show(run(audio, clips, rounds, clips_per_shard), as_json, facts_page)
+
+
+@bench_app.command(
+    "sampler",
+    help="The sample plan at full size: time and memory to build it, draws per second, the cost of a jump."
+    + EXAMPLE
+    + "erann bench sampler ../shared/data/audioset/unbalanced_train_segments.csv.gz "
+    + "../shared/data/audioset/balanced_train_segments.csv",
+)
+def bench_sampler(
+    segments: Annotated[list[Path], typer.Argument(help="AudioSet's segment lists, each made one shard set.")],
+    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 3,
+    as_json: Json = False,
+) -> None:
+    from jobs.bench.sampling import bench_sampler as run
+
+    show(run(segments, rounds), as_json, facts_page)
 
 
 @bench_app.command(
@@ -151,7 +168,7 @@ def bench_plan(
     missing: Annotated[float, typer.Option(min=0, max=1, help="Share of the files that is not there.")] = 0.07,
     as_json: Json = False,
 ) -> None:
-    from jobs.bench import bench_plan as run
+    from jobs.bench.packing import bench_plan as run
 
     show(run(segments, missing), as_json, facts_page)
 

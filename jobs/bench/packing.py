@@ -1,4 +1,4 @@
-"""Measurements, each a ratio of things that are run side by side, in turns."""
+"""Packing against bare encoding, and its planning at full size."""
 
 import io
 import multiprocessing

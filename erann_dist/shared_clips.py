@@ -1,0 +1,112 @@
+"""The clips of a run, in memory that the workers of a node share: a file that each of them maps.
+
+At AudioSet's size the columns take some 200 MB, and several times that while they are read. The first worker of a node
+reads them and writes the file, the last one removes it; after a kill it stays, and the next start of the run uses it.
+"""
+
+import ctypes
+import dataclasses
+import fcntl
+import gc
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pyarrow as pa
+
+from erann_dist.data import load_sources
+from erann_dist.errors import UserError
+from erann_dist.folder import Folder, open_folder
+from erann_dist.manifest import MANIFEST, SHARDS, Manifest, SetInfo, Tar
+from erann_dist.recipe import DataSource
+
+_VERSION = 1  # of the file
+_NUMBERS = ("folds", "shards", "rows", "offsets", "sizes", "samples", "crc32s")
+
+
+@contextmanager
+def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
+    """What load_sources gives. Raises as that does."""
+    try:
+        path = Path(tempfile.gettempdir(), f"erann-{os.getuid()}-{_digest(sources)}.arrow")
+    except FileNotFoundError:
+        load_sources(sources)  # which says in words what is missing
+        raise
+    lock_path = path.with_suffix(".lock")
+    with lock_path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker of the node reads, the others wait
+        if not path.exists():
+            _write(load_sources(sources), path)
+            _give_memory_back()
+        file = path.open("rb")
+        if os.fstat(file.fileno()).st_uid != os.getuid():
+            raise UserError(f"{path}: another user's file in the way; remove it, or set TMPDIR to another folder")
+        fcntl.flock(file, fcntl.LOCK_SH)  # as long as it is in use
+    try:
+        yield _map(path)
+    finally:
+        with suppress(OSError):  # others still use it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            lock_path.unlink(missing_ok=True)
+        file.close()
+
+
+def _digest(sources: list[DataSource]) -> str:
+    """Of all that decides which clips there are."""
+    facts: list[object] = [_VERSION]
+    for source in sources:
+        folder = open_folder(source.url)
+        lists = [path and hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (source.keys, source.without)]
+        where = os.path.abspath(source.url) if "://" not in source.url else source.url
+        facts += [where, source.model_dump(), lists, folder.version(MANIFEST), folder.version(SHARDS)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+
+
+def _write(clips: Manifest, path: Path) -> None:
+    columns = {
+        "key": clips.keys,
+        "labels": pa.ListArray.from_arrays(pa.array(clips.label_offsets), pa.array(clips.label_values)),
+        "split": clips.splits,
+        **{name: getattr(clips, name) for name in _NUMBERS},
+    }
+    tars = [
+        [tar.folder.url, getattr(tar.folder, "endpoint", None), tar.name, tar.size, tar.set_hash] for tar in clips.tars
+    ]
+    facts = {"info": json.dumps(dataclasses.asdict(clips.info)), "tars": json.dumps(tars)}
+    table = pa.table(columns).combine_chunks().replace_schema_metadata(facts)
+    part = path.with_suffix(".part")
+    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    part.replace(path)
+
+
+def _map(path: Path) -> Manifest:
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    labels = table["labels"].chunk(0)
+    folders: dict[tuple[str, str | None], Folder] = {}
+    tars = []
+    for url, endpoint, name, size, set_hash in json.loads(table.schema.metadata[b"tars"]):
+        folders[url, endpoint] = folders.get((url, endpoint)) or open_folder(url, endpoint)
+        tars.append(Tar(folders[url, endpoint], name, size, set_hash))
+    return Manifest(
+        info=SetInfo(**json.loads(table.schema.metadata[b"info"])),
+        tars=tars,
+        keys=table["key"],
+        label_values=labels.values.to_numpy(),
+        label_offsets=labels.offsets.to_numpy(),
+        splits=table["split"],
+        **{name: table[name].chunk(0).to_numpy() for name in _NUMBERS},
+    )
+
+
+def _give_memory_back() -> None:
+    """What reading took: the C library and Arrow would keep it for later."""
+    gc.collect()
+    pa.default_memory_pool().release_unused()
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,0 +1,80 @@
+"""The clips in mapped memory are those that were read, and the file is there as long as someone uses it."""
+
+import os
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from erann_dist.data import load_sources
+from erann_dist.errors import UsageError
+from erann_dist.manifest import Manifest
+from erann_dist.recipe import DataSource
+from erann_dist.shared_clips import shared_clips
+from tests.conftest import copy_tree
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def files(tmp_path: Path) -> list[str]:
+    return sorted(path.suffix for path in tmp_path.glob(f"erann-{os.getuid()}-*"))
+
+
+def assert_equal(a: Manifest, b: Manifest) -> None:
+    for field in fields(Manifest):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        assert np.array_equal(x, y) if isinstance(x, np.ndarray) else x == y, field.name
+
+
+def test_they_are_what_load_sources_gives(tone_shards: Path, tmp_path: Path) -> None:
+    other = copy_tree(tone_shards, tmp_path / "other")
+    keys = load_sources([DataSource(url=str(other))]).keys.to_pylist()
+    (tmp_path / "without").write_text("\n".join(keys[::3]))
+    sources = [DataSource(url=str(tone_shards)), DataSource(url=str(other), without=str(tmp_path / "without"))]
+    with shared_clips(sources) as first, shared_clips(sources) as second:
+        assert len(first) == 40 + 40 - len(keys[::3])
+        assert_equal(first, load_sources(sources))
+        assert_equal(second, first)
+        assert not first.offsets.flags.owndata
+        assert files(tmp_path) == [".arrow", ".lock"]
+    assert files(tmp_path) == []
+
+
+def test_the_last_one_removes_the_file(tone_shards: Path, tmp_path: Path) -> None:
+    sources = [DataSource(url=str(tone_shards))]
+    with shared_clips(sources) as first:
+        with shared_clips(sources):
+            pass
+        assert ".arrow" in files(tmp_path)
+        assert len(first) == 40
+    assert files(tmp_path) == []
+
+
+def test_a_file_that_was_left_is_not_another_sets(tone_shards: Path, tmp_path: Path) -> None:
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    context = shared_clips([DataSource(url=str(shards))])
+    context.__enter__()  # and is killed
+    manifest = shards / "manifest.parquet"
+    manifest.write_bytes(manifest.read_bytes())
+    (tmp_path / "one").write_text(load_sources([DataSource(url=str(shards))]).keys[5].as_py())
+    for source in (DataSource(url=str(shards), keys=str(tmp_path / "one")), DataSource(url=str(shards))):
+        with shared_clips([source]) as clips:
+            assert_equal(clips, load_sources([source]))
+    context.__exit__(None, None, None)
+
+
+def test_what_is_missing_is_said(tmp_path: Path, tone_shards: Path) -> None:
+    with pytest.raises(UsageError, match="nowhere: no such folder"), shared_clips([DataSource(url="nowhere")]):
+        pass
+    source = DataSource(url=str(tone_shards), keys=str(tmp_path / "list"))
+    with pytest.raises(UsageError, match="list: no list of keys"), shared_clips([source]):
+        pass
+    (tmp_path / "list").write_text("nothing\nof\nit")
+    with pytest.raises(UsageError, match="none of its 3 keys"), shared_clips([source]):
+        pass
+    assert ".arrow" not in files(tmp_path)
