@@ -143,8 +143,10 @@ def _write(blocks: Iterable[npt.NDArray[np.int16]], file: Any, rate: int, codec:
             out.write(block)
 
 
-def decode_crop(data: bytes, start: int, count: int) -> npt.NDArray[np.int16]:
+def decode_crop(data: bytes, start: int, count: int, out: npt.NDArray[np.int16] | None = None) -> npt.NDArray[np.int16]:
     """Samples start .. start + count of a packed clip, FLAC or WAV: (count,) int16. Only that part is decoded.
+
+    out: (count,) to write to.
 
     Raises DecodeError when that is no mono sound file or ends earlier.
     """
@@ -154,7 +156,7 @@ def decode_crop(data: bytes, start: int, count: int) -> npt.NDArray[np.int16]:
             if file.channels != 1:
                 raise DecodeError(f"{file.channels} channels")
             file.seek(start)
-            pcm = file.read(count, dtype="int16")
+            pcm = file.read(count, dtype="int16", out=out)
     except soundfile.LibsndfileError as error:
         raise DecodeError(error.error_string) from error
     if len(pcm) != count:

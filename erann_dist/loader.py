@@ -126,16 +126,17 @@ def load(
             if bad_clips.keys and manifest.keys[row].as_py() in bad_clips.keys:
                 continue
             try:
-                out[:count] = reader.crop(row, start, count)
+                reader.crop(row, start, out[:count])
             except BadClip as bad:
                 bad_clips.add(bad)
                 continue
+            out[count:] = 0
             crops.rows[i], crops.starts[i], crops.counts[i] = row, start, count
             return
         raise UserError(f"{manifest.tars[0].folder}: no clip was found that is not bad, in {_SUBSTITUTES} draws")
 
     def submit(crops: Crops) -> None:
-        pcm = torch.zeros(len(crops.rows), crops.length, dtype=torch.int16, pin_memory=pin_memory)
+        pcm = torch.empty(len(crops.rows), crops.length, dtype=torch.int16, pin_memory=pin_memory)
         out = pcm.numpy()
         clips = [pool.submit(decode_into, crops, i, out[i]) for i in range(len(out))]
         pending.append((Batch(crops, pcm), clips))

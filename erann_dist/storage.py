@@ -59,21 +59,21 @@ class ClipReader:
         self._read = Counter() if read is None else read
         _allow_many_files()
 
-    def crop(self, row: int, start: int, count: int) -> npt.NDArray[np.int16]:
-        """Samples start .. start + count of clip `row`: (count,) int16.
+    def crop(self, row: int, start: int, out: npt.NDArray[np.int16]) -> None:
+        """Write samples start .. start + count of clip `row` to out, (count,).
 
         Raises BadClip, which names key and tar, for a clip that is damaged or does not decode, also when it is read
         again from its tar; UserError when its tar is not there or not as the manifest says.
         """
-        if self._cache and (pcm := self._cached(self._cache, row, start, count)) is not None:
-            return pcm
+        if self._cache and self._cached(self._cache, row, start, out):
+            return
         for careful in (False, True):
             try:
                 data = self._origin(row, careful)
-                pcm = self._decode(data, start, count)
+                self._decode(data, start, out)
                 if self._cache:
                     self._keep(self._cache, row, data)
-                return pcm
+                return
             except DecodeError as error:
                 problem = str(error)
         raise self._bad(row, problem)
@@ -84,30 +84,31 @@ class ClipReader:
                 tar.close()
             self._tars.clear()
 
-    def _cached(self, cache: ClipCache, row: int, start: int, count: int) -> npt.NDArray[np.int16] | None:
+    def _cached(self, cache: ClipCache, row: int, start: int, out: npt.NDArray[np.int16]) -> bool:
+        """Whether the crop was to be had from the cache."""
         data = cache.get(self._clip_id(row))
         if data is None:
-            return None
+            return False
         if self._form == "pcm":
-            pcm = np.frombuffer(data, "<i2")[start : start + count]
-        elif zlib.crc32(data) != self._manifest.crc32s[row]:
-            return None
+            out[:] = np.frombuffer(data, "<i2")[start : start + len(out)]
         else:
             try:
-                pcm = self._decode(data, start, count)
+                self._decode(data, start, out)
             except DecodeError:
-                return None
+                return False
         self._count("cache", len(data))
-        return pcm
+        return True
 
     def _keep(self, cache: ClipCache, row: int, data: bytes) -> None:
         if self._form == "pcm":
-            data = self._decode(data, 0, int(self._manifest.samples[row])).astype("<i2").tobytes()
+            pcm = np.empty(int(self._manifest.samples[row]), np.int16)
+            self._decode(data, 0, pcm)
+            data = pcm.astype("<i2").tobytes()
         cache.put(self._clip_id(row), data)
 
-    def _decode(self, data: bytes, start: int, count: int) -> npt.NDArray[np.int16]:
+    def _decode(self, data: bytes, start: int, out: npt.NDArray[np.int16]) -> None:
         with self._decoding:
-            return decode_crop(data, start, count)
+            decode_crop(data, start, len(out), out)
 
     def _origin(self, row: int, careful: bool) -> bytes:
         """The clip as it is in its tar. Raises UserError, and DecodeError when it is not what was packed."""

@@ -141,6 +141,23 @@ def bench_pack(
 
 
 @bench_app.command(
+    "loader",
+    help="The loader from disk, from S3 and from the cache, against bare decoding, webdataset's WebLoader and a "
+    "DataLoader, on the same shards and cores." + EXAMPLE + "erann bench loader demo/shards/train",
+)
+def bench_loader(
+    shards: Annotated[str, typer.Argument(help="A shard set on a disk, of clips of about 10 s.")],
+    batches: Annotated[int, typer.Option(min=1, help="Batches of 32 crops in a round.")] = 60,
+    crop_s: Annotated[float, typer.Option(min=0.1, help="Length of the crops.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 3,
+    as_json: Json = False,
+) -> None:
+    from jobs.bench.loading import bench_loader as run
+
+    show(run(shards, batches, crop_s, rounds), as_json, facts_page)
+
+
+@bench_app.command(
     "sampler",
     help="The sample plan at full size: time and memory to build it, draws per second, the cost of a jump."
     + EXAMPLE
