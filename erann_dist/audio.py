@@ -1,6 +1,7 @@
 """Sound in and out: any file to blocks of mono float, blocks to FLAC or WAV, and a crop of a packed clip to int16."""
 
 import io
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -143,39 +144,50 @@ def _write(blocks: Iterable[npt.NDArray[np.int16]], file: Any, rate: int, codec:
             out.write(block)
 
 
-def decode_crop(data: bytes, start: int, count: int, out: npt.NDArray[np.int16] | None = None) -> npt.NDArray[np.int16]:
-    """Samples start .. start + count of a packed clip, FLAC or WAV: (count,) int16. Only that part is decoded.
+class ClipBuffer:
+    """The bytes of one packed clip, FLAC or WAV, of which a crop is decoded. Fill it again and again.
 
-    out: (count,) to write to.
-
-    Raises DecodeError when that is no mono sound file or ends earlier.
+    It is a file in memory: libsndfile reads a file without Python's help, but calls back into Python some 180 times for
+    a buffer, and then waits each time for whoever holds Python's lock.
     """
-    try:
-        # libsndfile reads a file without Python's help, but calls back into Python some 180 times for a buffer.
-        with soundfile.SoundFile(_memory_file().holding(data), closefd=False) as file:
-            if file.channels != 1:
-                raise DecodeError(f"{file.channels} channels")
-            file.seek(start)
-            pcm = file.read(count, dtype="int16", out=out)
-    except soundfile.LibsndfileError as error:
-        raise DecodeError(error.error_string) from error
-    if len(pcm) != count:
-        raise DecodeError(f"ends after {start + len(pcm)} samples, {start + count} were needed")
-    return pcm
-
-
-class _MemoryFile:
-    """A file in memory, to be written anew again and again."""
 
     def __init__(self) -> None:
         self._file = os.memfd_create("clip", os.MFD_CLOEXEC)
+        self._map = memoryview(b"")
+        self._size = 0
 
-    def holding(self, data: bytes) -> int:
-        """Its descriptor, at the start of this content."""
-        os.ftruncate(self._file, len(data))
-        os.pwrite(self._file, data, 0)
+    def room(self, size: int) -> memoryview:
+        """So many bytes to be filled with a clip, in place of the one before."""
+        if size > len(self._map):
+            os.ftruncate(self._file, 2 * size)
+            self._map = memoryview(mmap.mmap(self._file, 2 * size))
+        os.ftruncate(self._file, size)
+        self._size = size
+        return self.held()
+
+    def held(self) -> memoryview:
+        """The bytes as they are; valid until the next room()."""
+        return self._map[: self._size]
+
+    def crop(self, start: int, count: int, out: npt.NDArray[np.int16] | None = None) -> npt.NDArray[np.int16]:
+        """Samples start .. start + count: (count,) int16. Only that part is decoded.
+
+        out: (count,) to write to.
+
+        Raises DecodeError when that is no mono sound file or ends earlier.
+        """
         os.lseek(self._file, 0, os.SEEK_SET)
-        return self._file
+        try:
+            with soundfile.SoundFile(self._file, closefd=False) as file:
+                if file.channels != 1:
+                    raise DecodeError(f"{file.channels} channels")
+                file.seek(start)
+                pcm = file.read(count, dtype="int16", out=out)
+        except soundfile.LibsndfileError as error:
+            raise DecodeError(error.error_string) from error
+        if len(pcm) != count:
+            raise DecodeError(f"ends after {start + len(pcm)} samples, {start + count} were needed")
+        return pcm
 
     def __del__(self) -> None:
         os.close(self._file)
@@ -184,12 +196,12 @@ class _MemoryFile:
 _of_thread = threading.local()
 
 
-def _memory_file() -> _MemoryFile:
+def clip_buffer() -> ClipBuffer:
     """This thread's; it ends with the thread."""
-    if not hasattr(_of_thread, "memory_file"):
-        _of_thread.memory_file = _MemoryFile()
-    file: _MemoryFile = _of_thread.memory_file
-    return file
+    if not hasattr(_of_thread, "clip_buffer"):
+        _of_thread.clip_buffer = ClipBuffer()
+    buffer: ClipBuffer = _of_thread.clip_buffer
+    return buffer
 
 
 def measure(file: IO[bytes]) -> tuple[int, int]:

@@ -13,10 +13,11 @@ import fcntl
 import os
 import struct
 import threading
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from isal import isal_zlib
 
 from erann_dist.errors import UsageError
 
@@ -60,29 +61,25 @@ class ClipCache:
         self._untried = 0  # the next slab to ask for
         self.problem: str | None = None  # why nothing is kept any more
 
-    def get(self, clip: ClipId) -> bytes | None:
-        """The clip's bytes, if they are there and whole."""
+    def get(self, clip: ClipId, into: memoryview) -> bool:
+        """Fill `into`, of the clip's size, with its bytes, if they are there and whole."""
+        header = bytearray(_HEADER.size)
         try:
             entry = os.pread(self._file(_index_name(clip), 0), _ENTRY.size, clip.row * _ENTRY.size)
             if len(entry) != _ENTRY.size or not any(entry):
-                return None
+                return False
             slab, place = divmod(_ENTRY.unpack(entry)[0], 1 << 40)
-            file = self._file(f"slab-{slab - 1:05d}", 0)
-            header = os.pread(file, _HEADER.size, place * _ALIGN)
-            if len(header) != _HEADER.size:
-                return None
-            *of, crc32 = _HEADER.unpack(header)
-            if of != [_MAGIC, _set_number(clip), clip.row, clip.size]:
-                return None
-            data = os.pread(file, clip.size, place * _ALIGN + _HEADER.size)
+            size = os.preadv(self._file(f"slab-{slab - 1:05d}", 0), [header, into], place * _ALIGN)
         except OSError:
-            return None
-        return data if len(data) == clip.size and zlib.crc32(data) == crc32 else None
+            return False
+        whole = size == len(header) + clip.size
+        return whole and header == _header(clip, into)
 
-    def put(self, clip: ClipId, data: bytes) -> None:
+    def put(self, clip: ClipId, data: bytes | memoryview) -> None:
         """Keep the clip's bytes, of its size, if there is room."""
-        header = _HEADER.pack(_MAGIC, _set_number(clip), clip.row, len(data), zlib.crc32(data))
-        room = -(-(len(header) + len(data)) // _ALIGN) * _ALIGN
+        record = [_header(clip, data), data]
+        size = _HEADER.size + clip.size
+        room = -(-size // _ALIGN) * _ALIGN
         try:
             with self._lock:
                 if self.problem:
@@ -93,8 +90,7 @@ class ClipCache:
                 slab, place = self._slab, self._end
                 self._end += room
             file = self._file(f"slab-{slab:05d}", os.O_CREAT)
-            record = header + data
-            if os.pwrite(file, record, place) == len(record):
+            if os.pwritev(file, record, place) == size:
                 entry = _ENTRY.pack((slab + 1) << 40 | place // _ALIGN)
                 os.pwrite(self._file(_index_name(clip), os.O_CREAT), entry, clip.row * _ENTRY.size)
         except OSError as error:
@@ -144,6 +140,7 @@ def _index_name(clip: ClipId) -> str:
     return f"index-{clip.set_hash[:16]}-{clip.form}"
 
 
-def _set_number(clip: ClipId) -> int:
-    """Tells a record's set and form apart from all others."""
-    return int(clip.set_hash[:16], 16) ^ zlib.crc32(clip.form.encode())
+def _header(clip: ClipId, data: bytes | memoryview) -> bytes:
+    """Of its record. The number of set and form tells it apart from the clips of all others."""
+    number = int(clip.set_hash[:16], 16) ^ isal_zlib.crc32(clip.form.encode())
+    return _HEADER.pack(_MAGIC, number, clip.row, clip.size, isal_zlib.crc32(data))

@@ -110,7 +110,8 @@ def load(
     """
     reader = ClipReader(manifest, threads, cache, cache_form, read)
     remote = any(not isinstance(tar.folder, LocalFolder) for tar in manifest.tars)
-    pool = ThreadPoolExecutor(threads + S3_REQUESTS * remote, thread_name_prefix="loader")
+    tasks = threads + S3_REQUESTS * remote
+    pool = ThreadPoolExecutor(tasks, thread_name_prefix="loader")
     pending: deque[tuple[Batch, list[Future[None]]]] = deque()
 
     def candidates(crops: Crops, i: int) -> Iterator[tuple[int, int, int]]:
@@ -135,11 +136,16 @@ def load(
             return
         raise UserError(f"{manifest.tars[0].folder}: no clip was found that is not bad, in {_SUBSTITUTES} draws")
 
+    def decode_part(crops: Crops, part: range, out: npt.NDArray[np.int16]) -> None:
+        for i in part:
+            decode_into(crops, i, out[i])
+
     def submit(crops: Crops) -> None:
         pcm = torch.empty(len(crops.rows), crops.length, dtype=torch.int16, pin_memory=pin_memory)
         out = pcm.numpy()
-        clips = [pool.submit(decode_into, crops, i, out[i]) for i in range(len(out))]
-        pending.append((Batch(crops, pcm), clips))
+        # As few as keep all threads at work: each costs the threads a turn at Python's lock.
+        parts = [pool.submit(decode_part, crops, range(first, len(out), tasks), out) for first in range(tasks)]
+        pending.append((Batch(crops, pcm), parts))
 
     try:
         for crops in batches:
@@ -154,7 +160,7 @@ def load(
 
 
 def _finished(item: tuple[Batch, list["Future[None]"]]) -> Batch:
-    batch, clips = item
-    for clip in clips:
-        clip.result()
+    batch, parts = item
+    for part in parts:
+        part.result()
     return batch

@@ -3,14 +3,14 @@
 import os
 import resource
 import threading
-import zlib
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from isal import isal_zlib
 
-from erann_dist.audio import DecodeError, decode_crop
+from erann_dist.audio import DecodeError, clip_buffer
 from erann_dist.cache import CacheForm, ClipCache, ClipId
 from erann_dist.errors import UserError
 from erann_dist.folder import LocalFolder
@@ -69,10 +69,10 @@ class ClipReader:
             return
         for careful in (False, True):
             try:
-                data = self._origin(row, careful)
-                self._decode(data, start, out)
+                self._read_origin(row, careful)
+                self._decode(start, out)
                 if self._cache:
-                    self._keep(self._cache, row, data)
+                    self._keep(self._cache, row)
                 return
             except DecodeError as error:
                 problem = str(error)
@@ -86,44 +86,51 @@ class ClipReader:
 
     def _cached(self, cache: ClipCache, row: int, start: int, out: npt.NDArray[np.int16]) -> bool:
         """Whether the crop was to be had from the cache."""
-        data = cache.get(self._clip_id(row))
-        if data is None:
+        clip = self._clip_id(row)
+        data = clip_buffer().room(clip.size)
+        if not cache.get(clip, data):
             return False
-        if self._form == "pcm":
+        if clip.form == "pcm":
             out[:] = np.frombuffer(data, "<i2")[start : start + len(out)]
         else:
             try:
-                self._decode(data, start, out)
+                self._decode(start, out)
             except DecodeError:
                 return False
-        self._count("cache", len(data))
+        self._count("cache", clip.size)
         return True
 
-    def _keep(self, cache: ClipCache, row: int, data: bytes) -> None:
-        if self._form == "pcm":
-            pcm = np.empty(int(self._manifest.samples[row]), np.int16)
-            self._decode(data, 0, pcm)
-            data = pcm.astype("<i2").tobytes()
-        cache.put(self._clip_id(row), data)
-
-    def _decode(self, data: bytes, start: int, out: npt.NDArray[np.int16]) -> None:
-        with self._decoding:
-            decode_crop(data, start, len(out), out)
-
-    def _origin(self, row: int, careful: bool) -> bytes:
-        """The clip as it is in its tar. Raises UserError, and DecodeError when it is not what was packed."""
+    def _keep(self, cache: ClipCache, row: int) -> None:
+        """Cache the clip that the thread's buffer holds."""
         m = self._manifest
-        size, tar = int(m.sizes[row]), m.tars[m.shards[row]]
+        if self._form == "pcm":
+            pcm = np.empty(m.samples[row], np.int16)
+            self._decode(0, pcm)
+            cache.put(self._clip_id(row), pcm.astype("<i2").tobytes())
+        else:
+            cache.put(self._clip_id(row), clip_buffer().held())
+
+    def _decode(self, start: int, out: npt.NDArray[np.int16]) -> None:
+        with self._decoding:
+            clip_buffer().crop(start, len(out), out)
+
+    def _read_origin(self, row: int, careful: bool) -> None:
+        """The clip as it is in its tar, into the thread's buffer.
+
+        Raises UserError, and DecodeError when it is not what was packed.
+        """
+        m = self._manifest
+        tar = m.tars[m.shards[row]]
+        data = clip_buffer().room(int(m.sizes[row]))
         try:
-            data = self._tar(int(m.shards[row])).read(int(m.offsets[row]), size, careful)
+            size = self._tar(int(m.shards[row])).read(int(m.offsets[row]), data, careful)
         except OSError as error:
             raise UserError(f"{tar}: {error.strerror} (clip {m.keys[row]})") from error
-        self._count("origin", len(data))
-        if len(data) != size:
+        self._count("origin", size)
+        if size != len(data):
             raise DecodeError("is cut short")
-        if zlib.crc32(data) != m.crc32s[row]:
+        if isal_zlib.crc32(data) != m.crc32s[row]:
             raise DecodeError("is damaged")
-        return data
 
     def _tar(self, number: int) -> "_LocalTar | _S3Tar":
         with self._lock:
@@ -157,8 +164,8 @@ class _LocalTar:
             os.close(self._file)
             raise _other_size(tar, size)
 
-    def read(self, start: int, size: int, careful: bool) -> bytes:
-        return os.pread(self._file, size, start)
+    def read(self, start: int, into: memoryview, careful: bool) -> int:
+        return os.preadv(self._file, [into], start)
 
     def close(self) -> None:
         os.close(self._file)
@@ -172,10 +179,12 @@ class _S3Tar:
         self._tar = tar
         self._object = S3Object(tar.folder, tar.name)
 
-    def read(self, start: int, size: int, careful: bool) -> bytes:
+    def read(self, start: int, into: memoryview, careful: bool) -> int:
         if self._object.size != self._tar.size:
             raise _other_size(self._tar, self._object.size)
-        return self._object.read_carefully(start, size) if careful else self._object.read(start, size)
+        read = self._object.read_carefully if careful else self._object.read
+        into[:] = read(start, len(into))
+        return len(into)
 
     def close(self) -> None:
         self._object.close()

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import soundfile
 import torch
 
-from erann_dist.audio import decode_crop
+from erann_dist.audio import clip_buffer
 from erann_dist.cache import ClipCache
 from erann_dist.environment import KEEP_MEMORY, end_with_parent
 from erann_dist.errors import UsageError
@@ -145,11 +145,17 @@ def _limit(task: Task) -> dict[str, float]:
         for each in crops
         for row, start, count in zip(each.rows.tolist(), each.starts.tolist(), each.counts.tolist(), strict=True)
     ]
+
+    def decode(part: int) -> None:
+        buffer = clip_buffer()
+        for clip, start, count in jobs[part :: task.threads]:
+            buffer.room(len(clip))[:] = clip
+            buffer.crop(start, count)
+
     with ThreadPoolExecutor(task.threads) as pool:
 
         def work() -> None:
-            parts = [jobs[i :: task.threads] for i in range(task.threads)]
-            list(pool.map(lambda part: [decode_crop(*job) is None for job in part], parts))
+            list(pool.map(decode, range(task.threads)))
 
         return _measured(work, len(jobs), _sampled(crops))
 
