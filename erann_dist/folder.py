@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from erann_dist.errors import UsageError
 
 if TYPE_CHECKING:  # its libraries take longer to load than the rest together, and many a run needs no S3
     from erann_dist.s3 import S3Folder
+
+_BLOCK = 1 << 20  # bytes that are copied at once
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,18 @@ class LocalFolder:
         """The file, open for reading. Raises FileNotFoundError."""
         with Path(self.url, name).open("rb") as file:
             yield file
+
+    def fetch(self, name: str, file: BinaryIO, on_progress: Callable[[int], None] = lambda done: None) -> None:
+        """Make the content that of an open file; on_progress is told how many bytes of it are there, and may raise.
+
+        Raises FileNotFoundError.
+        """
+        file.seek(0)
+        file.truncate()
+        with self.reading(name) as source:
+            while data := source.read(_BLOCK):
+                file.write(data)
+                on_progress(file.tell())
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:

@@ -91,7 +91,7 @@ class S3Folder:
     def read(self, name: str) -> bytes:
         """The whole content, of the length and checksum that S3 names. Raises FileNotFoundError."""
         file = io.BytesIO()
-        self._fetch(name, file)
+        self.fetch(name, file)
         return file.getvalue()
 
     def read_range(self, name: str, start: int, size: int, etag: str | None) -> bytes:
@@ -122,9 +122,24 @@ class S3Folder:
     def reading(self, name: str) -> Iterator[BinaryIO]:
         """A nameless local copy, of the length and checksum that S3 names. Raises FileNotFoundError."""
         with tempfile.TemporaryFile() as file:
-            self._fetch(name, file)
+            self.fetch(name, file)
             file.seek(0)
             yield file
+
+    def fetch(self, name: str, file: BinaryIO, on_progress: Callable[[int], None] = lambda done: None) -> None:
+        """Make the content, of the length and checksum that S3 names and all of one version, that of an open file.
+
+        on_progress is told how many bytes of it are there, and may raise. Raises FileNotFoundError.
+        """
+        for _ in range(ATTEMPTS):
+            head = self._head("read", name)
+            problem = "it changed while it was read"
+            with suppress(_Changed):
+                self._fetch_version(name, head, file, on_progress)
+                if _is_content_of(file, head):
+                    return
+                problem = "what arrives does not match its checksum"
+        raise self._error("read", name, f"{problem}, {ATTEMPTS} times in a row")
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
@@ -162,29 +177,22 @@ class S3Folder:
     def _name(self, key: str) -> str:
         return key.removeprefix(self._key(""))
 
-    def _fetch(self, name: str, file: BinaryIO) -> None:
-        """Fill the file with the object, all of one version."""
-        for _ in range(ATTEMPTS):
-            head = self._head("read", name)
-            problem = "it changed while it was read"
-            with suppress(_Changed):
-                self._fetch_version(name, head, file)
-                if _is_content_of(file, head):
-                    return
-                problem = "what arrives does not match its checksum"
-        raise self._error("read", name, f"{problem}, {ATTEMPTS} times in a row")
-
-    def _fetch_version(self, name: str, head: dict[str, Any], file: BinaryIO) -> None:
-        size = head["ContentLength"]
+    def _fetch_version(
+        self, name: str, head: dict[str, Any], file: BinaryIO, on_progress: Callable[[int], None]
+    ) -> None:
+        size, done = head["ContentLength"], 0
         at = {"Bucket": self._bucket, "Key": self._key(name), "IfMatch": head["ETag"]}
         file.seek(0)
         file.truncate()
 
         async def fetch(s3: S3FileSystem) -> None:
             async def fetch_range(start: int) -> None:
+                nonlocal done
                 data = await _retried(lambda: _range(s3, start, min(start + RANGE, size), at))
                 file.seek(start)
                 file.write(data)
+                done += len(data)
+                on_progress(done)
 
             await _few_at_once(fetch_range, range(0, size, RANGE))
 

@@ -175,6 +175,26 @@ def index(shards: Shards, classes: Classes = None, endpoint: Endpoint = None, as
     show(run(folder, read_classes(classes) if classes else None), as_json, packed_page)
 
 
+def stage(
+    shards: Shards,
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The copy: a folder on a disk of this machine.")],
+    endpoint: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    from erann_dist.folder import LocalFolder, open_folder
+    from jobs.shard_sets import stage as run
+
+    folder = open_folder(directory)
+    if not isinstance(folder, LocalFolder):
+        raise UsageError(f"{directory}: a set is copied to a folder on a disk, not to S3")
+    try:
+        result = run(open_folder(shards, endpoint), folder)
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to go on")
+        raise
+    show(result, as_json, facts_page)
+
+
 def stats(
     shards: Shards,
     html: Annotated[Path | None, typer.Option(help="Also write a page with plots.")] = None,
@@ -213,6 +233,10 @@ def add_to(app: typer.Typer) -> None:
         help="Write the manifest for WebDataset tars that are there, without repacking them." + EXAMPLE + "erann index "
         "shard-sets/theirs"
     )(index)
+    app.command(
+        help="Copy a whole shard set, from S3 or a shared disk, to a disk of this machine. Every tar is checked; "
+        "stopped, it goes on." + EXAMPLE + "erann stage s3://bucket/audioset/balanced_train /local/balanced_train"
+    )(stage)
     app.command(
         help="What is in a shard set: coverage, classes, durations, formats, reasons, balanced sampling."
         + EXAMPLE

@@ -1,16 +1,18 @@
-"""Verifying, repairing and indexing shard sets, with progress."""
+"""Verifying, repairing, indexing and copying shard sets, with progress."""
 
+import time
 from typing import Any
 
 from cluster.embedded import ray_cluster
 from erann_dist.errors import UserError
-from erann_dist.folder import Folder
+from erann_dist.folder import Folder, LocalFolder
 from erann_dist.manifest import MANIFEST, SHARDS, read_table
 from jobs.pack import build_all, summary
 from jobs.progress import bar, console
 from shards.index import index as index_tars
 from shards.repair import repair_tasks, why_different
 from shards.sources.rows import Source
+from shards.stage import Staging, copy, staging
 from shards.verify import Problem
 from shards.verify import verify as verify_shards
 
@@ -51,6 +53,38 @@ def index(folder: Folder, classes: tuple[list[str], list[str]] | None) -> dict[s
         for number, _ in enumerate(index_tars(folder, classes)):
             status.update(f"indexing tar {number}")
     return summary(folder)
+
+
+def stage(source: Folder, folder: LocalFolder) -> dict[str, Any]:
+    """Copy a shard set to a folder on a disk, or go on with that. Raises UserError as staging and copy do."""
+    with staging(source, folder) as plan:
+        began = time.monotonic()
+        if plan.is_finished:
+            console.print(f"{folder}: everything is there already", markup=False)
+        else:
+            _copy(plan)
+        return {
+            "shards": str(folder),
+            "source": str(source),
+            "clips": sum(tar["clips"] for tar in plan.tars),
+            "tars": len(plan.tars),
+            "copied_tars": len(plan.missing),
+            "copied_bytes": plan.bytes,
+            "mb_per_s": round(plan.bytes / (time.monotonic() - began) / 1e6, 1),
+        }
+
+
+def _copy(plan: Staging) -> None:
+    """Copy what is missing, and show how it goes."""
+    if there := len(plan.tars) - len(plan.missing):
+        console.print(f"{plan.target}: going on, {there} of {len(plan.tars)} tars are there", markup=False)
+    began = time.monotonic()
+    with bar("stage, MB", plan.bytes // 10**6) as progress:
+
+        def show(done: int) -> None:
+            progress.update(done // 10**6, f"{done / (time.monotonic() - began) / 1e6:.1f} MB/s")
+
+        copy(plan, show)
 
 
 def _problems(folder: Folder, clips: int, quick: bool) -> list[Problem]:

@@ -32,6 +32,19 @@ def fail_while_writing(folder: Folder, name: str, data: bytes, failure: BaseExce
         raise failure
 
 
+def fetched(folder: Folder, name: str) -> bytes:
+    """What fetch makes of a file that holds something else; on the way it tells how much is there."""
+    told: list[int] = []
+    with tempfile.TemporaryFile() as file:
+        file.write(b"longer than the other" * 100)
+        folder.fetch(name, file, told.append)
+        file.seek(0)
+        data = file.read()
+    assert told == sorted(told)
+    assert told[-1:] == [len(data)] * bool(data)
+    return data
+
+
 def play(folder: Folder, moves: list[tuple[str, str, bytes]]) -> None:
     """Make the moves on the folder and on a dict, and compare what they hold."""
     expected: dict[str, bytes] = {}
@@ -68,11 +81,14 @@ def play(folder: Folder, moves: list[tuple[str, str, bytes]]) -> None:
                 assert file.read() == expected[name]
                 file.seek(-1 if expected[name] else 0, 2)
                 assert file.read() == expected[name][-1:]
+            assert fetched(folder, name) == expected[name]
         else:
             with pytest.raises(FileNotFoundError, match=r"No such file"):
                 folder.read(name)
             with pytest.raises(FileNotFoundError, match=r"No such file"), folder.reading(name):
                 pass
+            with pytest.raises(FileNotFoundError, match=r"No such file"):
+                fetched(folder, name)
 
 
 def files_in(path: Path) -> list[str]:

@@ -22,6 +22,7 @@ COMMANDS = [
     "verify",
     "repair",
     "index",
+    "stage",
     "stats",
     "bench pack",
     "bench plan",
@@ -297,6 +298,47 @@ def test_index_by_the_command(erann, tone_shards: Path, tmp_path: Path) -> None:
     assert_refused(erann("index", tars), 1, "tars: has a manifest already")
     assert_refused(erann("repair", tars, "--root", tmp_path), 1, "its tars were not made by erann pack")
     assert_refused(erann("index", tmp_path / "nowhere"), 1, "no tar in it")
+
+
+def test_stage_by_the_command(erann, tone_shards: Path, tmp_path: Path) -> None:
+    target = tmp_path / "copy"
+    result = json.loads(erann("stage", tone_shards, target, "--json").out)
+    size = sum(path.stat().st_size for path in tone_shards.glob("*.tar"))
+    assert result.pop("mb_per_s") > 0
+    assert result == {
+        "shards": str(target),
+        "source": str(tone_shards),
+        "clips": 40,
+        "tars": 5,
+        "copied_tars": 5,
+        "copied_bytes": size,
+    }
+    assert erann("verify", target).code == 0
+    again = erann("stage", tone_shards, target)
+    assert again.code == 0
+    assert again.line == f"{target}: everything is there already"
+    assert re.search(r"copied tars +0 *\n", again.out)
+    (target / "audioset-000001.tar").unlink()
+    outcome = erann("stage", tone_shards, target)
+    assert f"{target}: going on, 4 of 5 tars are there" in outcome.err
+    assert re.search(r"copied tars +1 *\n", outcome.out)
+
+
+def test_staging_what_or_where_one_can_not(erann, tone_shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    target = tmp_path / "copy"
+    assert_refused(erann("stage", tone_shards, "s3://bucket/x"), 2, "a set is copied to a folder on a disk, not to S3")
+    assert_refused(erann("stage", tone_shards, ""), 2, "the path given is empty")
+    assert_refused(erann("stage", tone_shards, tone_shards), 2, "lies in .*, which is to be copied")
+    assert_refused(erann("stage", tmp_path / "nowhere", target), 2, "nowhere: no such folder")
+    assert_refused(erann("stage", tmp_path / "empty", target), 1, "no shard set here")
+    assert_refused(erann("stage", "gs://bucket/x", target), 2, "a folder is a path or s3://bucket/prefix")
+    assert not target.exists()
+    target.mkdir()
+    (target / "mine").write_text("mine")
+    assert_refused(erann("stage", tone_shards, target), 2, "copy: is there and is no shard set; choose another folder")
+    assert_refused(erann("stage", tone_shards, target / "mine"), 1, "mine: File exists")
+    assert [path.name for path in target.iterdir()] == ["mine"]
 
 
 def test_stats_by_the_command(erann, tone_shards: Path, tmp_path: Path) -> None:
