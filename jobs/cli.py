@@ -122,6 +122,46 @@ def demo(
     show(run(folder), as_json, demo_page)
 
 
+@app.command(
+    "plan",
+    help="What a run will take on a cluster, and what will limit it: every clip of the run is drawn, nothing is read."
+    + EXAMPLE
+    + "erann plan audioset.yaml data.train=s3://bucket/train --segments unbalanced_train_segments.csv.gz --nodes 4 "
+    + "--gpus-per-node 8 --network 100",
+)
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
+    segments: Annotated[
+        list[Path] | None,
+        typer.Option(help="AudioSet's list in place of data.train's manifest, packed or not; may be given again."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 1,
+    cores_per_node: Annotated[int | None, typer.Option(min=1, help="8 for each GPU if not given.")] = None,
+    network: Annotated[float, typer.Option(min=0.001, help="Gbit/s of a node, to S3 and to the other nodes.")] = 10.0,
+    disk: Annotated[float, typer.Option(min=0.001, help="MB/s that a node reads from its disk.")] = 1000.0,
+    gpu_speed: Annotated[
+        float, typer.Option(min=0.001, help="Examples/s of one GPU; 850 is expected of an H200 with ERANN-1-6.")
+    ] = 850.0,
+    core_speed: Annotated[
+        float, typer.Option(min=0.001, help="Clips/s that a core decodes; erann bench loader measures it.")
+    ] = 166.0,
+    request_price: Annotated[float, typer.Option(min=0, help="USD for a million GET requests.")] = 0.4,
+    as_json: Json = False,
+) -> None:
+    from erann_dist.recipe import load_recipe
+    from jobs.plan import Cluster
+    from jobs.plan import plan as run
+    from jobs.plan_page import plan_page
+    from jobs.recipes import find_recipe
+
+    loaded = load_recipe(find_recipe(recipe), overrides or [])
+    cores = cores_per_node or 8 * gpus_per_node
+    cluster = Cluster(nodes, gpus_per_node, cores, network, disk, gpu_speed, core_speed, request_price)
+    show(run(loaded, cluster, segments or []), as_json, plan_page)
+
+
 @bench_app.command(
     "pack",
     help="Packing against the bare decoding, resampling and FLAC encoding of the same clips on the same cores."

@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from erann_dist.folder import LocalFolder
-from erann_dist.manifest import CLIP_SCHEMA, REPORT_SCHEMA, SHARD_SCHEMA, SetInfo, content_hash, write_shard_set_tables
 from erann_dist.recipe import DataSource
 from erann_dist.sampling import BalancedSampler, Sampler, SequentialSampler, UniformSampler, class_lists
 from erann_dist.shared_clips import shared_clips
 from jobs.progress import console
-from shards.sources.audioset import read_audioset
+from shards.listed import write_listed_set
 
 _BLOCK = 512
 _FAR = 10**9
-_CLIPS_PER_SHARD = 2500
 
 
 def bench_sampler(segments: list[Path], rounds: int) -> dict[str, Any]:
@@ -29,47 +25,14 @@ def bench_sampler(segments: list[Path], rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch:
         folders = []
         for number, path in enumerate(segments):
-            with console.status(f"making up a shard set of {path.name}"):
-                folders.append(_made_up_set(path, Path(scratch, str(number))))
+            with console.status(f"making up the tables of {path.name}"):
+                write_listed_set(path, Path(scratch, str(number)))
+                folders.append(str(Path(scratch, str(number))))
         results = []
         for _ in range(rounds):  # each in a new process, as a worker is
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 results.append(pool.apply(_measure, (folders,)))
     return {key: round(statistics.median(result[key] for result in results), 3) for key in results[0]}
-
-
-def _made_up_set(segments: Path, folder: Path) -> str:
-    """A shard set's tables, without its tars: a clip of 10 s for each segment."""
-    empty = folder / "no-audio"  # but for a file that no segment has
-    empty.mkdir(parents=True)
-    (empty / "none.wav").touch()
-    source = read_audioset(segments, empty)
-    count = len(source.rows)
-    numbers = np.arange(count)
-    columns = {
-        "key": source.rows["key"],
-        "labels": source.rows["labels"],
-        "split": pa.array(["train"] * count),
-        "fold": pa.nulls(count, pa.int8()),
-        "shard": numbers // _CLIPS_PER_SHARD,
-        "offset": numbers % _CLIPS_PER_SHARD * 410_000,
-        "size": np.full(count, 400_000),
-        "samples": np.full(count, 441_000),
-        "peak": np.full(count, 0.5),
-        "crc32": numbers,
-        "source": source.rows["key"],
-        "format": pa.array(["pcm 44100 Hz mono"] * count),
-    }
-    clips = pa.table(columns).select(CLIP_SCHEMA.names).cast(CLIP_SCHEMA)
-    names = [f"audioset-{shard:06d}.tar" for shard in range(-(-count // _CLIPS_PER_SHARD))]
-    tars = [{"shard": i, "name": name, "size": 1, "clips": 0, "sha256": ""} for i, name in enumerate(names)]
-    info = SetInfo(
-        "audioset", "tagging", source.label_ids, source.label_names, 44_100, "flac", {}, {}, {}, "", content_hash(clips)
-    )
-    write_shard_set_tables(
-        LocalFolder(str(folder)), info, clips, pa.Table.from_pylist(tars, SHARD_SCHEMA), REPORT_SCHEMA.empty_table()
-    )
-    return str(folder)
 
 
 def _measure(folders: list[str]) -> dict[str, float]:
