@@ -294,15 +294,11 @@ def _advice(recipe: Recipe, result: dict[str, Any]) -> list[str]:
         lines.append(
             f"{idle} of the {workers} workers wait in each step: its {count} micro-batches don't come out even"
         )
-    if result["enough_gpus"] < workers:
-        enough = _many(result["enough_gpus"], "GPU")
-        lines.append(
-            f"more GPUs than {result['enough_gpus']} stop helping: {enough} reach {_ENOUGH:.0%} of the best speed"
-        )
+    if (enough := result["enough_gpus"]) < workers:
+        lines.append(f"more GPUs than {enough} stop helping: with {enough} a step is within 5 % of the fastest")
     elif workers >= gpus:
         lines.append(
-            f"GPUs help up to {result['enough_gpus']}; a step has {_many(count, 'micro-batch')}, and no work for more "
-            "GPUs than that"
+            f"GPUs help up to {enough}; a step has {_many(count, 'micro-batch')}, and no work for more than that"
         )
     if result["all_reduce"]["share"] > 0.1:
         lines.append(

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +72,8 @@ def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[
     ways: dict[str, tuple[Callable[[Task], dict[str, float]], Task]] = {
         "limit": (_limit, task),
         "local": (_ours, task),
+        "beside_step": (partial(_beside_step, same_process=True), task),
+        "beside_other_step": (partial(_beside_step, same_process=False), task),
         **{f"webloader_{n}": (partial(_webloader, workers=n), task) for n in range(1, cores + 1)},
         f"dataloader_{cores}": (partial(_dataloader, workers=cores), task),
     }
@@ -78,14 +81,19 @@ def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[
         if remote:
             there = Task(remote[0], batches, task.crop_samples, cores, remote[1])
             cached = Task(remote[0], batches, task.crop_samples, cores, remote[1], f"{scratch}/cache")
-            ways |= {"s3_client": (_bare_client, there), "cold_cache": (_ours, cached), "warm_cache": (_ours, cached)}
+            ways |= {
+                "s3_arrow": (partial(_bare_client, client="arrow"), there),
+                "s3_s3fs": (partial(_bare_client, client="s3fs"), there),
+                "cold_cache": (_ours, cached),
+                "warm_cache": (_ours, cached),
+            }
         results: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for _ in range(rounds):
             shutil.rmtree(f"{scratch}/cache", ignore_errors=True)
             for name, (way, its_task) in ways.items():
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                     results[name].append(process.submit(way, its_task).result())
-                console.print(f"{name:14} {results[name][-1]['clips_per_s']:8.1f} clips/s")
+                console.print(f"{name:18} {results[name][-1]['clips_per_s']:8.1f} clips/s")
     medians = {
         name: {key: round(statistics.median(each[key] for each in measured), 3) for key in measured[0]}
         for name, measured in results.items()
@@ -104,16 +112,20 @@ def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[
         "local_ratio": ratio("local"),
         "warm_cache_ratio": ratio("warm_cache"),
         "cold_cache_ratio": ratio("cold_cache"),
-        "s3_client_ratio": ratio("s3_client"),
+        "s3_arrow_ratio": ratio("s3_arrow"),
+        "s3_s3fs_ratio": ratio("s3_s3fs"),
         "vs_webloader": round(medians["local"]["clips_per_s"] / webloader, 4),
         "vs_dataloader": round(medians["local"]["clips_per_s"] / medians[f"dataloader_{cores}"]["clips_per_s"], 4),
+        "beside_step_ratio": round(
+            medians["beside_step"]["clips_per_s"] / medians["beside_other_step"]["clips_per_s"], 4
+        ),
         "balanced_overhead": round(_draw_seconds(task) * limit, 5),
         "ways": medians,
     }
 
 
 def _measured(work: Callable[[], object], clips: int, sampled: int) -> dict[str, float]:
-    """Clips/s and MB/s of decoded sound, the share of all cores, and peak memory with child processes."""
+    """Clips/s and MB/s of decoded sound, the share of all cores, CPU time, and peak memory with child processes."""
     cpu, began = _cpu_seconds(), time.perf_counter()
     work()
     seconds = time.perf_counter() - began
@@ -121,7 +133,8 @@ def _measured(work: Callable[[], object], clips: int, sampled: int) -> dict[str,
     return {
         "clips_per_s": clips / seconds,
         "mb_per_s": 2 * sampled / 1e6 / seconds,
-        "cpu_share": (_cpu_seconds() - cpu) / seconds / len(os.sched_getaffinity(0)),
+        "cpu_share": (used := _cpu_seconds() - cpu) / seconds / len(os.sched_getaffinity(0)),
+        "cpu_ms_per_clip": 1000 * used / clips,
         "peak_mb": (own + children) / 1024,
     }
 
@@ -172,8 +185,53 @@ def _ours(task: Task) -> dict[str, float]:
     return _measured(work, task.batches * _BATCH, _sampled(crops))
 
 
-def _bare_client(task: Task) -> dict[str, float]:
-    """Ranged reads of the same clips, as many at once, nothing decoded."""
+def _beside_step(task: Task, same_process: bool) -> dict[str, float]:
+    """The loader beside a thread that launches operations without end, as a training step does for a GPU."""
+    clips = task.clips()
+    crops = task.crops(clips)
+    done = threading.Event()
+
+    def consume() -> None:
+        for _ in load(clips, crops, threads=task.threads):
+            pass
+        done.set()
+
+    def work() -> None:
+        consumer = threading.Thread(target=consume)
+        consumer.start()
+        if same_process:
+            _launch_operations(done)
+        consumer.join()
+
+    if same_process:
+        return _measured(work, task.batches * _BATCH, _sampled(crops))
+    other = multiprocessing.get_context("spawn")
+    ended = other.Event()
+    process = other.Process(target=_launch_operations, args=(ended,))
+    process.start()
+    result = _measured(work, task.batches * _BATCH, _sampled(crops))
+    ended.set()
+    process.join()
+    return result
+
+
+class _Flag(Protocol):
+    """An event, of threads or of processes."""
+
+    def is_set(self) -> bool: ...
+
+
+def _launch_operations(until: _Flag) -> None:
+    """Small operations, one after the other, in one thread: it holds Python's lock nearly all the time."""
+    torch.set_num_threads(1)
+    x = torch.ones(64, 64)
+    while not until.is_set():
+        for _ in range(1000):
+            x = torch.relu(x + 1)
+
+
+def _bare_client(task: Task, client: str) -> dict[str, float]:
+    """Ranged reads of the same clips, as many at once as the loader's, nothing decoded."""
     from erann_dist.s3_ranges import S3Object
 
     clips = task.clips()
@@ -182,7 +240,8 @@ def _bare_client(task: Task) -> dict[str, float]:
     rows = np.concatenate([each.rows for each in crops])
 
     def read(row: int) -> None:
-        objects[clips.shards[row]].read(int(clips.offsets[row]), int(clips.sizes[row]))
+        tar = objects[clips.shards[row]]
+        (tar.read if client == "arrow" else tar.read_carefully)(int(clips.offsets[row]), int(clips.sizes[row]))
 
     def work() -> None:
         with ThreadPoolExecutor(S3_REQUESTS) as pool:
