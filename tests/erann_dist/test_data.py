@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import soundfile
 
 from erann_dist.data import count_reported, load_source, load_sources, load_train_and_eval
 from erann_dist.errors import UsageError, UserError
-from erann_dist.manifest import load_manifest
+from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.recipe import DataSection, DataSource
 from shards.sources.rows import Source, SourceRow, rows_table
 from tests.conftest import copy_tree, pack_here
@@ -170,6 +171,30 @@ def test_a_table_that_is_missing_or_cut_is_named(folded: Path, tmp_path: Path, t
     (shards / table).unlink()
     with pytest.raises(UserError, match=f"no shard set here \\({table} is missing\\); make one with erann pack"):
         load_manifest(shards)
+
+
+@pytest.mark.parametrize("table", ["manifest.parquet", "shards.parquet"])
+def test_a_flipped_bit_in_a_table_is_never_data(folded: Path, tmp_path: Path, table: str) -> None:
+    """It is seen, or it is where nothing is that training reads."""
+    shards = copy_tree(folded, tmp_path / "shards")
+    content, whole = (folded / table).read_bytes(), load_manifest(folded)
+    refused, right = [], 0
+    for place in range(4, len(content), 23):
+        (shards / table).write_bytes(content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :])
+        try:
+            found = load_manifest(shards)
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            for field in fields(Manifest):
+                a, b = getattr(whole, field.name), getattr(found, field.name)
+                if field.name == "tars":
+                    assert [(tar.name, tar.size) for tar in a] == [(tar.name, tar.size) for tar in b]
+                elif field.name != "info":
+                    assert np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+            right += 1
+    assert all(table in line and "\n" not in line for line in refused)
+    assert len(refused) > right / 3
 
 
 def test_columns_that_are_not_a_manifests(folded: Path, tmp_path: Path) -> None:
