@@ -59,7 +59,8 @@ class ClipCache:
         self._slab = -1  # that this process appends to
         self._end = 0  # of the records in it
         self._untried = 0  # the next slab to ask for
-        self.problem: str | None = None  # why nothing is kept any more
+        self._keeping = True
+        self.problem: str | None = None  # why some clips, or all that come now, are not kept
 
     def get(self, clip: ClipId, into: memoryview) -> bool:
         """Fill `into`, of the clip's size, with its bytes, if they are there and whole."""
@@ -82,10 +83,13 @@ class ClipCache:
         room = -(-size // _ALIGN) * _ALIGN
         try:
             with self._lock:
-                if self.problem:
+                if not self._keeping:
+                    return
+                if room > self._slab_bytes:
+                    self.problem = f"{self._folder}: max_bytes is too small for a clip of {room} bytes"
                     return
                 if not self._make_room(room):
-                    self.problem = f"{self._folder}: the cache is full"
+                    self._keeping, self.problem = False, f"{self._folder}: the cache is full"
                     return
                 slab, place = self._slab, self._end
                 self._end += room
@@ -94,6 +98,7 @@ class ClipCache:
                 entry = _ENTRY.pack((slab + 1) << 40 | place // _ALIGN)
                 os.pwrite(self._file(_index_name(clip), os.O_CREAT), entry, clip.row * _ENTRY.size)
         except OSError as error:
+            self._keeping = False
             self.problem = f"{self._folder}: nothing more is kept in the cache ({error.strerror})"
 
     def used_bytes(self) -> int:

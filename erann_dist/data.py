@@ -23,6 +23,9 @@ def load_source(source: DataSource) -> Manifest:
         raise UserError(
             f"{source.url}: holds {manifest.info.sample_rate} Hz, ERANN takes {SAMPLE_RATE} Hz; pack it anew"
         )
+    for path in filter(None, (source.keys, source.without)):
+        if not pc.any(pc.is_in(manifest.keys, listed := _key_list(path))).as_py():
+            raise UsageError(f"{path}: none of its {len(listed)} keys is in {source.url}; it needs a key a line")
     keep = _selected(source, manifest.splits, manifest.folds) & _listed(source, manifest.keys)
     if not keep.any() and (source.keys or source.without):
         raise UsageError(f"{source.url}: the lists of keys, the split and the folds leave no clip")
@@ -53,10 +56,11 @@ def load_train_and_eval(data: DataSection) -> tuple[Manifest, Manifest]:
 
 
 def count_reported(source: DataSource) -> int:
-    """Listed clips of the split and folds asked for that did not get into the shard set."""
+    """Listed clips of the split, folds and lists of keys asked for that did not get into the shard set."""
     report = read_table(open_folder(source.url), REPORT)
     once = pc.not_equal(report["reason"], "duplicate").to_numpy()  # a duplicate is not one more clip
-    return int((once & _selected(source, report["split"], report["fold"].fill_null(-1).to_numpy())).sum())
+    selected = _selected(source, report["split"], report["fold"].fill_null(-1).to_numpy())
+    return int((once & selected & _listed(source, report["key"])).sum())
 
 
 def _listed(source: DataSource, keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
@@ -64,15 +68,16 @@ def _listed(source: DataSource, keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     keep = np.ones(len(keys), dtype=np.bool_)
     for path, wanted in ((source.keys, True), (source.without, False)):
         if path is not None:
-            try:
-                lines = Path(path).read_text().split()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"{path}: no list of keys ({getattr(error, 'strerror', None) or error})") from error
-            listed = pa.array(sorted(set(lines)), pa.string())
-            if not pc.any(pc.is_in(listed, keys)).as_py():
-                raise UsageError(f"{path}: none of its {len(listed)} keys is in {source.url}; it needs a key a line")
-            keep &= pc.is_in(keys, listed).to_numpy() == wanted
+            keep &= pc.is_in(keys, _key_list(path)).to_numpy() == wanted
     return keep
+
+
+def _key_list(path: str) -> pa.Array:
+    try:
+        lines = Path(path).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: no list of keys ({getattr(error, 'strerror', None) or error})") from error
+    return pa.array(sorted(set(lines)), pa.string())
 
 
 def _selected(source: DataSource, splits: pa.ChunkedArray, folds: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:

@@ -62,13 +62,21 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
+class Incident:
+    """What a person should know of, though the run goes on: a bad clip, a cache that is full."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Finished:
     step: int
     seconds: float  # of this start of the run
     outcome: dict[str, Any] = field(default_factory=dict)
 
 
-Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Finished
+Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished
 Emit = Callable[[Event], None]
 
 

@@ -43,27 +43,28 @@ class Batch:
 
 @dataclass
 class BadClips:
-    """The clips that were given up, by key, and how many a run tolerates."""
+    """The clips that were given up, and how many a run tolerates."""
 
     allowed: int = 0
-    keys: set[str] = field(default_factory=set)
+    found: dict[str, str] = field(default_factory=dict)  # by key, what is wrong with them
 
     def add(self, bad: BadClip) -> None:
         """Raises the BadClip itself when none is allowed, UserError when it is one too many."""
         if not self.allowed:
             raise bad
-        self.keys.add(bad.key)
-        if len(self.keys) > self.allowed:
-            raise UserError(f"{bad}; it is bad clip number {len(self.keys)}, data.max_bad_clips is {self.allowed}")
+        self.found.setdefault(bad.key, str(bad))
+        if len(self.found) > self.allowed:
+            raise UserError(f"{bad}; it is bad clip number {len(self.found)}, data.max_bad_clips is {self.allowed}")
 
-    def unite(self, others: Iterable[set[str]]) -> None:
+    def unite(self, others: Iterable[dict[str, str]]) -> None:
         """Note what other workers, or an earlier start of the run, gave up. Raises UserError when it is too many."""
-        self.keys.update(*others)
-        if len(self.keys) > self.allowed:
-            raise UserError(f"{len(self.keys)} clips are bad, data.max_bad_clips is {self.allowed}: {self._some()}")
+        for found in others:
+            self.found.update(found)
+        if len(self.found) > self.allowed:
+            raise UserError(f"{len(self.found)} clips are bad, data.max_bad_clips is {self.allowed}: {self._some()}")
 
     def _some(self) -> str:
-        return ", ".join(sorted(self.keys)[:5]) + (", …" if len(self.keys) > 5 else "")
+        return ", ".join(sorted(self.found)[:5]) + (", …" if len(self.found) > 5 else "")
 
 
 NONE_BAD = BadClips()  # stays empty: it allows none
@@ -113,6 +114,7 @@ def load(
     tasks = threads + S3_REQUESTS * remote
     pool = ThreadPoolExecutor(tasks, thread_name_prefix="loader")
     pending: deque[tuple[Batch, list[Future[None]]]] = deque()
+    given_up: set[int] = set()  # by row: another set's clip of the same key may be sound
 
     def candidates(crops: Crops, i: int) -> Iterator[tuple[int, int, int]]:
         """The clip that was drawn, and those that may take its place."""
@@ -124,12 +126,13 @@ def load(
 
     def decode_into(crops: Crops, i: int, out: npt.NDArray[np.int16]) -> None:
         for row, start, count in candidates(crops, i):
-            if bad_clips.keys and manifest.keys[row].as_py() in bad_clips.keys:
+            if row in given_up:
                 continue
             try:
                 reader.crop(row, start, out[:count])
             except BadClip as bad:
                 bad_clips.add(bad)
+                given_up.add(row)
                 continue
             out[count:] = 0
             crops.rows[i], crops.starts[i], crops.counts[i] = row, start, count

@@ -152,7 +152,7 @@ class Manifest:
 def read_manifest(folder: Folder, columns: list[str] | None = None) -> tuple[SetInfo, pa.Table]:
     """The facts about the shard set in a folder, and columns of its manifest. Raises as read_table."""
     with _opened(folder, MANIFEST) as file:
-        parquet = pq.ParquetFile(arrow_file(file))
+        parquet = pq.ParquetFile(arrow_file(file), page_checksum_verification=True)
         return _info(folder, parquet.schema_arrow), parquet.read(columns).replace_schema_metadata()
 
 
@@ -168,7 +168,7 @@ def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> p
     Raises UsageError when there is no such folder, UserError when the table is not there or can't be read.
     """
     with _opened(folder, name) as file:
-        return pq.ParquetFile(arrow_file(file)).read(columns)
+        return pq.ParquetFile(arrow_file(file), page_checksum_verification=True).read(columns)
 
 
 def arrow_file(file: BinaryIO) -> pa.OSFile:
@@ -186,7 +186,7 @@ def _opened(folder: Folder, name: str) -> Iterator[BinaryIO]:
             yield file
     except FileNotFoundError as error:
         raise UserError(f"{folder}: no shard set here ({name} is missing); make one with erann pack") from error
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder}/{name}: damaged ({str(error).splitlines()[0]})") from error
 
 
@@ -317,5 +317,5 @@ def write_shard_set_tables(folder: Folder, info: SetInfo, clips: pa.Table, shard
     tables[MANIFEST] = clips.replace_schema_metadata({"erann": json.dumps(dataclasses.asdict(info))})
     for name, table in tables.items():
         buffer = io.BytesIO()
-        pq.write_table(table, buffer)
+        pq.write_table(table, buffer, write_page_checksum=True)
         folder.write(name, buffer.getvalue())

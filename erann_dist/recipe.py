@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -61,7 +61,7 @@ Sources = Annotated[list[DataSource], BeforeValidator(_as_list), Field(min_lengt
 
 
 class CacheSection(_Section):
-    dir: str  # on a disk of the node
+    dir: str = Field(min_length=1)  # on a disk of the node
     max_bytes: ByteSize = Field(gt=0)
     format: CacheForm = "flac"
 
@@ -170,7 +170,7 @@ class Recipe(_Section):
             examples = self.optim.examples
         else:
             assert self.optim.epochs is not None
-            examples = round(self.optim.epochs * training_clips)
+            examples = max(1, round(self.optim.epochs * training_clips))
         return -(-examples // self.optim.global_batch)
 
     def function(self) -> dict[str, Any]:
@@ -242,6 +242,10 @@ def _explain(error: Any) -> str:
         return f"{path}: no such key; {hint}"
     if error["type"] == "missing":
         return f"{path}: this key is needed"
+    if error["type"] == "byte_size":
+        return f"{path}: input should be a number of bytes such as 200GB, not {error['input']!r}"
+    if error["type"] == "model_type":
+        return f"{path}: input should be a section {{key: value, ...}}, not {error['input']!r}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path}: {message}" if path else message
@@ -253,9 +257,14 @@ def _names_beside(location: tuple[Any, ...]) -> list[str]:
     for part in location[:-1]:
         if isinstance(part, int):
             section = DataSource
-        elif isinstance(section.model_fields[part].annotation, type):
-            section = section.model_fields[part].annotation
+        else:
+            annotation = section.model_fields[part].annotation
+            section = next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), section)
     return list(section.model_fields)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, _Section)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

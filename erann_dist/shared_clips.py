@@ -33,12 +33,11 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
     """What load_sources gives. Raises as that does."""
     try:
         path = Path(tempfile.gettempdir(), f"erann-{os.getuid()}-{_digest(sources)}.arrow")
-    except FileNotFoundError:
+    except OSError:
         load_sources(sources)  # which says in words what is missing
         raise
     lock_path = path.with_suffix(".lock")
-    with lock_path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one worker of the node reads, the others wait
+    with _locked(lock_path):  # one worker of the node reads, the others wait
         if not path.exists():
             _write(load_sources(sources), path)
             _give_memory_back()
@@ -46,14 +45,25 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
         if os.fstat(file.fileno()).st_uid != os.getuid():
             raise UserError(f"{path}: another user's file in the way; remove it, or set TMPDIR to another folder")
         fcntl.flock(file, fcntl.LOCK_SH)  # as long as it is in use
+        clips = _map(path)
     try:
-        yield _map(path)
+        yield clips
     finally:
-        with suppress(OSError):  # others still use it
+        with file, _locked(lock_path), suppress(BlockingIOError):  # others still use it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
-            lock_path.unlink(missing_ok=True)
-        file.close()
+            lock_path.unlink()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone on the node. Whoever holds the lock may remove its file, and those that waited for that one try again."""
+    while True:
+        with path.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:
+                yield
+                return
 
 
 def _digest(sources: list[DataSource]) -> str:

@@ -38,6 +38,7 @@ from erann_dist.events import (
     EvaluationProgress,
     Event,
     Finished,
+    Incident,
     MetricsFile,
     Started,
     Step,
@@ -139,7 +140,7 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
     if resumed_from:
         facts = _resume(resumed_from, recipe, clips, engine)
         first_step = facts.step
-        bad_clips.unite([set(facts.bad_clips)])
+        bad_clips.unite([dict.fromkeys(facts.bad_clips, "")])
     statistics = RunningStatistics(model)
     log_mel = LogMel().to(workers.device)
     sampler = make_sampler(recipe, clips)
@@ -185,17 +186,27 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
         drawn = sampler.draw(keyed_integer(0, SUBSTITUTE_POSITIONS, seed, SUBSTITUTE, attempt, positions))
         return loader.random_crops(clips, drawn, positions, seed, recipe.data.crop_samples)
 
+    cache = ClipCache(Path(recipe.data.cache.dir), recipe.data.cache.max_bytes) if recipe.data.cache else None
+    told = set(bad_clips.found)
+
+    def tell_incidents(step: int) -> None:
+        """Each bad clip once, and once that the cache takes no more."""
+        known = bad_clips.found | ({"": cache.problem} if cache and cache.problem else {})
+        for key in sorted(known.keys() - told):
+            say(Incident(step, known[key]))
+            told.add(key)
+
     def save(step: int) -> None:
         saving = time.perf_counter()
-        bad_clips.unite(workers.gather_all(bad_clips.keys))
+        bad_clips.unite(workers.gather_all(bad_clips.found))
+        tell_incidents(step)
         state = engine.state()
         if workers.is_first:
-            facts = _facts(step, recipe, clips, bad_clips.keys)
+            facts = _facts(step, recipe, clips, told & bad_clips.found.keys())
             path = checkpoint.save(run_dir / "checkpoints", facts, state, recipe.checkpoint.keep_last)
             say(CheckpointSaved(step, str(path), time.perf_counter() - saving))
         workers.wait_for_all()
 
-    cache = ClipCache(Path(recipe.data.cache.dir), recipe.data.cache.max_bytes) if recipe.data.cache else None
     read = Counter[str]()
     batches = loader.load(
         clips,
@@ -209,7 +220,7 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
         pin_memory=workers.device.type == "cuda",
     )
     model.train()
-    with closing(batches), closing(cache) if cache else nullcontext():
+    with closing(cache) if cache else nullcontext(), closing(batches):  # the loader's threads use the cache
         window = _Window(read, cache is not None)
         for step in range(first_step, steps):
             lr = learning_rate(step, steps, optim)
@@ -238,8 +249,9 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
             window.losses.append(statistics.update(optim.global_batch // optim.micro_batch, step_loss, workers))
 
             done = step + 1
+            tell_incidents(done)
             if done % recipe.run.log_every == 0 or done == steps:
-                say(window.report(done, lr, optim.global_batch, clips_per_example, len(bad_clips.keys)))
+                say(window.report(done, lr, optim.global_batch, clips_per_example, len(bad_clips.found)))
                 window = _Window(read, cache is not None)
             paused = time.perf_counter()
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:

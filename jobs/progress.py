@@ -8,7 +8,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from erann_dist.events import Evaluated, EvaluationProgress, Event, Started, Step
+from erann_dist.events import Evaluated, EvaluationProgress, Event, Incident, Started, Step
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 10.0
@@ -85,6 +85,8 @@ class RunView:
         elif isinstance(event, Step):
             note = f"loss {event.loss:.4f}  lr {event.lr:.2e}  {event.examples_per_s:.1f} examples/s"
             self._show("train", self._steps, event.step, f"{note}  waiting for data {event.data_wait:.0%}")
+        elif isinstance(event, Incident):
+            console.print(f"step {event.step}: {event.text}", markup=False)
         elif isinstance(event, EvaluationProgress):
             self._show("evaluate", event.total, event.done)
         elif isinstance(event, Evaluated):

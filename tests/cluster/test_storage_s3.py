@@ -1,5 +1,6 @@
 """Clips read from S3, through faults, and through the node's cache: right, or one clear line."""
 
+import re
 import shutil
 import threading
 from collections import Counter
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from erann_dist import s3, s3_ranges
 from erann_dist.cache import ClipCache
@@ -16,9 +18,10 @@ from erann_dist.errors import UserError
 from erann_dist.folder import open_folder
 from erann_dist.loader import BadClips, Crops, load, random_crops
 from erann_dist.manifest import Manifest, load_manifest
+from erann_dist.recipe import Recipe
 from erann_dist.sampling import BalancedSampler, class_lists
 from shards.sources.audioset import read_audioset
-from tests.conftest import pack_here, write_tone_set
+from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.s3 import (
     DENIED,
     DROP,
@@ -33,6 +36,7 @@ from tests.s3 import (
     always,
     s3_server,
 )
+from tests.workers import train_alone
 
 CROP = 22_050
 
@@ -141,17 +145,26 @@ def test_a_tar_of_another_size_and_a_missing_one(server: Server) -> None:
         samples(manifest)
 
 
-def test_a_tar_that_is_replaced_in_mid_run(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By another object of the same size: never data."""
+@pytest.mark.parametrize("longer", [0, 1000])
+def test_a_tar_that_is_replaced_in_mid_run(server: Server, longer: int) -> None:
+    """By another object of the same size or of another: never data."""
     manifest = remote(server)
     batches = load(manifest, crops_of(manifest, 40), threads=2, ahead_bytes=1)
     next(batches)
     for number in range(5):
         name = f"audioset-{number:06d}.tar"
-        data = bytearray(manifest.tars[0].folder.read(name))
-        manifest.tars[0].folder.write(name, bytes(byte ^ 1 for byte in data))
+        data = manifest.tars[0].folder.read(name)
+        manifest.tars[0].folder.write(name, bytes(byte ^ 1 for byte in data) + bytes(longer))
     with pytest.raises(UserError, match=r"tar could not be read: it is no longer the object that this run began with"):
         list(batches)
+
+
+def test_a_tar_that_is_another_of_the_same_size_is_never_data(server: Server) -> None:
+    manifest = remote(server)
+    for tar in manifest.tars:
+        tar.folder.write(tar.name, bytes(tar.size))
+    with pytest.raises(UserError, match=r"^s3://sounds/set/audioset-00000\d.tar: clip \w+ is damaged; check .* verify"):
+        samples(manifest)
 
 
 @pytest.mark.parametrize("form", ["flac", "pcm"])
@@ -181,3 +194,50 @@ def test_a_cache_without_room_is_no_harm(server: Server, shards: Path, tmp_path:
     cache = ClipCache(tmp_path / "cache", 600_000)
     assert torch.equal(samples(remote(server), cache, bad_clips=BadClips()), samples(load_manifest(shards)))
     assert cache.problem is not None
+
+
+@pytest.fixture
+def run(server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recipe:
+    """A training run from S3; the same from disk has ended in `local`."""
+    train_alone(small_recipe(shards, tmp_path / "local"))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+    return small_recipe(Path("set"), tmp_path / "remote", data=dict.fromkeys(("train", "eval"), "s3://sounds/set"))
+
+
+def assert_ended_as_local(run: Recipe) -> None:
+    expected, found = (load_file(run.run_dir.parent / name / "model/model.safetensors") for name in ("local", "remote"))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_training_waits_for_an_outage_to_end_and_ends_as_from_disk(server: Server, run: Recipe) -> None:
+    asked = []
+
+    def faults(request: Request) -> Fault | None:
+        """After twenty ranges have been read, S3 can't do anything for the next thirty requests."""
+        asked.append(request)
+        reads = [each for each in asked if each.path.endswith(".tar") and each.method == "GET"]
+        return INTERNAL_ERROR if 20 < len(reads) <= 50 else None
+
+    server.faults = faults
+    train_alone(run)
+    assert len([each for each in asked if each.path.endswith(".tar") and each.method == "GET"]) > 50
+    assert_ended_as_local(run)
+
+
+def test_training_ends_in_a_line_when_the_outage_lasts_and_goes_on_afterwards(
+    server: Server, run: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PATIENT_ATTEMPTS", 3)
+    server.faults = lambda request: INTERNAL_ERROR if request.path.endswith(".tar") else None
+    with pytest.raises(UserError) as error:
+        train_alone(run)
+    assert re.fullmatch(
+        r"s3://sounds/set/audioset-00000\d.tar could not be read: "
+        r"S3 can't do it now: try again later \((InternalError|500), 3 times in a row\)",
+        str(error.value),
+    )
+    server.faults = lambda request: None
+    train_alone(run)
+    assert_ended_as_local(run)

@@ -21,11 +21,13 @@ from tests.conftest import pack_here
 from tests.workers import CPU, run_workers
 
 
-def score(workers: Workers, shards: str) -> tuple[np.ndarray, np.ndarray] | None:
+def score(workers: Workers, shards: str, clips: int = 40) -> tuple[np.ndarray, np.ndarray] | None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = ERANN.from_name("ERANN-2-1", 3)
-    predictions = evaluation.score(model, load_manifest(Path(shards)), workers, loader_threads=2)
+    predictions = evaluation.score(
+        model, load_manifest(Path(shards)).select(np.arange(40) < clips), workers, loader_threads=2
+    )
     return (predictions.scores, predictions.targets) if predictions else None
 
 
@@ -38,6 +40,13 @@ def test_the_same_on_one_two_and_three_workers(tone_shards: Path) -> None:
         assert np.array_equal(results[n][0][0], expected)
         assert np.array_equal(results[n][0][1], targets)
         assert results[n][1:] == [None] * (n - 1)
+
+
+def test_workers_without_a_batch_wait_for_the_others(tone_shards: Path) -> None:
+    assert len(evaluation.evaluation_batches(load_manifest(tone_shards).select(np.arange(40) < 2))) < 3
+    (expected, _), (found, _) = (run_workers(score, n, str(tone_shards), 2)[0] for n in (1, 3))
+    assert found.shape == (2, 3)
+    assert np.array_equal(found, expected)
 
 
 def test_every_clip_is_in_one_batch_of_its_length(tone_shards: Path) -> None:

@@ -1,4 +1,5 @@
 import gc
+import os
 import threading
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from erann_dist.errors import UserError
 from erann_dist.loader import BadClips, Crops, load, random_crops, whole_clips
-from erann_dist.manifest import load_manifest
+from erann_dist.manifest import concatenate, load_manifest
 from shards.sources.audioset import read_audioset
 from tests.conftest import copy_tree, pack_here, write_tone_set
 
@@ -148,7 +149,7 @@ def test_bad_clips_are_replaced_by_a_function_of_the_position(tone_shards: Path,
     positions = np.arange(80).reshape(8, 10)
     crops = [random_crops(manifest, block % 40, block, 5, 30_000) for block in positions]
     batches = list(load(manifest, crops, threads=threads, bad_clips=bad_clips, substitute=substitute))
-    assert bad_clips.keys == {manifest.keys[row].as_py() for row in (3, 11, 12)}
+    assert bad_clips.found.keys() == {manifest.keys[row].as_py() for row in (3, 11, 12)}
     for block, batch in zip(positions, batches, strict=True):
         drawn = block % 40
         attempts = np.where(np.isin(drawn, [3, 11, 12]), block % 2, -1)
@@ -171,3 +172,72 @@ def test_one_bad_clip_too_many(tone_shards: Path, tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"clip \w+ is damaged; .* bad clip number 3, data.max_bad_clips is 2"):
         list(load(manifest, crops, threads=1, bad_clips=BadClips(2), substitute=substitute))
+
+
+def test_a_bad_clips_namesake_in_another_set_is_sound(tone_shards: Path, tmp_path: Path) -> None:
+    """Whichever of the two is read first."""
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    damage(shards, [3])
+    both = concatenate([load_manifest(shards), load_manifest(tone_shards)])
+    assert both.keys[3] == both.keys[43]
+
+    def substitute(position: int, attempt: int) -> Crops:
+        return random_crops(both, np.array([20]), np.array([position]), 5, 30_000)
+
+    for rows in ([3, 43, 3], [43, 3, 43]):
+        crops = [random_crops(both, np.array([row]), np.array([p]), 5, 30_000) for p, row in enumerate(rows)]
+        bad_clips = BadClips(1)
+        batches = list(load(both, crops, threads=1, bad_clips=bad_clips, substitute=substitute))
+        assert [int(batch.crops.rows[0]) for batch in batches] == [20 if row == 3 else row for row in rows]
+        assert len(bad_clips.found) == 1
+
+
+def test_a_shard_that_is_another_of_the_same_size_is_never_data(tone_shards: Path, tmp_path: Path) -> None:
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    manifest = load_manifest(shards)
+    path = Path(str(manifest.tars[0]))
+    path.write_bytes(os.urandom(path.stat().st_size))
+    rows = np.flatnonzero(manifest.shards == 0)[:1]
+    with pytest.raises(UserError, match=rf"^{path}: clip {manifest.keys[rows[0]]} is damaged; check .* erann verify"):
+        list(load(manifest, [whole_clips(manifest, rows, 70_000)], threads=2))
+
+
+def test_a_shard_that_is_cut_while_it_is_read(tone_shards: Path, tmp_path: Path) -> None:
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    manifest = load_manifest(shards)
+    last = int(np.argmax(manifest.offsets))
+    path = Path(str(manifest.tars[manifest.shards[last]]))
+    rows = np.flatnonzero(manifest.shards == manifest.shards[last])
+    batches = load(
+        manifest,
+        [whole_clips(manifest, rows[:1], 70_000)] * 2 + [whole_clips(manifest, np.array([last]), 70_000)],
+        threads=1,
+        ahead_bytes=1,
+    )
+    next(batches)
+    os.truncate(path, int(manifest.offsets[last]) + 100)
+    with pytest.raises(UserError, match=rf"{path.name}: clip {manifest.keys[last]} is cut short"):
+        list(batches)
+
+
+def test_a_shard_that_is_replaced_while_it_is_read_is_read_on(tone_shards: Path, tmp_path: Path) -> None:
+    shards = copy_tree(tone_shards, tmp_path / "shards")
+    manifest, files = load_manifest(shards), whole_files(tone_shards)
+    rows = np.flatnonzero(manifest.shards == 0)
+    batches = load(
+        manifest, [whole_clips(manifest, rows[i : i + 1], 70_000) for i in range(8)], threads=1, ahead_bytes=1
+    )
+    found = [next(batches)]
+    path = Path(str(manifest.tars[0]))
+    (tmp_path / "new").write_bytes(bytes(100))
+    (tmp_path / "new").replace(path)
+    for row, batch in zip(rows, found + list(batches), strict=True):
+        assert np.array_equal(batch.pcm[0, : len(files[row])], files[row])
+
+
+def test_too_many_bad_clips_of_all_workers_are_named() -> None:
+    bad_clips = BadClips(2, {"a": "a is bad"})
+    bad_clips.unite([{"a": "a is bad"}, {"b": "b is bad"}])
+    assert set(bad_clips.found) == {"a", "b"}
+    with pytest.raises(UserError, match="^3 clips are bad, data.max_bad_clips is 2: a, b, c$"):
+        bad_clips.unite([{"c": "c is bad"}])

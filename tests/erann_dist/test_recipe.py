@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from erann_dist.errors import UsageError
-from erann_dist.recipe import differences, load_recipe
+from erann_dist.recipe import differences, load_recipe, parse_recipe
 from jobs.recipes import find_recipe
 
 RECIPE = """
@@ -58,6 +58,25 @@ def test_defaults_and_overrides(path: Path) -> None:
         ("optim.lr=[1]", r"optim.lr: input should be a valid number, not \[1\]"),
         ("run.seed=-1", "run.seed: .*not -1"),
         ("run.workers=two", "run.workers: .*not 'two'"),
+        ("data.cache={dir: x}", "data.cache.max_bytes: this key is needed"),
+        ("data.cache={max_bytes: 1GB}", "data.cache.dir: this key is needed"),
+        ("data.cache={dir: '', max_bytes: 1GB}", "data.cache.dir: .*not ''"),
+        (
+            "data.cache={dir: x, max_bytes: -5GB}",
+            "data.cache.max_bytes: .* a number of bytes such as 200GB, not '-5GB'",
+        ),
+        ("data.cache={dir: x, max_bytes: 0}", "data.cache.max_bytes: input should be greater than 0, not 0"),
+        (
+            "data.cache={dir: x, max_bytes: much}",
+            "data.cache.max_bytes: .* a number of bytes such as 200GB, not 'much'",
+        ),
+        ("data.cache={dir: x, max_bytes: 1GB, format: mp3}", "data.cache.format: .* 'flac' or 'pcm', not 'mp3'"),
+        ("data.cache={dir: x, max_bytes: 1GB, form: pcm}", "data.cache.form: no such key; .* data.cache.format?"),
+        ("data.cache=/scratch", "data.cache: input should be a section {key: value, ...}, not '/scratch'"),
+        ("data.max_bad_clips=-1", "data.max_bad_clips: .*greater than or equal to 0, not -1"),
+        ("data.max_bad_clips=some", "data.max_bad_clips: .*not 'some'"),
+        ("data.train.1.keys=[a]", r"data.train.1.keys: input should be a valid string, not \['a'\]"),
+        ("data.train.1.withut=a", "data.train.1.withut: no such key; did you mean data.train.1.without?"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_key(path: Path, override: str, message: str) -> None:
@@ -96,11 +115,35 @@ def test_recipes_that_come_along_are_valid(file: Path) -> None:
     assert load_recipe(file).run.name == file.stem
 
 
+def test_cache_bad_clips_and_lists_of_keys(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.data.cache is None
+    assert recipe.data.max_bad_clips == 0
+    cache = "data.cache={dir: /scratch, max_bytes: 1.5GB}"
+    recipe = load_recipe(path, [cache, "data.cache.format=pcm", "data.max_bad_clips=5", "data.train.1.without=bad"])
+    assert recipe.data.cache is not None
+    assert (recipe.data.cache.dir, recipe.data.cache.max_bytes) == ("/scratch", 1_500_000_000)
+    assert recipe.data.cache.format == "pcm"
+    assert recipe.data.max_bad_clips == 5
+    assert recipe.data.train[1].without == "bad"
+    assert parse_recipe(recipe.model_dump(mode="json"), "again") == recipe
+
+
+def test_a_run_has_a_step_at_least(path: Path) -> None:
+    assert load_recipe(path, ["optim.examples=null", "optim.epochs=0.01"]).steps(40) == 1
+
+
 def test_only_what_decides_the_function_makes_a_difference(path: Path) -> None:
     recipe = load_recipe(path)
     same = load_recipe(path, ["run.launcher=none", "run.threads=2", "checkpoint.every=5", "data.loader_threads=9"])
     assert differences(recipe, same) == []
     assert recipe.hash() == same.hash()
+    same = load_recipe(path, ["data.cache={dir: x, max_bytes: 1GB, format: pcm}", "data.max_bad_clips=3"])
+    assert differences(recipe, same) == []
+    assert recipe.hash() == same.hash()
+    part = load_recipe(path, ["data.train.1.without=bad"])
+    assert differences(recipe, part) == ["data.train.1.without: None -> bad"]
+    assert recipe.hash() != part.hash()
     other = load_recipe(path, ["optim.lr=0.5", "run.seed=1", "data.train.0=z"])
     assert differences(recipe, other) == ["data.train.0.url: a -> z", "optim.lr: 0.001 -> 0.5", "run.seed: 0 -> 1"]
     assert recipe.hash() != other.hash()

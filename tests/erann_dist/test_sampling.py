@@ -8,19 +8,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erann_dist.keyed import keyed_hash, keyed_integer, keyed_uniform, permute
-from erann_dist.sampling import BalancedSampler, UniformSampler, class_lists
+from erann_dist.sampling import BalancedSampler, SequentialSampler, UniformSampler, class_lists
 
 
-@given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
-@settings(max_examples=150, deadline=None)
-def test_permutations_are_bijective(size: int, key: int) -> None:
-    assert np.array_equal(np.sort(permute(np.arange(size), size, np.array([key], np.uint64))), np.arange(size))
+@pytest.mark.parametrize("key", [0, 1, 2**64 - 1])
+def test_permutations_of_every_size_up_to_5000_are_bijective(key: int) -> None:
+    for first in range(1, 5001, 250):
+        sizes = np.arange(first, first + 250)
+        starts = np.cumsum(sizes) - sizes
+        size, start = np.repeat(sizes, sizes), np.repeat(starts, sizes)
+        index = np.arange(sizes.sum()) - start
+        permuted = permute(index, size, keyed_hash(key, size))
+        assert (permuted < size).all()
+        assert (np.bincount(start + permuted) == 1).all()
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 99_991, 2**20, 2_063_949])
-def test_permutations_of_other_sizes(size: int) -> None:
-    permuted = permute(np.arange(size), size, keyed_hash(7, size))
-    assert np.array_equal(np.sort(permuted), np.arange(size))
+@pytest.mark.parametrize("size", [65_537, 99_991, 2**20, 2_041_789, 2_063_949])
+def test_large_permutations_are_bijective(size: int) -> None:
+    assert (np.bincount(permute(np.arange(size), size, keyed_hash(7, size)), minlength=size) == 1).all()
+
+
+@pytest.mark.parametrize("size", [2**31 - 1, 2**31, 2**32 - 1])
+def test_the_largest_permutations_send_no_two_entries_to_one_place(size: int) -> None:
+    ends = np.concatenate([np.arange(300_000), size - 1 - np.arange(300_000)])
+    within = np.random.default_rng(size).integers(300_000, size - 300_000, 400_000)
+    index = np.unique(np.concatenate([ends, within]))
+    permuted = permute(index, size, keyed_hash(7, size))
+    assert len(np.unique(permuted)) == len(index) > 999_000
+    assert permuted.min() >= 0
+    assert permuted.max() < size
 
 
 def assert_uniform(counts: np.ndarray, total: int) -> None:
@@ -47,6 +63,34 @@ def test_pairs_of_entries_are_equally_likely(size: int) -> None:
         counts = np.bincount(first * size + other, minlength=size**2).reshape(size, size)
         assert not counts.diagonal().any()
         assert_uniform(counts[~np.eye(size, dtype=bool)], len(keys))
+
+
+@pytest.mark.parametrize("size", [11, 64, 97, 128, 527, 1_000])
+def test_an_entry_lands_everywhere_equally_often(size: int) -> None:
+    keys = keyed_hash(5, np.arange(200_000))
+    for entry in (0, 1, size // 2, size - 1):
+        landed = permute(np.full(len(keys), entry), size, keys)
+        assert_uniform(np.bincount(landed, minlength=size), len(keys))
+
+
+@pytest.mark.parametrize("size", [10_000, 65_536, 2_041_789])
+def test_neighbours_in_a_large_permutation_have_nothing_to_do_with_each_other(size: int) -> None:
+    """Where an entry and its neighbour land, in 20 × 20 cells, and the way from one to the other, in 100."""
+    for key in range(5):
+        landed = permute(np.arange(size), size, keyed_hash(6, key))
+        for apart in (1, 2, int(size**0.5)):
+            one, other = landed[:-apart], landed[apart:]
+            assert_uniform(np.bincount(one * 20 // size * 20 + other * 20 // size, minlength=400), len(one))
+            assert_uniform(np.bincount((other - one) % size * 100 // size, minlength=100), len(one))
+
+
+def test_orders_of_one_seeds_rounds_passes_and_classes_are_not_alike() -> None:
+    """Entries in the same place of two orders of 1,000: about one, and never ten."""
+    orders = [permute(np.arange(1_000), 1_000, keyed_hash(seed, purpose, n)) for seed in (0, 1) for purpose in (1, 2, 3)
+              for n in range(10)]  # fmt: skip
+    alike = [(a == b).sum() for i, a in enumerate(orders) for b in orders[:i]]
+    assert 0.8 < np.mean(alike) < 1.2
+    assert max(alike) < 10
 
 
 def test_keyed_numbers_are_pinned() -> None:
@@ -116,6 +160,16 @@ def test_no_clips_at_all() -> None:
         BalancedSampler([np.array([], np.int64)], 0)
     with pytest.raises(ValueError, match="at least one"):
         UniformSampler(0, 0)
+    with pytest.raises(ValueError, match="at least one"):
+        SequentialSampler(0)
+
+
+def test_a_class_without_clips_is_skipped_and_the_clip_of_a_class_of_one_comes_every_round() -> None:
+    sampler = BalancedSampler([np.array([], np.int64), np.array([7]), np.arange(5)], 3)
+    assert sampler.classes.tolist() == [1, 2]
+    rounds = sampler.draw(np.arange(200)).reshape(100, 2)
+    assert ((rounds == 7).sum(axis=1) == 1).all()
+    assert BalancedSampler([np.array([9])], 0).draw(np.array([0, 5, 10**12])).tolist() == [9, 9, 9]
 
 
 def test_class_lists_are_the_labels_transposed() -> None:

@@ -1,7 +1,9 @@
 """The clips in mapped memory are those that were read, and the file is there as long as someone uses it."""
 
+import fcntl
 import os
 import tempfile
+import threading
 from dataclasses import fields
 from pathlib import Path
 
@@ -55,6 +57,43 @@ def test_the_last_one_removes_the_file(tone_shards: Path, tmp_path: Path) -> Non
     assert files(tmp_path) == []
 
 
+def test_the_file_is_not_removed_under_one_who_is_about_to_use_it(tone_shards: Path, tmp_path: Path) -> None:
+    context = shared_clips([DataSource(url=str(tone_shards))])
+    context.__enter__()
+    (lock_path,) = tmp_path.glob("*.lock")
+    with lock_path.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker has seen that the file is there
+        leaving = threading.Thread(target=context.__exit__, args=(None, None, None))
+        leaving.start()
+        leaving.join(0.2)
+        assert files(tmp_path) == [".arrow", ".lock"]
+    leaving.join()
+    assert files(tmp_path) == []
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_no_lock(tone_shards: Path, tmp_path: Path) -> None:
+    sources = [DataSource(url=str(tone_shards))]
+
+    def come_and_go() -> None:
+        with shared_clips(sources):
+            pass
+
+    with shared_clips(sources):
+        (lock_path,) = tmp_path.glob("*.lock")
+        with lock_path.open() as removed:
+            fcntl.flock(removed, fcntl.LOCK_EX)
+            waiting = threading.Thread(target=come_and_go)
+            waiting.start()
+            waiting.join(0.1)
+            lock_path.unlink()
+            with lock_path.open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                removed.close()
+                waiting.join(0.2)
+                assert waiting.is_alive()  # for the lock that is there now
+        waiting.join()
+
+
 def test_a_file_that_was_left_is_not_another_sets(tone_shards: Path, tmp_path: Path) -> None:
     shards = copy_tree(tone_shards, tmp_path / "shards")
     context = shared_clips([DataSource(url=str(shards))])
@@ -74,6 +113,10 @@ def test_what_is_missing_is_said(tmp_path: Path, tone_shards: Path) -> None:
     source = DataSource(url=str(tone_shards), keys=str(tmp_path / "list"))
     with pytest.raises(UsageError, match="list: no list of keys"), shared_clips([source]):
         pass
+    (tmp_path / "list").mkdir()
+    with pytest.raises(UsageError, match=r"list: no list of keys \(Is a directory\)"), shared_clips([source]):
+        pass
+    (tmp_path / "list").rmdir()
     (tmp_path / "list").write_text("nothing\nof\nit")
     with pytest.raises(UsageError, match="none of its 3 keys"), shared_clips([source]):
         pass

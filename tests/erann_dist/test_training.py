@@ -11,13 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from erann_dist import checkpoint
 from erann_dist.errors import UserError
 from erann_dist.events import Evaluated, Event, MetricsFile, Step
 from erann_dist.manifest import load_manifest
 from erann_dist.recipe import OptimSection
 from erann_dist.training import _lock, deal, example_losses, learning_rate
-from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
+from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.workers import train_alone, train_on
 
 BATCHES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 9)).filter(lambda x: x[0] >= x[2])
@@ -236,23 +235,16 @@ def pack_here_tones(folder: Path, clips: int) -> Path:
     return pack_here(read_audioset(*write_tone_set(folder, clips)), folder / "shards")
 
 
-def test_bad_clips_are_replaced_and_kept_in_the_checkpoint(tone_shards: Path, tmp_path: Path) -> None:
-    """The run with a damaged clip is the same on one and two workers, and stops without a budget for it."""
-    shards = copy_tree(tone_shards, tmp_path / "shards")
-    manifest = load_manifest(shards)
-    path = Path(str(manifest.tars[manifest.shards[7]]))
-    data = bytearray(path.read_bytes())
-    data[int(manifest.offsets[7]) + 500] ^= 1
-    path.write_bytes(data)
-    keys = manifest.keys.to_pylist()
-    (tmp_path / "bad").write_text(keys[7])
-    source = {"train": str(shards), "eval": {"url": str(shards), "without": str(tmp_path / "bad")}}
+def test_a_step_of_more_examples_than_there_are_clips(tone_shards: Path, tmp_path: Path) -> None:
+    """Clips are drawn again, by four workers with three clips too; one of the three classes has no clip."""
+    keys = load_manifest(tone_shards).keys.to_pylist()
+    (tmp_path / "three").write_text("\n".join(keys[:3]))
+    three = {"url": str(tone_shards), "keys": str(tmp_path / "three")}
+    data = {"train": three, "eval": three}
     curves = []
-    for world_size in (1, 2):
-        recipe = small_recipe(shards, tmp_path / f"run{world_size}", data=source | {"max_bad_clips": 1})
+    for world_size in (1, 4):
+        recipe = small_recipe(tone_shards, tmp_path / str(world_size), data=data, optim={"examples": 32})
         events = train_on(world_size, recipe)
-        assert checkpoint.load_facts(checkpoint.latest(recipe.run_dir / "checkpoints")).bad_clips == [keys[7]]
+        assert events[0].train_clips == 3
         curves.append(losses(events))
-    np.testing.assert_allclose(curves[0], curves[1], rtol=1e-5)
-    with pytest.raises(UserError, match=f"clip {keys[7]} is damaged"):
-        train_alone(small_recipe(shards, tmp_path / "strict", data=source))
+    np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
