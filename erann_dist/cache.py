@@ -62,14 +62,17 @@ class ClipCache:
         self._keeping = True
         self.problem: str | None = None  # why some clips, or all that come now, are not kept
 
+    def has(self, clip: ClipId) -> bool:
+        """Whether it seems to be there."""
+        return self._entry(clip) != 0
+
     def get(self, clip: ClipId, into: memoryview) -> bool:
         """Fill `into`, of the clip's size, with its bytes, if they are there and whole."""
         header = bytearray(_HEADER.size)
+        slab, place = divmod(self._entry(clip), 1 << 40)
+        if not slab:
+            return False
         try:
-            entry = os.pread(self._file(_index_name(clip), 0), _ENTRY.size, clip.row * _ENTRY.size)
-            if len(entry) != _ENTRY.size or not any(entry):
-                return False
-            slab, place = divmod(_ENTRY.unpack(entry)[0], 1 << 40)
             size = os.preadv(self._file(f"slab-{slab - 1:05d}", 0), [header, into], place * _ALIGN)
         except OSError:
             return False
@@ -100,6 +103,14 @@ class ClipCache:
         except OSError as error:
             self._keeping = False
             self.problem = f"{self._folder}: nothing more is kept in the cache ({error.strerror})"
+
+    def _entry(self, clip: ClipId) -> int:
+        """Its place in the slabs by the index, or 0."""
+        try:
+            entry = os.pread(self._file(_index_name(clip), 0), _ENTRY.size, clip.row * _ENTRY.size)
+        except OSError:
+            return 0
+        return int(_ENTRY.unpack(entry)[0]) if len(entry) == _ENTRY.size else 0
 
     def used_bytes(self) -> int:
         """What all the slabs take."""

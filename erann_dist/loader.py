@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,16 +103,16 @@ def load(
 ) -> Generator[Batch, None, None]:
     """For each batch its samples, in pinned memory if asked.
 
-    At least one batch, and as many as `ahead_bytes` of samples hold, are read and decoded by `threads` threads while
-    the caller works on one. A clip that is damaged or does not decode, read twice, is noted in `bad_clips` and replaced
-    by `substitute`'s. Raises UserError, which names key or tar: when there are more of them than allowed, and for a tar
-    that can't be read or is not as the manifest says. `read` is kept up to date with what ClipReader counts. Closing
-    the iterator ends the threads.
+    At least one batch, and as many as `ahead_bytes` hold, are read and decoded by `threads` threads while
+    the caller works on one; further threads ask S3. A clip that is damaged or does not decode, read twice, is noted in
+    `bad_clips` and replaced by `substitute`'s. Raises UserError, which names key or tar: when there are more of them
+    than allowed, and for a tar that can't be read or is not as the manifest says. `read` is kept up to date with what
+    ClipReader counts. Closing the iterator ends the threads.
     """
-    reader = ClipReader(manifest, threads, cache, cache_form, read)
+    reader = ClipReader(manifest, cache, cache_form, read)
     remote = any(not isinstance(tar.folder, LocalFolder) for tar in manifest.tars)
-    tasks = threads + S3_REQUESTS * remote
-    pool = ThreadPoolExecutor(tasks, thread_name_prefix="loader")
+    decoding = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    fetching = ThreadPoolExecutor(S3_REQUESTS, thread_name_prefix="loader-s3") if remote else None
     pending: deque[tuple[Batch, list[Future[None]]]] = deque()
     given_up: set[int] = set()  # by row: another set's clip of the same key may be sound
 
@@ -124,12 +124,16 @@ def load(
                 other = substitute(int(crops.positions[i]), attempt)
                 yield int(other.rows[0]), int(other.starts[0]), int(other.counts[0])
 
-    def decode_into(crops: Crops, i: int, out: npt.NDArray[np.int16]) -> None:
+    def begin(rows: list[int], fetching: Executor) -> list[Future[bytes] | None]:
+        """Ask S3 for what must come from there; a decoding thread then waits for nothing that was not asked for."""
+        return [fetching.submit(reader.fetch, row) if reader.must_fetch(row) else None for row in rows]
+
+    def decode_into(crops: Crops, i: int, fetched: Future[bytes] | None, out: npt.NDArray[np.int16]) -> None:
         for row, start, count in candidates(crops, i):
             if row in given_up:
                 continue
             try:
-                reader.crop(row, start, out[:count])
+                reader.crop(row, start, out[:count], fetched if row == crops.rows[i] else None)
             except BadClip as bad:
                 bad_clips.add(bad)
                 given_up.add(row)
@@ -139,26 +143,36 @@ def load(
             return
         raise UserError(f"{manifest.tars[0].folder}: no clip was found that is not bad, in {_SUBSTITUTES} draws")
 
-    def decode_part(crops: Crops, part: range, out: npt.NDArray[np.int16]) -> None:
+    def decode_part(
+        crops: Crops, part: range, begun: Future[list[Future[bytes] | None]] | None, out: npt.NDArray[np.int16]
+    ) -> None:
+        fetched = begun.result() if begun else None
         for i in part:
-            decode_into(crops, i, out[i])
+            decode_into(crops, i, fetched[i] if fetched else None, out[i])
 
     def submit(crops: Crops) -> None:
         pcm = torch.empty(len(crops.rows), crops.length, dtype=torch.int16, pin_memory=pin_memory)
         out = pcm.numpy()
-        # As few as keep all threads at work: each costs the threads a turn at Python's lock.
-        parts = [pool.submit(decode_part, crops, range(first, len(out), tasks), out) for first in range(tasks)]
-        pending.append((Batch(crops, pcm), parts))
+        begun = fetching.submit(begin, crops.rows.tolist(), fetching) if fetching else None
+        # As few parts as there are threads: each costs them a turn at Python's lock.
+        parts = [range(first, len(out), threads) for first in range(threads)]
+        pending.append((Batch(crops, pcm), [decoding.submit(decode_part, crops, part, begun, out) for part in parts]))
+
+    def held(batch: Batch) -> int:
+        """Bytes of its samples, and of its clips as S3 sends them."""
+        return batch.pcm.nbytes + (int(manifest.sizes[batch.crops.rows].sum()) if fetching else 0)
 
     try:
         for crops in batches:
             submit(crops)
-            while len(pending) > 1 and sum(batch.pcm.nbytes for batch, _ in pending) > ahead_bytes:
+            while len(pending) > 1 and sum(held(batch) for batch, _ in pending) > ahead_bytes:
                 yield _finished(pending.popleft())
         while pending:
             yield _finished(pending.popleft())
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (fetching, decoding):  # in this order: those that decode may wait for those that fetch
+            if pool:
+                pool.shutdown(cancel_futures=True)
         reader.close()
 
 

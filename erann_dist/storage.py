@@ -4,6 +4,9 @@ import os
 import resource
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +41,12 @@ def write_text(path: Path, text: str) -> None:
 class ClipReader:
     """Reads clips of a manifest, from any number of threads. Close it when done.
 
-    decoders: how many threads may decode at once; the others wait for S3. read: counts the clips and bytes that were
-    read, as clips_cache, bytes_cache, clips_origin and bytes_origin.
+    read: counts the clips and bytes that were read, as clips_cache, bytes_cache, clips_origin and bytes_origin.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        decoders: int,
         cache: ClipCache | None = None,
         cache_form: CacheForm = "flac",
         read: Counter[str] | None = None,
@@ -53,24 +54,40 @@ class ClipReader:
         self._manifest = manifest
         self._cache = cache
         self._form = cache_form
-        self._decoding = threading.Semaphore(decoders)
         self._lock = threading.Lock()
         self._tars: dict[int, _LocalTar | _S3Tar] = {}
-        self._read = Counter() if read is None else read
+        self._counts = Counter() if read is None else read
         _allow_many_files()
 
-    def crop(self, row: int, start: int, out: npt.NDArray[np.int16]) -> None:
+    def must_fetch(self, row: int) -> bool:
+        """Whether the clip lies in S3, and not in the cache as it seems."""
+        m = self._manifest
+        if isinstance(m.tars[m.shards[row]].folder, LocalFolder):
+            return False
+        return not (self._cache and self._cache.has(self._clip_id(row)))
+
+    def fetch(self, row: int, careful: bool = False) -> bytes:
+        """A clip as it is in S3, unchecked. Raises UserError when its tar is not there or not as the manifest says."""
+        m = self._manifest
+        tar = self._tar(row)
+        assert isinstance(tar, _S3Tar)
+        with self._named(row):
+            return tar.read(int(m.offsets[row]), int(m.sizes[row]), careful)
+
+    def crop(self, row: int, start: int, out: npt.NDArray[np.int16], fetched: Future[bytes] | None = None) -> None:
         """Write samples start .. start + count of clip `row` to out, (count,).
+
+        fetched: what becomes of fetch(row), if that was begun.
 
         Raises BadClip, which names key and tar, for a clip that is damaged or does not decode, also when it is read
         again from its tar; UserError when its tar is not there or not as the manifest says.
         """
-        if self._cache and self._cached(self._cache, row, start, out):
+        if self._cache and fetched is None and self._cached(self._cache, row, start, out):
             return
         for careful in (False, True):
             try:
-                self._read_origin(row, careful)
-                self._decode(start, out)
+                self._read_origin(row, careful, None if careful else fetched)
+                clip_buffer().crop(start, len(out), out)
                 if self._cache:
                     self._keep(self._cache, row)
                 return
@@ -94,7 +111,7 @@ class ClipReader:
             out[:] = np.frombuffer(data, "<i2")[start : start + len(out)]
         else:
             try:
-                self._decode(start, out)
+                clip_buffer().crop(start, len(out), out)
             except DecodeError:
                 return False
         self._count("cache", clip.size)
@@ -105,38 +122,46 @@ class ClipReader:
         m = self._manifest
         if self._form == "pcm":
             pcm = np.empty(m.samples[row], np.int16)
-            self._decode(0, pcm)
+            clip_buffer().crop(0, len(pcm), pcm)
             cache.put(self._clip_id(row), pcm.astype("<i2").tobytes())
         else:
             cache.put(self._clip_id(row), clip_buffer().held())
 
-    def _decode(self, start: int, out: npt.NDArray[np.int16]) -> None:
-        with self._decoding:
-            clip_buffer().crop(start, len(out), out)
-
-    def _read_origin(self, row: int, careful: bool) -> None:
+    def _read_origin(self, row: int, careful: bool, fetched: Future[bytes] | None) -> None:
         """The clip as it is in its tar, into the thread's buffer.
 
         Raises UserError, and DecodeError when it is not what was packed.
         """
         m = self._manifest
-        tar = m.tars[m.shards[row]]
         data = clip_buffer().room(int(m.sizes[row]))
-        try:
-            size = self._tar(int(m.shards[row])).read(int(m.offsets[row]), data, careful)
-        except OSError as error:
-            raise UserError(f"{tar}: {error.strerror} (clip {m.keys[row]})") from error
-        self._count("origin", size)
-        if size != len(data):
-            raise DecodeError("is cut short")
+        tar = self._tar(row)
+        if isinstance(tar, _LocalTar):
+            with self._named(row):
+                size = tar.read_into(int(m.offsets[row]), data)
+            if size != len(data):
+                raise DecodeError("is cut short")
+        else:
+            data[:] = fetched.result() if fetched else self.fetch(row, careful)
+        self._count("origin", len(data))
         if isal_zlib.crc32(data) != m.crc32s[row]:
             raise DecodeError("is damaged")
 
-    def _tar(self, number: int) -> "_LocalTar | _S3Tar":
+    @contextmanager
+    def _named(self, row: int) -> Iterator[None]:
+        """An error of the disk, or that there is no such object, in words."""
+        m = self._manifest
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{m.tars[m.shards[row]]}: {error.strerror} (clip {m.keys[row]})") from error
+
+    def _tar(self, row: int) -> "_LocalTar | _S3Tar":
+        number = int(self._manifest.shards[row])
         with self._lock:
             if number not in self._tars:
                 tar = self._manifest.tars[number]
-                self._tars[number] = _LocalTar(tar) if isinstance(tar.folder, LocalFolder) else _S3Tar(tar)
+                with self._named(row):
+                    self._tars[number] = _LocalTar(tar) if isinstance(tar.folder, LocalFolder) else _S3Tar(tar)
             return self._tars[number]
 
     def _clip_id(self, row: int) -> ClipId:
@@ -146,8 +171,8 @@ class ClipReader:
 
     def _count(self, source: str, size: int) -> None:
         with self._lock:
-            self._read[f"clips_{source}"] += 1
-            self._read[f"bytes_{source}"] += size
+            self._counts[f"clips_{source}"] += 1
+            self._counts[f"bytes_{source}"] += size
 
     def _bad(self, row: int, problem: str) -> BadClip:
         m = self._manifest
@@ -164,8 +189,9 @@ class _LocalTar:
             os.close(self._file)
             raise _other_size(tar, size)
 
-    def read(self, start: int, into: memoryview, careful: bool) -> int:
-        return os.preadv(self._file, [into], start)
+    def read_into(self, start: int, data: memoryview) -> int:
+        """Fill data; how many bytes there were."""
+        return os.preadv(self._file, [data], start)
 
     def close(self) -> None:
         os.close(self._file)
@@ -179,12 +205,10 @@ class _S3Tar:
         self._tar = tar
         self._object = S3Object(tar.folder, tar.name)
 
-    def read(self, start: int, into: memoryview, careful: bool) -> int:
+    def read(self, start: int, size: int, careful: bool) -> bytes:
         if self._object.size != self._tar.size:
             raise _other_size(self._tar, self._object.size)
-        read = self._object.read_carefully if careful else self._object.read
-        into[:] = read(start, len(into))
-        return len(into)
+        return self._object.read_carefully(start, size) if careful else self._object.read(start, size)
 
     def close(self) -> None:
         self._object.close()
