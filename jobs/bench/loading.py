@@ -74,7 +74,9 @@ def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[
         "local": (_ours, task),
         "beside_step": (partial(_beside_step, same_process=True), task),
         "beside_other_step": (partial(_beside_step, same_process=False), task),
-        **{f"webloader_{n}": (partial(_webloader, workers=n), task) for n in range(1, cores + 1)},
+        **{
+            f"webloader_{n}": (partial(_webloader, workers=n), task) for n in sorted({-(-cores // 2), cores, cores + 1})
+        },
         f"dataloader_{cores}": (partial(_dataloader, workers=cores), task),
     }
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, _s3(shards, Path(scratch)) as remote:
