@@ -69,14 +69,13 @@ def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[
     cores = len(os.sched_getaffinity(0))
     task = Task(shards, batches, round(crop_s * 44_100), cores)
     os.environ.update(KEEP_MEMORY)
+    workers = sorted({-(-cores // 2), cores, cores + 1})
     ways: dict[str, tuple[Callable[[Task], dict[str, float]], Task]] = {
         "limit": (_limit, task),
         "local": (_ours, task),
         "beside_step": (partial(_beside_step, same_process=True), task),
         "beside_other_step": (partial(_beside_step, same_process=False), task),
-        **{
-            f"webloader_{n}": (partial(_webloader, workers=n), task) for n in sorted({-(-cores // 2), cores, cores + 1})
-        },
+        **{f"webloader_{n}": (partial(_webloader, workers=n), task) for n in workers},
         f"dataloader_{cores}": (partial(_dataloader, workers=cores), task),
     }
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, _s3(shards, Path(scratch)) as remote:
