@@ -1,0 +1,31 @@
+"""The benchmarks of sampler and loader run to their end and give the figures they promise; how fast is their matter."""
+
+from pathlib import Path
+
+from shards.sources.audioset import read_audioset
+from tests.commands import erann
+from tests.conftest import pack_here, write_tone_set
+
+
+def test_bench_sampler(tmp_path: Path) -> None:
+    segments, _, _ = write_tone_set(tmp_path / "tones", 30)
+    lines = (
+        segments.read_text().replace("/m/000", "/m/09x0r").replace("/m/001", "/m/04rlf").replace("/m/002", "/m/05zppz")
+    )
+    segments.write_text(lines)
+    result = erann(tmp_path, "bench", "sampler", segments, "--rounds", 1)
+    assert result["clips"] == 30
+    assert {"build_s", "private_mb", "draws_per_s", "seek_ms"} <= result.keys()
+    assert result["draws_per_s"] > 0 < result["seek_ms"]
+
+
+def test_bench_loader(tmp_path: Path) -> None:
+    shards = pack_here(read_audioset(*write_tone_set(tmp_path / "tones", 30)), tmp_path / "shards")
+    result = erann(tmp_path, "bench", "loader", shards, "--batches", 2, "--crop-s", 0.5, "--rounds", 1)
+    ways = result["ways"]
+    for name in ("local", "warm_cache", "cold_cache"):
+        assert result[f"{name}_ratio"] == round(ways[name]["clips_per_s"] / result["limit_clips_per_s"], 4)
+    best = max(figures["clips_per_s"] for name, figures in ways.items() if name.startswith("webloader"))
+    assert result["vs_webloader"] == round(ways["local"]["clips_per_s"] / best, 4)
+    assert 0 < result["balanced_overhead"] < 1
+    assert all(figures["peak_mb"] > 1 and figures["cpu_share"] > 0 for figures in ways.values())
