@@ -86,7 +86,7 @@ class RunView:
             note = f"loss {event.loss:.4f}  lr {event.lr:.2e}  {event.examples_per_s:.1f} examples/s"
             self._show("train", self._steps, event.step, f"{note}  waiting for data {event.data_wait:.0%}")
         elif isinstance(event, EvaluationProgress):
-            self._show("evaluate", event.total, event.done)
+            self._show("score", event.total, event.done)
         elif isinstance(event, Evaluated):
             self._close()
             figures = "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
