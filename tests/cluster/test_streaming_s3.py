@@ -5,14 +5,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 import webdataset
 
 from erann_dist import s3
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder, open_folder
 from erann_dist.manifest import Manifest, load_manifest
+from erann_dist.model import ERANN
+from erann_dist.model_folder import ModelInfo, save_model
 from erann_dist.streaming import register_s3_opener, stream_clips
+from jobs.evaluate import tag_set
 from shards.sources.audioset import read_audioset
 from shards.verify import verify
 from tests.conftest import pack_here, write_tone_set
@@ -252,3 +257,17 @@ def test_verify_reads_each_tar_once(server: Server) -> None:
     server.faults = lambda request: DENIED if part_of_tar(request) and tars[0] in request.path else None
     lines = [problem.text for _, found in verify(folder) for problem in found]
     assert any(f"{tars[0]}: can't be read (s3://sounds/set/{tars[0]} could not be read: access" in p for p in lines)
+
+
+def test_tag_a_set_in_s3(server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.endpoint)
+    ids = [f"/m/{c:03d}" for c in range(3)]
+    torch.manual_seed(0)
+    info = ModelInfo("ERANN-2-1", "tagging", ids, ids, 44_100)
+    save_model(tmp_path / "m", ERANN.from_name("ERANN-2-1", 3), info, {}, "")
+    tables = []
+    for url, name in (("s3://sounds/set", "there"), (str(shards), "here")):
+        result = tag_set(tmp_path / "m", url, tmp_path / name, "none", 1, "cpu", lambda event: None)
+        assert (result["clips"], result["shards"]) == (20, url)
+        tables.append(pq.read_table(tmp_path / name))
+    assert tables[0].equals(tables[1])

@@ -135,6 +135,20 @@ def test_the_order_of_the_manifest_does_not_matter(sets: list[Path], tmp_path: P
     assert_each_once(load_manifest(folder), 3)
 
 
+def test_the_pages_example_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = tmp_path / "shard-sets" / "esc10"
+    shards.mkdir(parents=True)
+    about = [(f"{fold}-a", f'{{"label": "dog", "fold": {fold}}}'.encode()) for fold in (4, 5, 5, 5)]
+    clips = [(f"{name}{i}", text, sound(0.1 + i / 10)) for i, (name, text) in enumerate(about)]
+    members = [m for name, text, flac in clips for m in ((f"{name}.flac", flac), (f"{name}.json", text))]
+    write_tar(shards / "esc10-000000.tar", members, tarfile.GNU_FORMAT)
+    list(index(LocalFolder(str(shards)), None))
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "shards.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.flac")} == {f"{n}.flac": flac for n, _, flac in clips[1:]}
+
+
 def test_only_the_workers_part_of_a_tar_is_read(sets: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = load_manifest(sets[0])
     asked: list[tuple[int, int]] = []
