@@ -1,6 +1,6 @@
 """Every clip of a shard set scored exactly once, on any number of workers, with the same result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from erann_dist.features import PAD_SAMPLES, LogMel
 from erann_dist.manifest import Manifest, Task, list_hash
 from erann_dist.metrics import classification_metrics, tagging_metrics
 from erann_dist.model import ERANN
+from erann_dist.streaming import decode_clips, stream_clips, worker_rows
 
 MICRO_BATCH = 16
 
@@ -44,7 +45,6 @@ def evaluation_batches(manifest: Manifest) -> list[npt.NDArray[np.int64]]:
     ]
 
 
-@torch.inference_mode()
 def score(
     model: ERANN,
     manifest: Manifest,
@@ -58,32 +58,70 @@ def score(
     progress is told how many clips are done, of how many, judged by this worker's share. Raises UserError for a clip
     that can't be read or decoded.
     """
-    was_training = model.training
-    model.eval()
-    log_mel = LogMel().to(workers.device)
     batches = evaluation_batches(manifest)
     mine = [batches[i] for i in np.array_split(np.arange(len(batches)), workers.world_size)[workers.rank]]
     crops = [
         loader.whole_clips(manifest, rows, -(-int(manifest.samples[rows[0]]) // PAD_SAMPLES) * PAD_SAMPLES)
         for rows in mine
     ]
-    total, done = sum(len(c.rows) for c in crops), 0
-    scores = np.zeros((total, manifest.num_classes), dtype=np.float32)
-    for batch in loader.load(manifest, crops, threads=loader_threads, ahead_bytes=1 << 20):
+    total = sum(map(len, mine))
+    loaded = loader.load(manifest, crops, threads=loader_threads, ahead_bytes=1 << 20)
+    scores = _scores(model, manifest.info.task, len(manifest), loaded, total, workers, progress)
+    return None if scores is None else Predictions(scores, manifest.targets(np.arange(len(manifest))))
+
+
+def score_stream(
+    model: ERANN,
+    task: Task,
+    manifest: Manifest,
+    workers: Workers,
+    *,
+    threads: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> npt.NDArray[np.float32] | None:
+    """The scores of full-length clips as in `score`, (n, N), in one pass over their tars and whatever their labels.
+
+    Which clips share a micro-batch depends on the number of workers. In evaluation no clip sees the others of its
+    batch, so its scores differ by no more than the order in which floats are summed.
+    """
+    total = len(worker_rows(manifest, workers.rank, workers.world_size))
+    clips = stream_clips(manifest, workers.rank, workers.world_size)
+    batches = decode_clips(manifest, clips, threads=threads, micro_batch=MICRO_BATCH)
+    return _scores(model, task, len(manifest), batches, total, workers, progress)
+
+
+@torch.inference_mode()
+def _scores(
+    model: ERANN,
+    task: Task,
+    clips: int,
+    batches: Iterable[loader.Batch],
+    total: int,
+    workers: Workers,
+    progress: Callable[[int, int], None],
+) -> npt.NDArray[np.float32] | None:
+    """On the first worker the scores of all clips, by row. `batches` hold this worker's share, `total` clips."""
+    was_training = model.training
+    model.eval()
+    log_mel = LogMel().to(workers.device)
+    rows = np.zeros(total, np.int64)
+    scores = np.zeros((total, model.num_classes), np.float32)
+    done = 0
+    for batch in batches:
         logits = model(log_mel(batch.pcm.to(workers.device).float() / 32768)).float()
-        probabilities = logits.sigmoid() if manifest.info.task == "tagging" else logits.softmax(dim=1)
-        scores[done : done + len(probabilities)] = probabilities.cpu().numpy()
-        done += len(probabilities)
-        progress(done * len(manifest) // total, len(manifest))
+        probabilities = logits.sigmoid() if task == "tagging" else logits.softmax(dim=1)
+        end = done + len(probabilities)
+        rows[done:end], scores[done:end] = batch.crops.rows, probabilities.cpu().numpy()
+        done = end
+        progress(done * clips // total, clips)
     model.train(was_training)
-    rows = np.concatenate([c.rows for c in crops]) if crops else np.zeros(0, np.int64)
     parts = workers.gather((rows, scores))
     if not workers.is_first:
         return None
-    all_scores = np.full((len(manifest), manifest.num_classes), np.nan, dtype=np.float32)
+    all_scores = np.full((clips, model.num_classes), np.nan, np.float32)
     for part_rows, part_scores in parts:
         all_scores[part_rows] = part_scores
-    return Predictions(all_scores, manifest.targets(np.arange(len(manifest))))
+    return all_scores
 
 
 def summarise(predictions: Predictions, task: Task) -> dict[str, float]:
@@ -130,13 +168,19 @@ def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[st
 def write_predictions(path: Path, predictions: Predictions, manifest: Manifest) -> None:
     """One row per clip: key, scores (list of float, label order), targets (list of label indices)."""
     targets = [np.flatnonzero(row).astype(np.int16) for row in predictions.targets]
-    table = pa.table(
-        {
-            "key": manifest.keys,
-            "scores": pa.array(list(predictions.scores), pa.list_(pa.float32())),
-            "targets": pa.array(targets, pa.list_(pa.int16())),
-        }
-    )
+    columns = {"targets": pa.array(targets, pa.list_(pa.int16()))}
+    write_scores(path, manifest.keys, predictions.scores, manifest.info.label_ids, columns)
+
+
+def write_scores(
+    path: Path,
+    keys: pa.ChunkedArray,
+    scores: npt.NDArray[np.float32],
+    label_ids: list[str],
+    columns: dict[str, pa.Array] | None = None,
+) -> None:
+    """One row per clip: key, scores (list of float, in the order of the labels in the metadata), and other columns."""
+    table = pa.table({"key": keys, "scores": pa.array(list(scores), pa.list_(pa.float32())), **(columns or {})})
     part = path.with_name(f"{path.name}.part")
-    pq.write_table(table.replace_schema_metadata({"labels": "\n".join(manifest.info.label_ids)}), part)
+    pq.write_table(table.replace_schema_metadata({"labels": "\n".join(label_ids)}), part)
     part.replace(path)

@@ -2,13 +2,14 @@
 
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Union
 
 from erann_dist.errors import UsageError
+from erann_dist.pieces import sequential_file
 
 if TYPE_CHECKING:  # its libraries take longer to load than the rest together, and many a run needs no S3
     from erann_dist.s3 import S3Folder
@@ -52,6 +53,23 @@ class LocalFolder:
         """The file, open for reading. Raises FileNotFoundError."""
         with Path(self.url, name).open("rb") as file:
             yield file
+
+    def stream(self, name: str, start: int = 0, end: int | None = None) -> BinaryIO:
+        """Bytes start .. end of the file, to be read from front to back; use it as a context. Raises FileNotFoundError.
+
+        A file that is shorter ends earlier.
+        """
+
+        def read() -> Generator[bytes, None, None]:
+            with Path(self.url, name).open("rb") as file:
+                file.seek(start)
+                yield b""  # it is open
+                while data := file.read(_BLOCK if end is None else min(_BLOCK, end - file.tell())):
+                    yield data
+
+        pieces = read()
+        next(pieces)
+        return sequential_file(pieces, f"{self.url}/{name}")
 
     def fetch(self, name: str, file: BinaryIO, on_progress: Callable[[int], None] = lambda done: None) -> None:
         """Make the content that of an open file; on_progress is told how many bytes of it are there, and may raise.

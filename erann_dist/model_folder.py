@@ -80,10 +80,15 @@ def load_model(folder: Path) -> tuple[ERANN, ModelInfo]:
     return model.eval(), info
 
 
-def require_fit(model_folder: Path, model: ModelInfo, shards: str, info: SetInfo) -> None:
-    """Raise UserError unless the model's labels, task and sample rate are those of the shard set."""
+def require_rate(model_folder: Path, model: ModelInfo, shards: str, info: SetInfo) -> None:
+    """Raise UserError unless the model takes the shard set's sample rate."""
     if model.sample_rate != info.sample_rate:
         raise UserError(f"{shards} holds {info.sample_rate} Hz, the model {model_folder} takes {model.sample_rate} Hz")
+
+
+def require_fit(model_folder: Path, model: ModelInfo, shards: str, info: SetInfo) -> None:
+    """Raise UserError unless the model's labels, task and sample rate are those of the shard set."""
+    require_rate(model_folder, model, shards, info)
     if model.task != info.task:
         raise UserError(f"{shards} is for {info.task}, the model {model_folder} for {model.task}")
     if model.label_ids != info.label_ids:

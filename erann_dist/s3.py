@@ -9,9 +9,11 @@ import io
 import os
 import random
 import tempfile
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import SplitResult, urlsplit
 
@@ -28,6 +30,7 @@ from fsspec.asyn import FSTimeoutError, sync  # type: ignore[import-untyped]
 from s3fs.core import S3_RETRYABLE_ERRORS, S3FileSystem  # type: ignore[import-untyped]
 
 from erann_dist.errors import UserError
+from erann_dist.pieces import sequential_file
 
 T = TypeVar("T")
 
@@ -45,6 +48,7 @@ CONNECT_S = 10.0
 SILENCE_S = 20.0  # without a byte on a connection
 PARALLEL = 4  # requests at once in one transfer
 RANGE = 16 << 20  # bytes of a ranged read
+STREAM_RANGE = 4 << 20  # the same in a stream, which holds PARALLEL of them in memory
 PART = 32 << 20  # bytes of a part of an upload; what is not longer goes in one request
 PART_SIZE = "erann-part-size"  # in an object's metadata
 
@@ -126,6 +130,16 @@ class S3Folder:
             file.seek(0)
             yield file
 
+    def stream(self, name: str, start: int = 0, end: int | None = None) -> BinaryIO:
+        """Bytes start .. end of the object, to be read from front to back; use it as a context.
+
+        PARALLEL ranges of it are asked for ahead, as patiently as read_range does. An object that is shorter ends
+        earlier. Raises FileNotFoundError; reading raises UserError, also when the object changes meanwhile.
+        """
+        size, etag = self.size_and_version(name)
+        pieces = self._pieces(name, etag, start, size if end is None else min(end, size))
+        return sequential_file(pieces, f"{self.url}/{name}")
+
     def fetch(self, name: str, file: BinaryIO, on_progress: Callable[[int], None] = lambda done: None) -> None:
         """Make the content, of the length and checksum that S3 names and all of one version, that of an open file.
 
@@ -176,6 +190,31 @@ class S3Folder:
 
     def _name(self, key: str) -> str:
         return key.removeprefix(self._key(""))
+
+    def _pieces(self, name: str, etag: str, start: int, end: int) -> Generator[bytes, None, None]:
+        """The bytes start .. end of the object of that ETag, range by range."""
+        at = {"Bucket": self._bucket, "Key": self._key(name), "IfMatch": etag}
+        starts = iter(range(start, end, STREAM_RANGE))
+        ahead: deque[asyncio.Task[bytes]] = deque()
+
+        async def fetch(s3: S3FileSystem, first: int) -> bytes:
+            return await _retried(lambda: _range(s3, first, min(first + STREAM_RANGE, end), at), PATIENT_ATTEMPTS)
+
+        async def next_piece(s3: S3FileSystem) -> bytes:
+            for first in islice(starts, PARALLEL - len(ahead)):
+                ahead.append(asyncio.create_task(fetch(s3, first)))
+                # Of failures, the first in the object's order ends the stream; asyncio would log the others.
+                ahead[-1].add_done_callback(lambda task: task.cancelled() or task.exception())
+            return await ahead.popleft() if ahead else b""
+
+        try:
+            while data := self._wait("read", name, PATIENT_S, next_piece):
+                yield data
+        except _Changed:
+            raise self._error("read", name, "it was changed meanwhile; run the same command again") from None
+        finally:
+            for task in ahead:
+                task.get_loop().call_soon_threadsafe(task.cancel)
 
     def _fetch_version(
         self, name: str, head: dict[str, Any], file: BinaryIO, on_progress: Callable[[int], None]

@@ -31,6 +31,13 @@ class BadClip(UserError):
         return str(self.args[1])
 
 
+def bad_clip(manifest: Manifest, row: int, problem: str) -> BadClip:
+    """The error for a clip that "is ..." something, or that a decoder finds fault with."""
+    tar, key = manifest.tars[manifest.shards[row]], manifest.keys[row].as_py()
+    problem = problem if problem.startswith("is ") else f"does not decode: {problem}"
+    return BadClip(key, f"{tar}: clip {key} {problem}; check the set with erann verify {tar.folder}")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears under its name, or replaces the one there, only when it is whole."""
     part = path.with_name(f"{path.name}.part")
@@ -93,7 +100,7 @@ class ClipReader:
                 return
             except DecodeError as error:
                 problem = str(error)
-        raise self._bad(row, problem)
+        raise bad_clip(self._manifest, row, problem)
 
     def close(self) -> None:
         with self._lock:
@@ -173,12 +180,6 @@ class ClipReader:
         with self._lock:
             self._counts[f"clips_{source}"] += 1
             self._counts[f"bytes_{source}"] += size
-
-    def _bad(self, row: int, problem: str) -> BadClip:
-        m = self._manifest
-        tar, key = m.tars[m.shards[row]], m.keys[row].as_py()
-        problem = problem if problem.startswith("is ") else f"does not decode: {problem}"
-        return BadClip(key, f"{tar}: clip {key} {problem}; check the set with erann verify {tar.folder}")
 
 
 class _LocalTar:

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from erann_dist.errors import UserError
+from erann_dist.errors import UsageError, UserError
 from jobs import shard_commands
 from jobs.options import EXAMPLE, Address, Json, Launcher
 from jobs.progress import RunView, console
-from jobs.show import demo_page, evaluation_page, facts_page, show, tags_page
+from jobs.show import demo_page, evaluation_page, facts_page, show, tagged_page, tags_page
 
 app = typer.Typer(
     name="erann",
@@ -93,19 +93,46 @@ def evaluate(
 
 
 @app.command(
-    help="The likeliest labels of sound files of any format."
+    help="The likeliest labels of sound files of any format; or the scores of every clip of a shard set, as Parquet."
     + EXAMPLE
-    + "erann tag runs/esc10/model ../shared/data/esc10/audio/1-100032-A-0.ogg",
+    + "erann tag runs/esc10/model ../shared/data/esc10/audio/1-100032-A-0.ogg"
+    + "\n\n    erann tag runs/esc10/model s3://bucket/esc10 --out tags.parquet --workers 2",
 )
 def tag(
     model: Annotated[Path, typer.Argument(help="Model folder, such as a run's model/.")],
-    files: Annotated[list[Path], typer.Argument(help="Sound files.")],
-    top: Annotated[int, typer.Option(min=1, help="How many labels.")] = 5,
+    sounds: Annotated[
+        list[str], typer.Argument(help="Sound files, or one shard set: its folder or s3://bucket/prefix.")
+    ],
+    top: Annotated[int | None, typer.Option(min=1, help="Of files: how many labels; 5 if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Of a shard set: the Parquet file to write.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Of a shard set; 1 if not given.")] = None,
+    launcher: Annotated[
+        Launcher | None, typer.Option(help="Of a shard set: none for one worker, else ray, if not given.")
+    ] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Of a shard set; auto if not given.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    from jobs.evaluate import tag as run
+    from cluster.launch import is_first_process
+    from jobs import evaluate as jobs
 
-    show(run(model, files, top), as_json, tags_page)
+    sets = [sound for sound in sounds if "://" in sound or Path(sound).is_dir()]
+    if not sets:
+        if (out, workers, launcher, device) != (None, None, None, None):
+            raise UsageError(f"{sounds[0]}: --out, --workers, --launcher and --device are for shard sets, not files")
+        show(jobs.tag(model, [Path(sound) for sound in sounds], top or 5), as_json, tags_page)
+        return
+    if len(sounds) > 1:
+        raise UsageError(f"{sets[0]}: a shard set is tagged alone; tag other sets and files by commands of their own")
+    if out is None or top is not None:
+        raise UsageError(f"{sets[0]}: tagging a shard set needs --out FILE.parquet and takes no --top")
+    workers = workers or 1
+    launcher = launcher or ("none" if workers == 1 else "ray")
+    with RunView() as view:
+        result = jobs.tag_set(model, sets[0], out, launcher, workers, device or "auto", view)
+    if is_first_process():
+        show(result, as_json, tagged_page)
 
 
 @app.command(

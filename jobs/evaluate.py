@@ -1,4 +1,4 @@
-"""Evaluating a model folder on a shard set, and tagging single files with it."""
+"""Evaluating a model folder on a shard set, and tagging a shard set or single files with it."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from erann_dist.distributed import Workers
 from erann_dist.errors import UsageError, UserError
 from erann_dist.events import Emit, Evaluated, EvaluationProgress
 from erann_dist.features import LogMel
-from erann_dist.model_folder import load_model, require_fit
+from erann_dist.model_folder import load_model, require_fit, require_rate
 from erann_dist.recipe import DataSource
 from erann_dist.storage import write_text
 
@@ -52,6 +52,38 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
         evaluation.write_predictions(out / "predictions.parquet", predictions, clips)
         write_text(out / "metrics.json", strict_json.dumps(metrics, indent=1))
         emit(Evaluated(0, len(clips), evaluation.summarise(predictions, clips.info.task)))
+    workers.wait_for_all()
+
+
+def tag_set(
+    model: Path, url: str, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
+) -> dict[str, Any]:
+    """Score each clip of a shard set once, whatever its labels; write key and scores to `out`. Raises UserError."""
+    _, info = load_model(model)
+    clips = load_source(DataSource(url=url))
+    require_rate(model, info, url, clips.info)
+    if out.is_dir():
+        raise UsageError(f"{out}: is a folder; --out is the Parquet file to write")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    config = {"model": str(model), "url": url, "out": str(out)}
+    launch(tag_worker, config, launcher=launcher, num_workers=num_workers, device=device, on_event=on_event)
+    return {"model": str(model), "shards": url, "clips": len(clips), "out": str(out)}
+
+
+def tag_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
+    """What each worker does."""
+    torch.set_num_threads(1)  # as in evaluate_worker
+    model, info = load_model(Path(config["model"]))
+    clips = load_source(DataSource(url=config["url"]))
+
+    def progress(done: int, total: int) -> None:
+        if workers.is_first:
+            emit(EvaluationProgress(0, done, total))
+
+    model.to(workers.device)
+    scores = evaluation.score_stream(model, info.task, clips, workers, threads=2, progress=progress)
+    if scores is not None:
+        evaluation.write_scores(Path(config["out"]), clips.keys, scores, info.label_ids)
     workers.wait_for_all()
 
 

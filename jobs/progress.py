@@ -88,7 +88,7 @@ class RunView:
         elif isinstance(event, Incident):
             console.print(f"step {event.step}: {event.text}", markup=False)
         elif isinstance(event, EvaluationProgress):
-            self._show("evaluate", event.total, event.done)
+            self._show("score", event.total, event.done)
         elif isinstance(event, Evaluated):
             self._close()
             figures = "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())

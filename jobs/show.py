@@ -52,6 +52,10 @@ def tags_page(result: dict[str, list[dict[str, Any]]]) -> None:
             console.print(f"  {tag['score']:.3f}  {tag['name']}")
 
 
+def tagged_page(result: dict[str, Any]) -> None:
+    console.print(f"{result['shards']}: {result['clips']} clips tagged, written to {result['out']}")
+
+
 def evaluation_page(metrics: dict[str, Any]) -> None:
     """The facts, then the classes that went best and worst, and those left out."""
     facts_page(metrics)

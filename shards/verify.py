@@ -1,5 +1,7 @@
 """Is a shard set what its manifest says? Every tar is read from end to end, every clip decoded."""
 
+import hashlib
+import io
 import json
 import os
 import tarfile
@@ -7,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +19,6 @@ from erann_dist.audio import DecodeError, measure
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder
 from erann_dist.manifest import MANIFEST, SHARDS, SetInfo, content_hash, read_manifest, read_table
-from shards.build import sha256
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def verify(folder: Folder, quick: bool = False) -> Iterator[tuple[int, list[Prob
         lines = _table_problems(sizes.get(shard["name"]), shard, mine)
         if not quick and sizes.get(shard["name"]) == shard["size"]:
             try:
-                with folder.reading(shard["name"]) as file:
+                with folder.stream(shard["name"]) as file:
                     lines += _tar_problems(file, shard, mine, info)
             except (OSError, UserError) as error:
                 lines.append(f"can't be read ({error})")
@@ -82,59 +83,72 @@ def _table_problems(size: int | None, shard: dict[str, Any], clips: pa.Table) ->
     return problems + [f"{key} lies behind its end" for key in beyond["key"].to_pylist()]
 
 
+class _Hashed(io.RawIOBase):
+    """A file that takes the SHA-256 of what is read of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._sha256.update(data)
+        return data
+
+    def sha256_to_the_end(self) -> str:
+        while self.read(1 << 20):
+            pass
+        return self._sha256.hexdigest()
+
+
 def _tar_problems(file: BinaryIO, shard: dict[str, Any], clips: pa.Table, info: SetInfo) -> list[str]:
+    """What is seen in one pass over the tar. Raises OSError, UserError when it can't be read to its end."""
+    hashed = _Hashed(file)
     problems = []
-    if sha256(file) != shard["sha256"]:
-        problems.append("its bytes have changed (sha256)")
     wanted = {clip["offset"]: clip for clip in clips.to_pylist()}
     # Whoever made the tars of an indexed set chose the names in it, and what else is in it.
     ours = bool(info.packing)
     descriptions = {f"{clip['key']}.json": clip for clip in wanted.values()} if ours else {}
-    file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=hashed, mode="r|") as tar:
             for member in tar:
-                if clip := wanted.pop(member.offset_data, None):
+                content = tar.extractfile(member) if member.isreg() else None
+                if content and (clip := wanted.pop(member.offset_data, None)):
                     name = f"{clip['key']}.{info.codec}"
                     if ours and member.name != name:
                         problems.append(f"{member.name} is where {MANIFEST} has {name}")
-                    problems += _clip_problems(tar, member, clip, info)
-                elif member.name in descriptions:
+                    problems += _clip_problems(member.name, content.read(), clip, info)
+                elif content and member.name in descriptions:
                     labels = [info.label_ids[i] for i in descriptions.pop(member.name)["labels"]]
-                    if json.load(tar.extractfile(member) or file)["labels"] != labels:
+                    if json.load(content)["labels"] != labels:
                         problems.append(f"{member.name} has other labels than {MANIFEST}")
                 elif ours:
                     problems.append(f"{member.name} is not in {MANIFEST}, or is there twice")
-    except (tarfile.TarError, OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (tarfile.TarError, ValueError, KeyError, TypeError, IndexError) as error:
         problems.append(f"not a readable tar ({error})")
     lost = [f"{clip['key']}.{info.codec}" for clip in wanted.values()] + list(descriptions)
-    return problems + [f"{name} is in {MANIFEST} and not in the tar" for name in lost]
+    changed = hashed.sha256_to_the_end() != shard["sha256"]
+    return (
+        ["its bytes have changed (sha256)"] * changed
+        + problems
+        + [f"{name} is in {MANIFEST} and not in the tar" for name in lost]
+    )
 
 
-def _crc32(file: IO[bytes]) -> int:
-    crc = 0
-    while data := file.read(1 << 20):
-        crc = zlib.crc32(data, crc)
-    return crc
-
-
-def _clip_problems(tar: tarfile.TarFile, member: tarfile.TarInfo, clip: dict[str, Any], info: SetInfo) -> list[str]:
-    content = tar.extractfile(member)
-    assert content  # regular members have some
-    found = {"size": member.size, "crc32": _crc32(content)}
+def _clip_problems(name: str, data: bytes, clip: dict[str, Any], info: SetInfo) -> list[str]:
+    found = {"size": len(data), "crc32": zlib.crc32(data)}
     problems = [
-        f"{member.name} has {name} {value}, {MANIFEST} says {clip[name]}"
-        for name, value in found.items()
-        if value != clip[name]
+        f"{name} has {what} {value}, {MANIFEST} says {clip[what]}"
+        for what, value in found.items()
+        if value != clip[what]
     ]
     if problems:
         return problems
-    content.seek(0)
     try:
-        samples, rate = measure(content)
+        samples, rate = measure(io.BytesIO(data))
     except DecodeError as error:
-        return [f"{member.name} is no {info.codec.upper()} ({error})"]
+        return [f"{name} is no {info.codec.upper()} ({error})"]
     if (samples, rate) != (clip["samples"], info.sample_rate):
         said = f"{clip['samples']} samples at {info.sample_rate} Hz"
-        return [f"{member.name} holds {samples} samples at {rate} Hz, {MANIFEST} says {said}"]
+        return [f"{name} holds {samples} samples at {rate} Hz, {MANIFEST} says {said}"]
     return []

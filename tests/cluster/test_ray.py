@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -129,6 +130,18 @@ def test_evaluate_on_one_two_and_three_workers(place: Path, undisturbed: str) ->
         results.append({k: v for k, v in result.items() if k != "out"})
     assert results[0] == results[1] == results[2]
     assert results[0]["mAP"] == json.loads((model / "metrics.json").read_text())["mAP"]
+
+
+@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2), ("ray", 2)])
+def test_tag_a_shard_set_under_every_launcher(place: Path, undisturbed: str, launcher: str, workers: int) -> None:
+    out = f"tags-{launcher}.parquet"
+    arguments = ["--out", out, "--workers", workers, "--launcher", launcher]
+    result = erann(place, "tag", f"runs/{undisturbed}/model", "shards", *arguments)
+    assert result == {"model": f"runs/{undisturbed}/model", "shards": "shards", "clips": 40, "out": out}
+    tags = pq.read_table(place / out)
+    expected = pq.read_table(place / "runs" / undisturbed / "predictions.parquet")
+    assert tags["key"].equals(expected["key"])
+    np.testing.assert_allclose(tags["scores"].to_pylist(), expected["scores"].to_pylist(), atol=1e-5)
 
 
 def test_a_workers_error_is_one_line(place: Path) -> None:

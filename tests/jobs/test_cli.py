@@ -228,22 +228,72 @@ def test_evaluate_and_tag(erann, trained: Path, tone_shards: Path, tmp_path: Pat
     assert_refused(erann("tag", tmp_path, clip), 1, "no model here")
 
 
+def test_tag_a_shard_set(erann, trained: Path, tone_shards: Path, tmp_path: Path) -> None:
+    model, out = trained / "model", tmp_path / "deep" / "tags.parquet"
+    result = json.loads(erann("tag", model, tone_shards, "--out", out, "--json").out)
+    assert result == {"model": str(model), "shards": str(tone_shards), "clips": 40, "out": str(out)}
+    tags, predictions = pq.read_table(out), pq.read_table(trained / "predictions.parquet")
+    assert tags.column_names == ["key", "scores"]
+    assert tags.schema.metadata == predictions.schema.metadata
+    assert tags["key"].equals(predictions["key"])
+    np.testing.assert_allclose(tags["scores"].to_pylist(), predictions["scores"].to_pylist(), atol=1e-5)
+    assert f"40 clips tagged, written to {out}" in erann("tag", model, tone_shards, "--out", out).out
+
+    # The set's own labels are of no interest.
+    other = changed_model(trained, tmp_path / "other", label_ids=["x", "y", "z"], task="classification")
+    assert erann("tag", other, tone_shards, "--out", out).code == 0
+    assert pq.read_schema(out).metadata == {b"labels": b"x\ny\nz"}
+    np.testing.assert_allclose(np.sum(pq.read_table(out)["scores"].to_pylist(), axis=1), 1, atol=1e-5)
+
+
+def test_tagging_what_one_can_not(erann, trained: Path, tone_shards: Path, tmp_path: Path) -> None:
+    model, clip, out = trained / "model", tmp_path / "a.wav", ["--out", tmp_path / "tags.parquet"]
+    soundfile.write(clip, np.zeros(4410), 44_100)
+    for option in (out, ["--workers", 1], ["--launcher", "none"], ["--device", "cpu"]):
+        assert_refused(erann("tag", model, clip, *option), 2, "a.wav: .* are for shard sets, not files")
+    for sounds in ([clip, tone_shards], [tone_shards, tone_shards], [clip, "s3://bucket/set"]):
+        assert_refused(erann("tag", model, *sounds, *out), 2, "a shard set is tagged alone")
+    assert_refused(erann("tag", model, tone_shards), 2, f"{tone_shards}: .* needs --out FILE.parquet")
+    assert_refused(erann("tag", model, tone_shards, "--top", 3, *out), 2, "takes no --top")
+    assert_refused(erann("tag", model, "gs://bucket/set", *out), 2, "a folder is a path or s3://bucket/prefix")
+    assert_refused(erann("tag", model, tmp_path, *out), 1, "no shard set here")
+    assert_refused(erann("tag", model, tone_shards, "--out", tmp_path), 2, f"{tmp_path}: is a folder")
+    assert_refused(erann("tag", model, tone_shards, "--workers", 2, "--launcher", "none", *out), 2, "runs 1 worker")
+    slow = changed_model(trained, tmp_path / "rate", sample_rate=32_000)
+    assert_refused(erann("tag", slow, tone_shards, *out), 1, "holds 44100 Hz, the model .* takes 32000 Hz")
+    damaged = copy_tree(tone_shards, tmp_path / "damaged")
+    tar = damaged / "audioset-000002.tar"
+    tar.write_bytes(tar.read_bytes()[:100_000])
+    assert_refused(erann("tag", model, damaged, *out), 1, "audioset-000002.tar: clip .* is damaged or missing; check")
+    assert not (tmp_path / "tags.parquet").exists()
+
+
+def changed_model(trained: Path, folder: Path, **changes: object) -> Path:
+    model = copy_tree(trained / "model", folder)
+    config = json.loads((model / "config.json").read_text()) | changes
+    (model / "config.json").write_text(json.dumps(config))
+    return model
+
+
 def test_models_and_shards_that_do_not_fit(erann, trained: Path, tone_shards: Path, tmp_path: Path) -> None:
-    def changed_model(name: str, **changes: object) -> Path:
-        model = copy_tree(trained / "model", tmp_path / name)
-        config = json.loads((model / "config.json").read_text()) | changes
-        (model / "config.json").write_text(json.dumps(config))
-        return model
+    def changed(name: str, **changes: object) -> Path:
+        return changed_model(trained, tmp_path / name, **changes)
 
     cases = [
         (
-            changed_model("labels", label_ids=["/m/000", "/m/x", "/m/002"]),
+            changed("labels", label_ids=["/m/000", "/m/x", "/m/002"]),
             "labels that are not the 3 of .*label 1 is /m/001",
         ),
-        (changed_model("rate", sample_rate=32_000), "holds 44100 Hz, the model .* takes 32000 Hz"),
-        (changed_model("task", task="classification"), "is for tagging, the model .* for classification"),
-        (changed_model("shape", variant="ERANN-3-2"), r"fc1.bias is \(128,\) in the file, \(256,\) in the model"),
-        (changed_model("variant", variant="CNN14"), "config.json: not a model's configuration"),
+        (changed("rate", sample_rate=32_000), "holds 44100 Hz, the model .* takes 32000 Hz"),
+        (
+            changed("task", task="classification"),
+            "is for tagging, the model .* for classification",
+        ),
+        (
+            changed("shape", variant="ERANN-3-2"),
+            r"fc1.bias is \(128,\) in the file, \(256,\) in the model",
+        ),
+        (changed("variant", variant="CNN14"), "config.json: not a model's configuration"),
     ]
     for model, message in cases:
         assert_refused(erann("evaluate", model, tone_shards, "--out", tmp_path / "out"), 1, message)
