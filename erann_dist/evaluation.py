@@ -65,7 +65,7 @@ def score(
         for rows in mine
     ]
     total = sum(map(len, mine))
-    loaded = loader.load(manifest, crops, threads=loader_threads, ahead_bytes=1 << 20)
+    loaded = loader.load(manifest, crops, threads=loader_threads)
     scores = _scores(model, manifest.info.task, len(manifest), loaded, total, workers, progress)
     return None if scores is None else Predictions(scores, manifest.targets(np.arange(len(manifest))))
 
