@@ -17,7 +17,8 @@ from erann_dist.keyed import CROP, keyed_uniform
 from erann_dist.manifest import Manifest
 from erann_dist.storage import BadClip, ClipReader
 
-AHEAD_BYTES = 256 << 20
+AHEAD_BYTES = 64 << 20  # of samples: one or two micro-batches, which may stay in the processor's cache
+FETCH_AHEAD_BYTES = 256 << 20  # of clips asked for in S3, some of whose answers take long
 S3_REQUESTS = 32  # at once
 _SUBSTITUTES = 1000  # for one clip, one after the other
 
@@ -70,6 +71,7 @@ class BadClips:
 NONE_BAD = BadClips()  # stays empty: it allows none
 
 # The crop that takes the place of the one drawn at a position, on attempt 0, 1, …: one of (1,) rows.
+Begun = Future[list[Future[bytes] | None]] | None  # what was asked of S3 for a batch
 Substitute = Callable[[int, int], Crops]
 
 
@@ -103,11 +105,11 @@ def load(
 ) -> Generator[Batch, None, None]:
     """For each batch its samples, in pinned memory if asked.
 
-    At least one batch, and as many as `ahead_bytes` hold, are read and decoded by `threads` threads while
-    the caller works on one; further threads ask S3. A clip that is damaged or does not decode, read twice, is noted in
-    `bad_clips` and replaced by `substitute`'s. Raises UserError, which names key or tar: when there are more of them
-    than allowed, and for a tar that can't be read or is not as the manifest says. `read` is kept up to date with what
-    ClipReader counts. Closing the iterator ends the threads.
+    At least one batch, and as many as `ahead_bytes` hold, are read and decoded by `threads` threads while the caller
+    works on one; further threads ask S3 for those behind them, up to FETCH_AHEAD_BYTES. A clip that is damaged or does
+    not decode, read twice, is noted in `bad_clips` and replaced by `substitute`'s. Raises UserError, which names key or
+    tar: when there are more of them than allowed, and for a tar that can't be read or is not as the manifest says.
+    `read` is kept up to date with what ClipReader counts. Closing the iterator ends the threads.
     """
     reader = ClipReader(manifest, cache, cache_form, read)
     remote = any(not isinstance(tar.folder, LocalFolder) for tar in manifest.tars)
@@ -143,29 +145,36 @@ def load(
             return
         raise UserError(f"{manifest.tars[0].folder}: no clip was found that is not bad, in {_SUBSTITUTES} draws")
 
-    def decode_part(
-        crops: Crops, part: range, begun: Future[list[Future[bytes] | None]] | None, out: npt.NDArray[np.int16]
-    ) -> None:
+    def decode_part(crops: Crops, part: range, begun: Begun, out: npt.NDArray[np.int16]) -> None:
         fetched = begun.result() if begun else None
         for i in part:
             decode_into(crops, i, fetched[i] if fetched else None, out[i])
 
-    def submit(crops: Crops) -> None:
-        pcm = torch.empty(len(crops.rows), crops.length, dtype=torch.int16, pin_memory=pin_memory)
+    def asked_ahead() -> Iterator[tuple[Crops, Begun]]:
+        """The batches, each after S3 was asked for the clips of those behind it."""
+        asked: deque[tuple[Crops, Begun]] = deque()
+        fetch_ahead = FETCH_AHEAD_BYTES if fetching else 0
+        for crops in batches:
+            asked.append((crops, fetching.submit(begin, crops.rows.tolist(), fetching) if fetching else None))
+            while asked and sum(int(manifest.sizes[each.rows].sum()) for each, _ in asked) > fetch_ahead:
+                yield asked.popleft()
+        yield from asked
+
+    def decode(crops: Crops, begun: Begun) -> None:
+        shape = len(crops.rows), crops.length
+        if pin_memory:
+            pcm = torch.empty(shape, dtype=torch.int16, pin_memory=True)
+        else:  # torch would align it; freed memory then does not fit the next one, and the process grew to twice its size
+            pcm = torch.from_numpy(np.empty(shape, np.int16))
         out = pcm.numpy()
-        begun = fetching.submit(begin, crops.rows.tolist(), fetching) if fetching else None
         # As few parts as there are threads: each costs them a turn at Python's lock.
         parts = [range(first, len(out), threads) for first in range(threads)]
         pending.append((Batch(crops, pcm), [decoding.submit(decode_part, crops, part, begun, out) for part in parts]))
 
-    def held(batch: Batch) -> int:
-        """Bytes of its samples, and of its clips as S3 sends them."""
-        return batch.pcm.nbytes + (int(manifest.sizes[batch.crops.rows].sum()) if fetching else 0)
-
     try:
-        for crops in batches:
-            submit(crops)
-            while len(pending) > 1 and sum(held(batch) for batch, _ in pending) > ahead_bytes:
+        for crops, begun in asked_ahead():
+            decode(crops, begun)
+            while len(pending) > 1 and sum(batch.pcm.nbytes for batch, _ in pending) > ahead_bytes:
                 yield _finished(pending.popleft())
         while pending:
             yield _finished(pending.popleft())

@@ -1,5 +1,6 @@
 """The loader against bare decoding and the usual loaders, on the same clips and cores."""
 
+import dataclasses
 import importlib.util
 import io
 import multiprocessing
@@ -13,13 +14,15 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,12 +35,17 @@ from erann_dist.environment import KEEP_MEMORY, end_with_parent
 from erann_dist.errors import UsageError
 from erann_dist.folder import LocalFolder, open_folder
 from erann_dist.loader import S3_REQUESTS, Crops, load, random_crops
-from erann_dist.manifest import Manifest, load_manifest
+from erann_dist.manifest import Manifest, concatenate, load_manifest
 from erann_dist.sampling import BalancedSampler, class_lists
 from jobs.progress import console
 
 _BATCH = 32
 _BLOCK = 512
+_WARM_UP = (
+    0.2  # of the batches: the first ones are not counted, in which processes start and memory is had from the system
+)
+
+Way = Callable[["Task"], Iterator[int]]  # loads all batches; tells how many clips have come since it last told
 
 
 @dataclass(frozen=True)
@@ -61,16 +69,21 @@ class Task:
         drawn = zip(np.split(rows, self.batches), np.split(positions, self.batches), strict=True)
         return [random_crops(clips, rows, positions, 0, self.crop_samples) for rows, positions in drawn]
 
+    @property
+    def warm_up(self) -> int:
+        """Clips of the batches that are not counted."""
+        return round(self.batches * _WARM_UP) * _BATCH
+
 
 def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[str, Any]:
-    """Each way in turns, in a process of its own; ratios are of the medians' clips/s to the bare decoding's."""
+    """Each way in turns, in a process of its own; the ratios are to bare decoding."""
     if not isinstance(open_folder(shards), LocalFolder):
         raise UsageError(f"{shards}: the benchmark takes a shard set on a disk")
     cores = len(os.sched_getaffinity(0))
     task = Task(shards, batches, round(crop_s * 44_100), cores)
     os.environ.update(KEEP_MEMORY)
     workers = sorted({-(-cores // 2), cores, cores + 1})
-    ways: dict[str, tuple[Callable[[Task], dict[str, float]], Task]] = {
+    ways: dict[str, tuple[Way, Task]] = {
         "limit": (_limit, task),
         "local": (_ours, task),
         "beside_step": (partial(_beside_step, same_process=True), task),
@@ -81,75 +94,80 @@ def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, _s3(shards, Path(scratch)) as remote:
         if remote:
             there = Task(remote[0], batches, task.crop_samples, cores, remote[1])
-            cached = Task(remote[0], batches, task.crop_samples, cores, remote[1], f"{scratch}/cache")
+            cached = dataclasses.replace(there, cache=f"{scratch}/cache")
             ways |= {
                 "s3_arrow": (partial(_bare_client, client="arrow"), there),
                 "s3_s3fs": (partial(_bare_client, client="s3fs"), there),
-                "cold_cache": (_ours, cached),
-                "warm_cache": (_ours, cached),
+                "cold_cache": (_cold, cached),
+                "warm_cache": (_warm, cached),
             }
         results: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
         for _ in range(rounds):
-            shutil.rmtree(f"{scratch}/cache", ignore_errors=True)
             for name, (way, its_task) in ways.items():
+                shutil.rmtree(f"{scratch}/cache", ignore_errors=True)
                 with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                    results[name].append(process.submit(way, its_task).result())
+                    results[name].append(process.submit(_measured, way, its_task).result())
                 console.print(f"{name:18} {results[name][-1]['clips_per_s']:8.1f} clips/s")
     medians = {
         name: {key: round(statistics.median(each[key] for each in measured), 3) for key in measured[0]}
         for name, measured in results.items()
     }
-    limit = medians["limit"]["clips_per_s"]
-    webloader = max(figures["clips_per_s"] for name, figures in medians.items() if name.startswith("webloader"))
+    webloader = max((name for name in ways if name.startswith("webloader")), key=lambda n: medians[n]["clips_per_s"])
 
-    def ratio(name: str) -> float | None:
-        return round(medians[name]["clips_per_s"] / limit, 4) if name in medians else None
+    def ratio(name: str, to: str = "limit") -> float | None:
+        """The median of the rounds' ratios: what disturbs the machine for a while disturbs both."""
+        if name not in results:
+            return None
+        pairs = zip(results[name], results[to], strict=True)
+        return round(statistics.median(one["clips_per_s"] / other["clips_per_s"] for one, other in pairs), 4)
 
     return {
         "cores": cores,
         "clips": batches * _BATCH,
         "rounds": rounds,
-        "limit_clips_per_s": limit,
+        "limit_clips_per_s": medians["limit"]["clips_per_s"],
         "local_ratio": ratio("local"),
         "warm_cache_ratio": ratio("warm_cache"),
         "cold_cache_ratio": ratio("cold_cache"),
         "s3_arrow_ratio": ratio("s3_arrow"),
         "s3_s3fs_ratio": ratio("s3_s3fs"),
-        "vs_webloader": round(medians["local"]["clips_per_s"] / webloader, 4),
-        "vs_dataloader": round(medians["local"]["clips_per_s"] / medians[f"dataloader_{cores}"]["clips_per_s"], 4),
-        "beside_step_ratio": round(
-            medians["beside_step"]["clips_per_s"] / medians["beside_other_step"]["clips_per_s"], 4
-        ),
-        "balanced_overhead": round(_draw_seconds(task) * limit, 5),
+        "vs_webloader": ratio("local", webloader),
+        "vs_dataloader": ratio("local", f"dataloader_{cores}"),
+        "beside_step_ratio": ratio("beside_step", "beside_other_step"),
+        "balanced_overhead": round(_draw_seconds(task) * medians["limit"]["clips_per_s"], 5),
         "ways": medians,
     }
 
 
-def _measured(work: Callable[[], object], clips: int, sampled: int) -> dict[str, float]:
-    """Clips/s and MB/s of decoded sound, the share of all cores, CPU time, and peak memory with child processes."""
-    cpu, began = _cpu_seconds(), time.perf_counter()
-    work()
-    seconds = time.perf_counter() - began
+def _measured(way: Way, task: Task) -> dict[str, float]:
+    """Clips/s and MB/s of decoded sound and CPU after the warm-up; peak memory, child processes included."""
+    clips = task.clips()
+    sampled = sum(int(crops.counts.sum()) for crops in task.crops(clips)) / (task.batches * _BATCH)
+    warm, warm_cpu, uncounted, done = 0.0, 0.0, 0, 0
+    for count in way(task):
+        done += count
+        if not warm and done >= task.warm_up:
+            warm, warm_cpu, uncounted = time.perf_counter(), _cpu_seconds(resource.RUSAGE_SELF), done
+    seconds = time.perf_counter() - warm
+    counted = done - uncounted
+    # What ended child processes used is known as a whole only.
+    used = _cpu_seconds(resource.RUSAGE_SELF) - warm_cpu + _cpu_seconds(resource.RUSAGE_CHILDREN) * counted / done
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
-        "clips_per_s": clips / seconds,
-        "mb_per_s": 2 * sampled / 1e6 / seconds,
-        "cpu_share": (used := _cpu_seconds() - cpu) / seconds / len(os.sched_getaffinity(0)),
-        "cpu_ms_per_clip": 1000 * used / clips,
+        "clips_per_s": counted / seconds,
+        "mb_per_s": counted / seconds * sampled * 2 / 1e6,
+        "cpu_share": used / seconds / len(os.sched_getaffinity(0)),
+        "cpu_ms_per_clip": 1000 * used / counted,
         "peak_mb": (own + children) / 1024,
     }
 
 
-def _cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+def _cpu_seconds(whose: int) -> float:
+    usage = resource.getrusage(whose)
+    return usage.ru_utime + usage.ru_stime
 
 
-def _sampled(crops: list[Crops]) -> int:
-    return int(sum(each.counts.sum() for each in crops))
-
-
-def _limit(task: Task) -> dict[str, float]:
+def _limit(task: Task) -> Iterator[int]:
     """libsndfile alone: the clips lie in memory, the samples are thrown away."""
     clips = task.clips()
     crops = task.crops(clips)
@@ -160,69 +178,75 @@ def _limit(task: Task) -> dict[str, float]:
         for row, start, count in zip(each.rows.tolist(), each.starts.tolist(), each.counts.tolist(), strict=True)
     ]
 
-    def decode(part: int) -> None:
+    def decode(jobs: list[tuple[bytes, int, int]]) -> None:
         buffer = clip_buffer()
-        for clip, start, count in jobs[part :: task.threads]:
+        for clip, start, count in jobs:
             buffer.room(len(clip))[:] = clip
             buffer.crop(start, count)
 
     with ThreadPoolExecutor(task.threads) as pool:
-
-        def work() -> None:
-            list(pool.map(decode, range(task.threads)))
-
-        return _measured(work, len(jobs), _sampled(crops))
+        for part in (jobs[: task.warm_up], jobs[task.warm_up :]):
+            list(pool.map(decode, (part[thread :: task.threads] for thread in range(task.threads))))
+            yield len(part)
 
 
-def _ours(task: Task) -> dict[str, float]:
+def _ours(task: Task) -> Iterator[int]:
+    clips = task.clips()
+    for batch in load(clips, task.crops(clips), threads=task.threads):
+        yield len(batch.pcm)
+
+
+def _cold(task: Task) -> Iterator[int]:
+    """With a cache that has none of the clips: each time that one comes again it is taken for another set's."""
     clips = task.clips()
     crops = task.crops(clips)
-    cache = ClipCache(Path(task.cache), 1 << 40) if task.cache else None
+    times = Counter[int]()
+    for each in crops:
+        for i, row in enumerate(each.rows.tolist()):
+            each.rows[i] += times[row] * len(clips)
+            times[row] += 1
+    copies = concatenate([_copy(clips, number) for number in range(max(times.values()))])
+    with closing(ClipCache(Path(str(task.cache)), 1 << 40)) as cache:
+        for batch in load(copies, crops, threads=task.threads, cache=cache):
+            yield len(batch.pcm)
 
-    def work() -> None:
-        for _ in load(clips, crops, threads=task.threads, cache=cache):
+
+def _copy(clips: Manifest, number: int) -> Manifest:
+    """The same clips under another set's hash."""
+    tars = [dataclasses.replace(tar, set_hash=f"{number:016x}") for tar in clips.tars]
+    return dataclasses.replace(clips, tars=tars)
+
+
+def _warm(task: Task) -> Iterator[int]:
+    """With a cache that has all of the clips."""
+    clips = task.clips()
+    crops = task.crops(clips)
+    with closing(ClipCache(Path(str(task.cache)), 1 << 40)) as cache:
+        drawn = np.unique(np.concatenate([each.rows for each in crops]))
+        for _ in load(clips, [random_crops(clips, drawn, drawn, 0, 1)], threads=task.threads, cache=cache):
             pass
+        for batch in load(clips, crops, threads=task.threads, cache=cache):
+            yield len(batch.pcm)
 
-    return _measured(work, task.batches * _BATCH, _sampled(crops))
 
-
-def _beside_step(task: Task, same_process: bool) -> dict[str, float]:
+def _beside_step(task: Task, same_process: bool) -> Iterator[int]:
     """The loader beside a thread that launches operations without end, as a training step does for a GPU."""
-    clips = task.clips()
-    crops = task.crops(clips)
-    done = threading.Event()
-
-    def consume() -> None:
-        for _ in load(clips, crops, threads=task.threads):
-            pass
-        done.set()
-
-    def work() -> None:
-        consumer = threading.Thread(target=consume)
-        consumer.start()
-        if same_process:
-            _launch_operations(done)
-        consumer.join()
-
+    ended: threading.Event | Any
+    other: threading.Thread | Any
     if same_process:
-        return _measured(work, task.batches * _BATCH, _sampled(crops))
-    other = multiprocessing.get_context("spawn")
-    ended = other.Event()
-    process = other.Process(target=_launch_operations, args=(ended,))
-    process.start()
-    result = _measured(work, task.batches * _BATCH, _sampled(crops))
+        ended = threading.Event()
+        other = threading.Thread(target=_launch_operations, args=(ended,))
+    else:
+        context = multiprocessing.get_context("spawn")
+        ended = context.Event()
+        other = context.Process(target=_launch_operations, args=(ended,))
+    other.start()
+    yield from _ours(task)
     ended.set()
-    process.join()
-    return result
+    other.join()
 
 
-class _Flag(Protocol):
-    """An event, of threads or of processes."""
-
-    def is_set(self) -> bool: ...
-
-
-def _launch_operations(until: _Flag) -> None:
+def _launch_operations(until: Any) -> None:
     """Small operations, one after the other, in one thread: it holds Python's lock nearly all the time."""
     torch.set_num_threads(1)
     x = torch.ones(64, 64)
@@ -231,27 +255,24 @@ def _launch_operations(until: _Flag) -> None:
             x = torch.relu(x + 1)
 
 
-def _bare_client(task: Task, client: str) -> dict[str, float]:
+def _bare_client(task: Task, client: str) -> Iterator[int]:
     """Ranged reads of the same clips, as many at once as the loader's, nothing decoded."""
     from erann_dist.s3_ranges import S3Object
 
     clips = task.clips()
-    crops = task.crops(clips)
     objects = [S3Object(tar.folder, tar.name) for tar in clips.tars if not isinstance(tar.folder, LocalFolder)]
-    rows = np.concatenate([each.rows for each in crops])
+    rows = np.concatenate([each.rows for each in task.crops(clips)])
 
-    def read(row: int) -> None:
+    def read(row: int) -> int:
         tar = objects[clips.shards[row]]
         (tar.read if client == "arrow" else tar.read_carefully)(int(clips.offsets[row]), int(clips.sizes[row]))
+        return 1
 
-    def work() -> None:
-        with ThreadPoolExecutor(S3_REQUESTS) as pool:
-            list(pool.map(read, rows.tolist()))
-
-    return _measured(work, len(rows), _sampled(crops))
+    with ThreadPoolExecutor(S3_REQUESTS) as pool:
+        yield from pool.map(read, rows.tolist())
 
 
-def _webloader(task: Task, workers: int) -> dict[str, float]:
+def _webloader(task: Task, workers: int) -> Iterator[int]:
     """webdataset's own: whole tars one after the other, shuffled, random crops of the same length."""
     import webdataset
 
@@ -261,15 +282,16 @@ def _webloader(task: Task, workers: int) -> dict[str, float]:
     def crop(sample: dict[str, Any]) -> npt.NDArray[np.int16]:
         return _cropped(sample["flac"], task.crop_samples)
 
-    def work() -> None:
-        dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), empty_check=False).shuffle(100).map(crop)
-        batched = dataset.repeat().batched(_BATCH, collation_fn=np.stack)
+    dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), empty_check=False).shuffle(100).map(crop)
+    batched = dataset.repeat().batched(_BATCH, collation_fn=np.stack)
+    with warnings.catch_warnings(action="ignore"):  # that these are more workers than cores
         loader = webdataset.WebLoader(batched, batch_size=None, num_workers=workers, multiprocessing_context="fork")
-        for number, _ in enumerate(loader, 1):
-            if number == task.batches:
+        done = 0
+        for batch in loader:  # the last one of an epoch is smaller
+            yield len(batch)
+            done += len(batch)
+            if done >= task.batches * _BATCH:
                 break
-
-    return _measured(work, task.batches * _BATCH, task.batches * _BATCH * task.crop_samples)
 
 
 class _Clips(torch.utils.data.Dataset[npt.NDArray[np.int16]]):
@@ -287,16 +309,12 @@ class _Clips(torch.utils.data.Dataset[npt.NDArray[np.int16]]):
         return _cropped(_bytes(self._manifest, int(self._rows[index])), self._samples)
 
 
-def _dataloader(task: Task, workers: int) -> dict[str, float]:
-    dataset = _Clips(task)
-
-    def work() -> None:
-        for _ in torch.utils.data.DataLoader(
-            dataset, batch_size=_BATCH, num_workers=workers, multiprocessing_context="fork"
-        ):
-            pass
-
-    return _measured(work, len(dataset), len(dataset) * task.crop_samples)
+def _dataloader(task: Task, workers: int) -> Iterator[int]:
+    loader = torch.utils.data.DataLoader(
+        _Clips(task), batch_size=_BATCH, num_workers=workers, multiprocessing_context="fork"
+    )
+    for batch in loader:
+        yield len(batch)
 
 
 def _cropped(data: bytes, samples: int) -> npt.NDArray[np.int16]:
