@@ -164,7 +164,7 @@ def load(
         shape = len(crops.rows), crops.length
         if pin_memory:
             pcm = torch.empty(shape, dtype=torch.int16, pin_memory=True)
-        else:  # torch would align it; freed memory then does not fit the next one, and the process grew to twice its size
+        else:  # torch would align it: what is freed then does not fit the next one, and the process grows
             pcm = torch.from_numpy(np.empty(shape, np.int16))
         out = pcm.numpy()
         # As few parts as there are threads: each costs them a turn at Python's lock.
