@@ -92,7 +92,10 @@ class ClipCache:
                     self.problem = f"{self._folder}: max_bytes is too small for a clip of {room} bytes"
                     return
                 if not self._make_room(room):
-                    self._keeping, self.problem = False, f"{self._folder}: the cache is full"
+                    self._keeping = False
+                    self.problem = (
+                        f"{self._folder}: the cache is full; other clips are read from their shards each time"
+                    )
                     return
                 slab, place = self._slab, self._end
                 self._end += room

@@ -16,6 +16,7 @@ from erann_dist.recipe import Recipe
 from erann_dist.sampling import class_lists
 from erann_dist.training import micro_batches_per_rank
 from jobs.progress import bar, console
+from jobs.show import size
 from jobs.simulation import Simulation, Stretch
 from shards.listed import write_listed_set
 
@@ -184,8 +185,8 @@ def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable
             "origin_mb_per_s": reads.origin_bytes / step.undisturbed / 1e6,
             "cache_mb_per_s": reads.cache_bytes / step.undisturbed / 1e6,
             "decoding_cores": step.decode / step.undisturbed * cluster.cores_per_node,
-            "origin_gb": sum(each.origin_bytes for each in stretches) / 1e9,
-            "distinct_gb": stretches[-1].seen_bytes / 1e9,
+            "origin_bytes": sum(each.origin_bytes for each in stretches),
+            "distinct_bytes": stretches[-1].seen_bytes,
         },
         "s3_requests": requests if remote else 0,
         "s3_usd": requests / 1e6 * cluster.usd_per_million_requests if remote else 0.0,
@@ -317,9 +318,9 @@ def _advice(recipe: Recipe, result: dict[str, Any]) -> list[str]:
         )
     if first != last:
         lines.append(f"at first the {first} is the limit, until the caches have filled")
-    if result["s3_requests"] and (cache is None or cache.max_bytes < node["distinct_gb"] * 1e9):
-        has = f"data.cache.max_bytes is {cache.max_bytes / 1e9:.0f} GB" if cache else "there is no data.cache"
-        lines.append(f"{has}; {node['distinct_gb']:.0f} GB would hold all the clips that a node reads")
+    if result["s3_requests"] and (cache is None or cache.max_bytes < node["distinct_bytes"]):
+        has = f"data.cache.max_bytes is {size(cache.max_bytes)}" if cache else "there is no data.cache"
+        lines.append(f"{has}; {size(node['distinct_bytes'])} would hold all the clips that a node reads")
     return lines
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from jobs.show import console
+from jobs.show import console, size
 
 
 def plan_page(result: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def _facts(result: dict[str, Any]) -> Table:
     )
     table.add_row(
         "a node reads",
-        f"{node['origin_gb']:,.0f} GB from the shards; its different clips are {node['distinct_gb']:,.0f} GB",
+        f"{size(node['origin_bytes'])} from the shards; its different clips are {size(node['distinct_bytes'])}",
     )
     if result["s3_requests"]:
         price = f"{cluster['usd_per_million_requests']:g} USD a million"

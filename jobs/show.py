@@ -20,6 +20,12 @@ def show(result: Any, as_json: bool, page: Callable[[Any], None]) -> None:
         page(result)
 
 
+def size(value: float) -> str:
+    """Bytes in MB, GB or TB."""
+    power, unit = next((p, u) for p, u in ((12, "TB"), (9, "GB"), (6, "MB")) if value >= 10**p or p == 6)
+    return f"{value / 10**power:,.1f} {unit}"
+
+
 def facts_page(result: dict[str, Any]) -> None:
     """The plain facts of a result, a line each."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from jobs.show import size
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN
 
 _INK, _FILL, _PALE, _GRID = "#1f2933", "#3b7ea1", "#cfe0e8", "#dfe5e9"
@@ -114,12 +115,6 @@ def hours(value: float) -> str:
     """Hours with as many decimals as say something."""
     decimals = next((d for d, least in enumerate((1000, 10, 1)) if value >= least), 3)
     return f"{value:,.{decimals}f}"
-
-
-def size(value: int) -> str:
-    """Bytes in MB, GB or TB."""
-    power, unit = next((p, u) for p, u in ((12, "TB"), (9, "GB"), (6, "MB")) if value >= 10**p or p == 6)
-    return f"{value / 10**power:,.1f} {unit}"
 
 
 def times(value: float) -> str:

@@ -132,7 +132,7 @@ def test_the_plan_of_a_run(tone_shards: Path) -> None:
     assert result["over_time"][-1]["hours"] == pytest.approx(result["gpu_hours"] / 4)
     assert result["s3_requests"] == 192 + 4 * 5  # each clip, and each of the 5 tars by each worker
     assert result["s3_usd"] == pytest.approx(212 * 0.4e-6)
-    assert result["node"]["distinct_gb"] <= clips.sizes.sum() / 1e9
+    assert result["node"]["distinct_bytes"] <= clips.sizes.sum()
     drawn = {row["class"]: row["repeats"] for row in result["classes"].values()}
     assert result["classes"]["least"]["repeats"] == min(drawn.values())
     assert [row["gpus"] for row in result["scaling"]] == [1, 2, 4]
