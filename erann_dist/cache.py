@@ -93,9 +93,7 @@ class ClipCache:
                     return
                 if not self._make_room(room):
                     self._keeping = False
-                    self.problem = (
-                        f"{self._folder}: the cache is full; other clips are read from their shards each time"
-                    )
+                    self.problem = f"{self._folder}: the cache is full; other clips are read from their shards"
                     return
                 slab, place = self._slab, self._end
                 self._end += room
