@@ -59,7 +59,7 @@ class ClipCache:
         self._slab = -1  # that this process appends to
         self._end = 0  # of the records in it
         self._untried = 0  # the next slab to ask for
-        self._keeping = True
+        self.keeping = True  # what comes
         self.problem: str | None = None  # why some clips, or all that come now, are not kept
 
     def has(self, clip: ClipId) -> bool:
@@ -86,13 +86,13 @@ class ClipCache:
         room = -(-size // _ALIGN) * _ALIGN
         try:
             with self._lock:
-                if not self._keeping:
+                if not self.keeping:
                     return
                 if room > self._slab_bytes:
                     self.problem = f"{self._folder}: max_bytes is too small for a clip of {room} bytes"
                     return
                 if not self._make_room(room):
-                    self._keeping = False
+                    self.keeping = False
                     self.problem = f"{self._folder}: the cache is full; other clips are read from their shards"
                     return
                 slab, place = self._slab, self._end
@@ -102,7 +102,7 @@ class ClipCache:
                 entry = _ENTRY.pack((slab + 1) << 40 | place // _ALIGN)
                 os.pwrite(self._file(_index_name(clip), os.O_CREAT), entry, clip.row * _ENTRY.size)
         except OSError as error:
-            self._keeping = False
+            self.keeping = False
             self.problem = f"{self._folder}: nothing more is kept in the cache ({error.strerror})"
 
     def _entry(self, clip: ClipId) -> int:
@@ -112,10 +112,6 @@ class ClipCache:
         except OSError:
             return 0
         return int(_ENTRY.unpack(entry)[0]) if len(entry) == _ENTRY.size else 0
-
-    def used_bytes(self) -> int:
-        """What all the slabs take."""
-        return sum(path.stat().st_size for path in self._folder.glob("slab-*"))
 
     def close(self) -> None:
         with self._lock:
@@ -132,7 +128,7 @@ class ClipCache:
             file = self._open(f"slab-{number:05d}", os.O_CREAT)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
-            except OSError:
+            except BlockingIOError:  # another process holds it
                 continue
             end = -(-os.fstat(file).st_size // _ALIGN) * _ALIGN
             if end + size <= self._slab_bytes:

@@ -1,6 +1,7 @@
 """Every clip of a shard set scored exactly once, on any number of workers, with the same result."""
 
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,8 @@ def score(
         for rows in mine
     ]
     total = sum(map(len, mine))
-    loaded = loader.load(manifest, crops, threads=loader_threads)
-    scores = _scores(model, manifest.info.task, len(manifest), loaded, total, workers, progress)
+    with closing(loader.load(manifest, crops, threads=loader_threads)) as loaded:
+        scores = _scores(model, manifest.info.task, len(manifest), loaded, total, workers, progress)
     return None if scores is None else Predictions(scores, manifest.targets(np.arange(len(manifest))))
 
 
@@ -85,9 +86,11 @@ def score_stream(
     batch, so its scores differ by no more than the order in which floats are summed.
     """
     total = len(worker_rows(manifest, workers.rank, workers.world_size))
-    clips = stream_clips(manifest, workers.rank, workers.world_size)
-    batches = decode_clips(manifest, clips, threads=threads, micro_batch=MICRO_BATCH)
-    return _scores(model, task, len(manifest), batches, total, workers, progress)
+    with (
+        closing(stream_clips(manifest, workers.rank, workers.world_size)) as clips,
+        closing(decode_clips(manifest, clips, threads=threads, micro_batch=MICRO_BATCH)) as batches,
+    ):
+        return _scores(model, task, len(manifest), batches, total, workers, progress)
 
 
 @torch.inference_mode()

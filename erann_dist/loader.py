@@ -15,11 +15,10 @@ from erann_dist.errors import UserError
 from erann_dist.folder import LocalFolder
 from erann_dist.keyed import CROP, keyed_uniform
 from erann_dist.manifest import Manifest
-from erann_dist.storage import BadClip, ClipReader
+from erann_dist.storage import S3_REQUESTS, BadClip, ClipReader
 
 AHEAD_BYTES = 64 << 20  # of samples: one or two micro-batches, which may stay in the processor's cache
 FETCH_AHEAD_BYTES = 256 << 20  # of clips asked for in S3, some of whose answers take long
-S3_REQUESTS = 32  # at once
 _SUBSTITUTES = 1000  # for one clip, one after the other
 
 
@@ -70,8 +69,8 @@ class BadClips:
 
 NONE_BAD = BadClips()  # stays empty: it allows none
 
-# The crop that takes the place of the one drawn at a position, on attempt 0, 1, …: one of (1,) rows.
 Begun = Future[list[Future[bytes] | None]] | None  # what was asked of S3 for a batch
+# The crop that takes the place of the one drawn at a position, on attempt 0, 1, …: one of (1,) rows.
 Substitute = Callable[[int, int], Crops]
 
 
@@ -115,7 +114,7 @@ def load(
     remote = any(not isinstance(tar.folder, LocalFolder) for tar in manifest.tars)
     decoding = ThreadPoolExecutor(threads, thread_name_prefix="loader")
     fetching = ThreadPoolExecutor(S3_REQUESTS, thread_name_prefix="loader-s3") if remote else None
-    pending: deque[tuple[Batch, list[Future[None]]]] = deque()
+    pending: deque[tuple[Batch, list[Future[None]], int]] = deque()
     given_up: set[int] = set()  # by row: another set's clip of the same key may be sound
 
     def candidates(crops: Crops, i: int) -> Iterator[tuple[int, int, int]]:
@@ -150,17 +149,22 @@ def load(
         for i in part:
             decode_into(crops, i, fetched[i] if fetched else None, out[i])
 
-    def asked_ahead() -> Iterator[tuple[Crops, Begun]]:
-        """The batches, each after S3 was asked for the clips of those behind it."""
-        asked: deque[tuple[Crops, Begun]] = deque()
-        fetch_ahead = FETCH_AHEAD_BYTES if fetching else 0
+    def asked_ahead() -> Iterator[tuple[Crops, Begun, int]]:
+        """The batches, each after S3 was asked for the clips of those behind it, and the bytes of its own clips."""
+        asked: deque[tuple[Crops, Begun, int]] = deque()
+        held = 0
         for crops in batches:
-            asked.append((crops, fetching.submit(begin, crops.rows.tolist(), fetching) if fetching else None))
-            while asked and sum(int(manifest.sizes[each.rows].sum()) for each, _ in asked) > fetch_ahead:
+            if not fetching:
+                yield crops, None, 0
+                continue
+            asked.append((crops, fetching.submit(begin, crops.rows.tolist(), fetching), _bytes(manifest, crops)))
+            held += asked[-1][2]
+            while asked and held > FETCH_AHEAD_BYTES:
+                held -= asked[0][2]
                 yield asked.popleft()
         yield from asked
 
-    def decode(crops: Crops, begun: Begun) -> None:
+    def decode(crops: Crops, begun: Begun, clip_bytes: int) -> None:
         shape = len(crops.rows), crops.length
         if pin_memory:
             pcm = torch.empty(shape, dtype=torch.int16, pin_memory=True)
@@ -169,24 +173,30 @@ def load(
         out = pcm.numpy()
         # As few parts as there are threads: each costs them a turn at Python's lock.
         parts = [range(first, len(out), threads) for first in range(threads)]
-        pending.append((Batch(crops, pcm), [decoding.submit(decode_part, crops, part, begun, out) for part in parts]))
+        futures = [decoding.submit(decode_part, crops, part, begun, out) for part in parts]
+        pending.append((Batch(crops, pcm), futures, max(pcm.nbytes, clip_bytes)))
 
     try:
-        for crops, begun in asked_ahead():
-            decode(crops, begun)
-            while len(pending) > 1 and sum(batch.pcm.nbytes for batch, _ in pending) > ahead_bytes:
-                yield _finished(pending.popleft())
+        for each in asked_ahead():
+            decode(*each)
+            while len(pending) > 1 and sum(held for _, _, held in pending) > ahead_bytes:
+                yield _finished(*pending.popleft()[:2])
         while pending:
-            yield _finished(pending.popleft())
+            yield _finished(*pending.popleft()[:2])
     finally:
+        reader.stop()
         for pool in (fetching, decoding):  # in this order: those that decode may wait for those that fetch
             if pool:
                 pool.shutdown(cancel_futures=True)
         reader.close()
 
 
-def _finished(item: tuple[Batch, list["Future[None]"]]) -> Batch:
-    batch, parts = item
+def _bytes(manifest: Manifest, crops: Crops) -> int:
+    """Of its clips, as they are in their tars."""
+    return int(manifest.sizes[crops.rows].sum())
+
+
+def _finished(batch: Batch, parts: list["Future[None]"]) -> Batch:
     for part in parts:
         part.result()
     return batch

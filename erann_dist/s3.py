@@ -9,6 +9,8 @@ import io
 import os
 import random
 import tempfile
+import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +45,7 @@ REQUEST_S = 60.0
 PATIENT_ATTEMPTS = 9
 PATIENT_S = 180.0
 LONGEST_PAUSE_S = 16.0
+STOP_S = 0.2  # until it is noticed that nobody waits any more
 RATE = 1e6  # bytes per second
 CONNECT_S = 10.0
 SILENCE_S = 20.0  # without a byte on a connection
@@ -98,24 +101,26 @@ class S3Folder:
         self.fetch(name, file)
         return file.getvalue()
 
-    def read_range(self, name: str, start: int, size: int, etag: str | None) -> bytes:
+    def read_range(
+        self, name: str, start: int, size: int, etag: str | None, stop: threading.Event | None = None
+    ) -> bytes:
         """Bytes start .. start + size of the object of that ETag, or of any. It is more patient than the other methods.
 
-        Raises FileNotFoundError.
+        stop: when it is set, nothing is tried again. Raises FileNotFoundError.
         """
         at = {"Bucket": self._bucket, "Key": self._key(name)} | ({"IfMatch": etag} if etag else {})
 
         async def ask(s3: S3FileSystem) -> bytes:
-            return await _retried(lambda: _range(s3, start, start + size, at), PATIENT_ATTEMPTS)
+            return await _retried(lambda: _range(s3, start, start + size, at), PATIENT_ATTEMPTS, stop)
 
         try:
             return self._wait("read", name, PATIENT_S, ask)
         except _Changed:
             raise self._error("read", name, "it is no longer the object that this run began with") from None
 
-    def size_and_version(self, name: str) -> tuple[int, str]:
+    def size_and_version(self, name: str, stop: threading.Event | None = None) -> tuple[int, str]:
         """The object's bytes, and its ETag. As patient as read_range. Raises FileNotFoundError."""
-        head = self._head("read", name, PATIENT_ATTEMPTS, PATIENT_S)
+        head = self._head("read", name, PATIENT_ATTEMPTS, PATIENT_S, stop)
         return head["ContentLength"], head["ETag"]
 
     def version(self, name: str) -> str:
@@ -292,7 +297,14 @@ class S3Folder:
         with self.reading(name) as stored:
             return _md5s(stored, PART) == _md5s(file, PART)
 
-    def _head(self, done: str, name: str, attempts: int | None = None, seconds: float | None = None) -> dict[str, Any]:
+    def _head(
+        self,
+        done: str,
+        name: str,
+        attempts: int | None = None,
+        seconds: float | None = None,
+        stop: threading.Event | None = None,
+    ) -> dict[str, Any]:
         """Size, ETag and more about the object. Raises FileNotFoundError."""
         at = {"Bucket": self._bucket, "Key": self._key(name)}
 
@@ -307,7 +319,7 @@ class S3Folder:
                 answer["Body"].close()
                 return answer
 
-        return self._wait(done, name, seconds or REQUEST_S, lambda s3: _retried(lambda: ask(s3), attempts))
+        return self._wait(done, name, seconds or REQUEST_S, lambda s3: _retried(lambda: ask(s3), attempts, stop))
 
     def _abort(self, name: str, upload: str) -> None:
         with suppress(FileNotFoundError):  # finished or aborted meanwhile
@@ -395,12 +407,21 @@ def _kept_file_system(endpoint: str | None, process: int, connect_s: float, sile
     return s3
 
 
-async def _retried(attempt: Callable[[], Awaitable[T]], attempts: int | None = None) -> T:
-    """What attempt() gives, asked again after failures that may pass. Raises _Missing, _Changed or _Refused."""
+async def _retried(
+    attempt: Callable[[], Awaitable[T]], attempts: int | None = None, stop: threading.Event | None = None
+) -> T:
+    """What attempt() gives, asked again after failures that may pass. Raises _Missing, _Changed or _Refused.
+
+    stop: when it is set, nothing is asked again.
+    """
     attempts = attempts or ATTEMPTS
     for i in range(attempts):
         if i:
-            await asyncio.sleep(min(PAUSE_S * 2 ** (i - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.5))
+            again = time.monotonic() + min(PAUSE_S * 2 ** (i - 1), LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
+            while (left := again - time.monotonic()) > 0 and not (stop and stop.is_set()):
+                await asyncio.sleep(min(left, STOP_S))
+            if stop and stop.is_set():
+                break
         try:
             return await attempt()
         except Exception as error:

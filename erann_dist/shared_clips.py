@@ -38,7 +38,7 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
         raise
     lock_path = path.with_suffix(".lock")
     with _locked(lock_path):  # one worker of the node reads, the others wait
-        if not path.exists():
+        if not _is_whole(path):
             _write(load_sources(sources), path)
             _give_memory_back()
         file = path.open("rb")
@@ -53,6 +53,15 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
             lock_path.unlink()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there and can be read; after a power cut it may be empty."""
+    try:
+        _map(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return True
 
 
 @contextmanager

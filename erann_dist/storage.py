@@ -19,6 +19,8 @@ from erann_dist.errors import UserError
 from erann_dist.folder import LocalFolder
 from erann_dist.manifest import Manifest, Tar
 
+S3_REQUESTS = 32  # at once, by one worker
+
 
 class BadClip(UserError):
     """A clip that is damaged where it comes from, or does not decode."""
@@ -61,6 +63,7 @@ class ClipReader:
         self._manifest = manifest
         self._cache = cache
         self._form = cache_form
+        self._stop = threading.Event()
         self._lock = threading.Lock()
         self._tars: dict[int, _LocalTar | _S3Tar] = {}
         self._counts = Counter() if read is None else read
@@ -91,16 +94,22 @@ class ClipReader:
         """
         if self._cache and fetched is None and self._cached(self._cache, row, start, out):
             return
+        # A clip that was asked for twice before it came is kept once. (A record that is spoiled must be replaced.)
+        kept = bool(self._cache and fetched and self._cache.has(self._clip_id(row)))
         for careful in (False, True):
             try:
                 self._read_origin(row, careful, None if careful else fetched)
                 clip_buffer().crop(start, len(out), out)
-                if self._cache:
+                if self._cache and self._cache.keeping and not kept:
                     self._keep(self._cache, row)
                 return
             except DecodeError as error:
                 problem = str(error)
         raise bad_clip(self._manifest, row, problem)
+
+    def stop(self) -> None:
+        """Try nothing in S3 again that fails from now on: nobody waits for it any more."""
+        self._stop.set()
 
     def close(self) -> None:
         with self._lock:
@@ -168,7 +177,8 @@ class ClipReader:
             if number not in self._tars:
                 tar = self._manifest.tars[number]
                 with self._named(row):
-                    self._tars[number] = _LocalTar(tar) if isinstance(tar.folder, LocalFolder) else _S3Tar(tar)
+                    local = isinstance(tar.folder, LocalFolder)
+                    self._tars[number] = _LocalTar(tar) if local else _S3Tar(tar, self._stop)
             return self._tars[number]
 
     def _clip_id(self, row: int) -> ClipId:
@@ -199,12 +209,12 @@ class _LocalTar:
 
 
 class _S3Tar:
-    def __init__(self, tar: Tar) -> None:
+    def __init__(self, tar: Tar, stop: threading.Event) -> None:
         from erann_dist.s3_ranges import S3Object
 
         assert not isinstance(tar.folder, LocalFolder)
         self._tar = tar
-        self._object = S3Object(tar.folder, tar.name)
+        self._object = S3Object(tar.folder, tar.name, stop)
 
     def read(self, start: int, size: int, careful: bool) -> bytes:
         if self._object.size != self._tar.size:

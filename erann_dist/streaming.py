@@ -105,7 +105,7 @@ def _sounds(file: BinaryIO) -> Iterator[bytes]:
 
 def decode_clips(
     manifest: Manifest, clips: Iterable[StreamedClip], *, threads: int, micro_batch: int
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Streamed clips as batches of whole clips, in their order, decoded by some threads ahead of the caller.
 
     A batch holds up to `micro_batch` consecutive clips that pad to the same length. Raises BadClip for one that does

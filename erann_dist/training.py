@@ -30,7 +30,7 @@ from erann_dist.cache import ClipCache
 from erann_dist.data import count_reported, load_sources
 from erann_dist.distributed import Workers
 from erann_dist.engine import Engine, make_engine
-from erann_dist.errors import UserError
+from erann_dist.errors import UsageError, UserError
 from erann_dist.events import (
     CheckpointSaved,
     Emit,
@@ -109,6 +109,8 @@ def make_sampler(recipe: Recipe, clips: Manifest) -> Sampler:
         return UniformSampler(len(clips), recipe.run.seed)
     if recipe.data.sampling == "sequential":
         return SequentialSampler(len(clips))
+    if not len(clips.label_values):
+        raise UserError(f"{recipe.data.train[0].url}: no clip has a label, which data.sampling=balanced needs")
     lists = class_lists(clips.label_values, clips.label_offsets, clips.num_classes)
     return BalancedSampler(lists, recipe.run.seed)
 
@@ -118,6 +120,8 @@ def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
 
     All workers call it. The first one's events go to `emit`, metrics.jsonl and TensorBoard. Raises UserError.
     """
+    if workers.world_size > (most := recipe.optim.global_batch // recipe.optim.micro_batch):
+        raise UsageError(f"{workers.world_size} workers for {most} micro-batches a step; start at most {most}")
     with _lock(run_dir) if workers.is_first else nullcontext(), shared_clips(recipe.data.train) as clips:
         eval_clips = load_sources(recipe.data.eval)
         require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
@@ -188,10 +192,13 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
 
     cache = ClipCache(Path(recipe.data.cache.dir), recipe.data.cache.max_bytes) if recipe.data.cache else None
     told = set(bad_clips.found)
+    cache_problems = set[str]()
 
     def tell_incidents(step: int) -> None:
-        """Each bad clip once, and once that the cache takes no more."""
-        known = bad_clips.found | ({"": cache.problem} if cache and cache.problem else {})
+        """Each bad clip once, and each reason why a cache takes no more."""
+        if cache and cache.problem:
+            cache_problems.add(cache.problem)
+        known = bad_clips.found | {problem: problem for problem in cache_problems}
         for key in sorted(known.keys() - told):
             say(Incident(step, known[key]))
             told.add(key)
@@ -199,6 +206,7 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
     def save(step: int) -> None:
         saving = time.perf_counter()
         bad_clips.unite(workers.gather_all(bad_clips.found))
+        cache_problems.update(*workers.gather_all(cache_problems))
         tell_incidents(step)
         state = engine.state()
         if workers.is_first:

@@ -173,7 +173,7 @@ def plan(
     ] = 850.0,
     core_speed: Annotated[
         float, typer.Option(min=0.001, help="Clips/s that a core decodes; erann bench loader measures it.")
-    ] = 166.0,
+    ] = 250.0,
     request_price: Annotated[float, typer.Option(min=0, help="USD for a million GET requests.")] = 0.4,
     as_json: Json = False,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from erann_dist.data import load_sources
+from erann_dist.errors import UsageError
 from erann_dist.manifest import Manifest, concatenate, load_manifest
 from erann_dist.model import ERANN
 from erann_dist.recipe import Recipe
@@ -17,7 +18,7 @@ from erann_dist.sampling import class_lists
 from erann_dist.training import micro_batches_per_rank
 from jobs.progress import bar, console
 from jobs.show import size
-from jobs.simulation import Simulation, Stretch
+from jobs.simulation import NodeReads, Simulation, Stretch
 from shards.listed import write_listed_set
 
 _SHARES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # of the run, at which to look
@@ -42,24 +43,27 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Reads:
-    """What the busiest node reads for a step, on average over a stretch of the run."""
+    """What a node reads for a step, on average over a stretch of the run."""
 
     clips: float
-    hits: float  # share that comes from the cache
+    decoded: float  # clips, whole ones for a cache of PCM included
     origin_bytes: float
     cache_bytes: float
+    kept_bytes: float  # written to the cache
 
     @classmethod
-    def of(cls, stretch: Stretch) -> "Reads":
+    def of(cls, node: NodeReads, steps: int, pcm: bool) -> "Reads":
+        decoded = node.clips - node.hits + node.kept if pcm else node.clips
         return cls(
-            clips=stretch.clips_read / stretch.steps,
-            hits=stretch.cache_hits / stretch.clips_read,
-            origin_bytes=stretch.origin_bytes / stretch.steps,
-            cache_bytes=stretch.cache_bytes / stretch.steps,
+            node.clips / steps,
+            decoded / steps,
+            node.origin_bytes / steps,
+            node.cache_bytes / steps,
+            node.kept_bytes / steps,
         )
 
     def scaled(self, factor: float) -> "Reads":
-        return Reads(self.clips * factor, self.hits, self.origin_bytes * factor, self.cache_bytes * factor)
+        return Reads(*(factor * value for value in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -102,24 +106,33 @@ class Setting:
     gradient_bytes: int  # of all parameters, in float32
 
     def step_time(self, reads: Reads, workers: int) -> StepTime:
-        optim, cache, cluster = self.recipe.optim, self.recipe.data.cache, self.cluster
+        optim, cluster = self.recipe.optim, self.cluster
         line, disk = cluster.network_gbit_s / 8 * 1e9, cluster.disk_mb_s * 1e6
         # A ring sends all but one worker's share twice, through the one line of each node. Within a node it is taken
         # to cost nothing.
         spread = workers > cluster.gpus_per_node
         all_reduce = 2 * (workers - 1) / workers * self.gradient_bytes / line if spread else 0.0
-        decoded = reads.clips
-        if cache and cache.format == "pcm":
-            decoded = 2 * reads.clips * (1 - reads.hits)  # to cache a clip, all of it is decoded once more
+        from_disk = reads.cache_bytes + reads.kept_bytes + (0.0 if self.remote else reads.origin_bytes)
         return StepTime(
             compute=micro_batches_per_rank(optim, workers) * optim.micro_batch / cluster.gpu_examples_per_s,
             all_reduce=all_reduce,
             network=all_reduce + (reads.origin_bytes / line if self.remote else 0.0),
-            disk=(reads.cache_bytes + (0.0 if self.remote else reads.origin_bytes)) / disk,
-            decode=decoded
+            disk=from_disk / disk,
+            decode=reads.decoded
             * (_WAV_DECODING if self.codec == "wav" else 1)
             / (cluster.core_clips_per_s * cluster.cores_per_node),
         )
+
+    def reads(self, stretch: Stretch) -> list[Reads]:
+        """Of each node."""
+        cache = self.recipe.data.cache
+        pcm = cache is not None and cache.format == "pcm"
+        return [Reads.of(node, stretch.steps, pcm) for node in stretch.nodes]
+
+    def slowest(self, stretch: Stretch, workers: int) -> tuple[Reads, StepTime]:
+        """The node that the others wait for."""
+        times = [(reads, self.step_time(reads, workers)) for reads in self.reads(stretch)]
+        return max(times, key=lambda each: each[1].seconds)
 
 
 def plan(recipe: Recipe, cluster: Cluster, segments: list[Path]) -> dict[str, Any]:
@@ -136,7 +149,10 @@ def _listed_clips(segments: list[Path]) -> Manifest:
         for number, path in enumerate(segments):
             write_listed_set(path, Path(folder, str(number)))
             manifests.append(load_manifest(Path(folder, str(number))))
-    return concatenate(manifests)
+    clips = concatenate(manifests)
+    if not len(clips):
+        raise UsageError(f"{segments[0]}: lists no segment")
+    return clips
 
 
 def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable[[int], None]) -> dict[str, Any]:
@@ -153,13 +169,14 @@ def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable
 
     with torch.device("meta"):
         parameters = ERANN.from_name(recipe.model.variant, clips.num_classes).parameters()
-    remote = recipe.data.train[0].url.startswith("s3://")
+    remote = any(source.url.startswith("s3://") for source in recipe.data.train)
     gradient_bytes = 4 * sum(parameter.numel() for parameter in parameters)
     setting = Setting(recipe, cluster, clips.info.codec, remote, gradient_bytes)
     over_time = _over_time(setting, stretches, workers, len(clips))
-    reads = Reads.of(stretches[-1])
-    step = setting.step_time(reads, workers)
-    requests = sum(each.requests for each in stretches) + workers * len(clips.tars)
+    reads, step = setting.slowest(stretches[-1], workers)
+    fetched = sum(node.clips - node.hits for each in stretches for node in each.nodes)
+    requests = fetched + 2 * workers * len(clips.tars)  # each worker asks for the size of each tar, and opens it
+    origin_bytes = np.sum([[node.origin_bytes for node in each.nodes] for each in stretches], axis=0)
     result = {
         "recipe": recipe.run.name,
         "cluster": asdict(cluster),
@@ -180,13 +197,13 @@ def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable
             "ms": 1000 * step.all_reduce,
             "share": step.all_reduce / step.undisturbed,
         },
-        "node": {  # the busiest one, at the end of the run, if its GPUs never waited
+        "node": {  # the slowest one, at the end of the run, if its GPUs never waited
             "clips_per_s": reads.clips / step.undisturbed,
             "origin_mb_per_s": reads.origin_bytes / step.undisturbed / 1e6,
             "cache_mb_per_s": reads.cache_bytes / step.undisturbed / 1e6,
             "decoding_cores": step.decode / step.undisturbed * cluster.cores_per_node,
-            "origin_bytes": sum(each.origin_bytes for each in stretches),
-            "distinct_bytes": stretches[-1].seen_bytes,
+            "origin_bytes": int(origin_bytes.max()),
+            "distinct_bytes": max(node.seen_bytes for node in stretches[-1].nodes),
         },
         "s3_requests": requests if remote else 0,
         "s3_usd": requests / 1e6 * cluster.usd_per_million_requests if remote else 0.0,
@@ -208,8 +225,7 @@ def _over_time(setting: Setting, stretches: list[Stretch], workers: int, clips: 
     rows = []
     step, seconds, batch = 0, 0.0, setting.recipe.optim.global_batch
     for stretch in stretches:
-        reads = Reads.of(stretch)
-        each = setting.step_time(reads, workers)
+        reads, each = setting.slowest(stretch, workers)
         step += stretch.steps
         seconds += each.seconds * stretch.steps
         rows.append(
@@ -218,7 +234,7 @@ def _over_time(setting: Setting, stretches: list[Stretch], workers: int, clips: 
                 "epoch": step * batch / clips,
                 "hours": seconds / 3600,
                 "unique_clips": stretch.unique_clips,
-                "cache_hits": reads.hits,
+                "cache_hits": sum(n.hits for n in stretch.nodes) / sum(n.clips for n in stretch.nodes),
                 "origin_mb_per_s": reads.origin_bytes / each.seconds / 1e6,
                 "examples_per_s": batch / each.seconds,
                 "limit": each.limit,
@@ -236,7 +252,7 @@ def _scaling(setting: Setting, stretches: list[Stretch], workers: int) -> dict[s
 
     def at(stretch: Stretch, number: int) -> StepTime:
         share = micro_batches_of_a_node(number) / micro_batches_of_a_node(workers)
-        return setting.step_time(Reads.of(stretch).scaled(share), number)
+        return setting.step_time(setting.reads(stretch)[0].scaled(share), number)  # the first node is full
 
     most = optim.global_batch // optim.micro_batch
     late = {number: at(stretches[-1], number) for number in range(1, most + 1)}
@@ -309,7 +325,7 @@ def _advice(recipe: Recipe, result: dict[str, Any]) -> list[str]:
     if last == "decoding":
         lines.append(
             f"decoding is the limit: with {node['decoding_cores']:.0f} cores a node its GPUs would not wait; "
-            "WAV shards or data.cache.format=pcm need few cores, and twice the bytes"
+            "WAV shards, or a data.cache with format pcm, need few cores, and twice the bytes"
         )
     if last in ("network", "disk"):
         lines.append(

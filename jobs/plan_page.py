@@ -14,6 +14,8 @@ def plan_page(result: dict[str, Any]) -> None:
     for part in parts:
         console.print(part)
         console.print()
+    limits = ", ".join(f"{limit} from {number}" for limit, number in result["limits_from"].items())
+    console.print(f"the limit, by the number of GPUs: {limits}")
     for line in result["advice"]:
         console.print(f"- {line}")
 

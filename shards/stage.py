@@ -183,7 +183,7 @@ def _require_tars(source: Folder, tars: list[dict[str, Any]]) -> None:
             raise UserError(f"{source}/{name}: missing; {_mend(source)}")
         if size != tar["size"]:
             raise UserError(f"{source}/{name}: {size} bytes where {SHARDS} says {tar['size']}; {_mend(source)}")
-        if ".." in name.split("/"):  # a key like any other in S3, but not the name of a file in the target
+        if {"", ".", ".."} & set(name.split("/")):  # a key like others in S3, but not the name of a file in the target
             raise UserError(f"{source}/{name}: its name leads out of the set's folder; {_mend(source)}")
 
 

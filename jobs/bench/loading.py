@@ -34,9 +34,10 @@ from erann_dist.cache import ClipCache
 from erann_dist.environment import KEEP_MEMORY, end_with_parent
 from erann_dist.errors import UsageError
 from erann_dist.folder import LocalFolder, open_folder
-from erann_dist.loader import S3_REQUESTS, Crops, load, random_crops
+from erann_dist.loader import Crops, load, random_crops
 from erann_dist.manifest import Manifest, concatenate, load_manifest
 from erann_dist.sampling import BalancedSampler, class_lists
+from erann_dist.storage import S3_REQUESTS
 from jobs.progress import console
 
 _BATCH = 32
@@ -241,9 +242,11 @@ def _beside_step(task: Task, same_process: bool) -> Iterator[int]:
         ended = context.Event()
         other = context.Process(target=_launch_operations, args=(ended,))
     other.start()
-    yield from _ours(task)
-    ended.set()
-    other.join()
+    try:
+        yield from _ours(task)
+    finally:
+        ended.set()
+        other.join()
 
 
 def _launch_operations(until: Any) -> None:
@@ -260,7 +263,8 @@ def _bare_client(task: Task, client: str) -> Iterator[int]:
     from erann_dist.s3_ranges import S3Object
 
     clips = task.clips()
-    objects = [S3Object(tar.folder, tar.name) for tar in clips.tars if not isinstance(tar.folder, LocalFolder)]
+    stop = threading.Event()
+    objects = [S3Object(tar.folder, tar.name, stop) for tar in clips.tars if not isinstance(tar.folder, LocalFolder)]
     rows = np.concatenate([each.rows for each in task.crops(clips)])
 
     def read(row: int) -> int:

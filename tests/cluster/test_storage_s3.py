@@ -3,8 +3,10 @@
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from erann_dist import s3, s3_ranges
+from erann_dist import loader, s3, s3_ranges
 from erann_dist.cache import ClipCache
 from erann_dist.errors import UserError
 from erann_dist.folder import open_folder
 from erann_dist.loader import BadClips, Crops, load, random_crops
 from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.recipe import Recipe
+from erann_dist.s3 import S3Folder
 from erann_dist.sampling import BalancedSampler, class_lists
+from erann_dist.storage import S3_REQUESTS
 from shards.sources.audioset import read_audioset
 from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.s3 import (
@@ -35,6 +39,7 @@ from tests.s3 import (
     Server,
     always,
     s3_server,
+    slow,
 )
 from tests.workers import train_alone
 
@@ -146,8 +151,9 @@ def test_a_tar_of_another_size_and_a_missing_one(server: Server) -> None:
 
 
 @pytest.mark.parametrize("longer", [0, 1000])
-def test_a_tar_that_is_replaced_in_mid_run(server: Server, longer: int) -> None:
+def test_a_tar_that_is_replaced_in_mid_run(server: Server, longer: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """By another object of the same size or of another: never data."""
+    monkeypatch.setattr(loader, "FETCH_AHEAD_BYTES", 1)  # else all clips are there already
     manifest = remote(server)
     batches = load(manifest, crops_of(manifest, 40), threads=2, ahead_bytes=1)
     next(batches)
@@ -241,3 +247,57 @@ def test_training_ends_in_a_line_when_the_outage_lasts_and_goes_on_afterwards(
     server.faults = lambda request: None
     train_alone(run)
     assert_ended_as_local(run)
+
+
+def test_what_is_asked_for_twice_before_it_comes_is_kept_once(server: Server, tmp_path: Path) -> None:
+    manifest = remote(server)
+    rows = np.repeat(np.arange(8), 4)
+    with closing(ClipCache(tmp_path, 1 << 30)) as cache:
+        for _ in range(2):
+            list(load(manifest, [random_crops(manifest, rows, rows, 0, CROP)], threads=2, cache=cache))
+    kept = sum(path.stat().st_size for path in tmp_path.glob("slab-*"))
+    assert kept <= int(manifest.sizes[:8].sum()) * 2  # one record each, and one more if both threads were at it at once
+
+
+def test_closing_in_an_outage_does_not_wait_for_its_end(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PAUSE_S", 30.0)
+    manifest = remote(server)
+    batches = load(manifest, crops_of(manifest, 40), threads=2, ahead_bytes=1)
+    next(batches)
+    server.faults = lambda request: INTERNAL_ERROR if request.path.endswith(".tar") else None
+    deadline = time.monotonic() + 20  # the pauses would be 15 s at the least, then 30
+    with suppress(UserError):
+        next(batches)
+    batches.close()
+    assert time.monotonic() < deadline
+
+
+def test_a_size_that_can_not_be_had_is_asked_for_by_one_thread(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others that wait for the same tar do not each begin anew."""
+    manifest = remote(server)
+    asked = []
+
+    def refuse(self: S3Folder, name: str, stop: object) -> tuple[int, str]:
+        asked.append(name)
+        raise UserError(f"{name} could not be read")
+
+    monkeypatch.setattr(S3Folder, "size_and_version", refuse)
+    with pytest.raises(UserError, match="could not be read"):
+        list(load(manifest, crops_of(manifest), threads=2))
+    assert len(asked) == len(set(asked))
+
+
+def test_as_many_requests_as_wanted_run_at_once(server: Server) -> None:
+    """Arrow's client would open 25 connections, if it were not told."""
+    manifest = remote(server)
+    came: list[float] = []
+
+    def answer_late(request: Request) -> Fault | None:
+        if "range" not in request.headers:
+            return None
+        came.append(time.monotonic())
+        return slow(3.0)
+
+    server.faults = answer_late
+    list(load(manifest, crops_of(manifest, 3), threads=2))
+    assert sum(moment < came[0] + 2.5 for moment in came) == S3_REQUESTS  # before the first answer

@@ -121,3 +121,14 @@ def test_what_is_missing_is_said(tmp_path: Path, tone_shards: Path) -> None:
     with pytest.raises(UsageError, match="none of its 3 keys"), shared_clips([source]):
         pass
     assert ".arrow" not in files(tmp_path)
+
+
+def test_a_file_that_a_power_cut_left_empty_is_written_anew(tone_shards: Path, tmp_path: Path) -> None:
+    sources = [DataSource(url=str(tone_shards))]
+    with shared_clips(sources):
+        (path,) = tmp_path.glob("*.arrow")
+    for rest in (b"", b"not Arrow's"):
+        path.write_bytes(rest)
+        with shared_clips(sources) as clips:
+            assert_equal(clips, load_sources(sources))
+    assert files(tmp_path) == []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from erann_dist.distributed import Workers
 from erann_dist.errors import UserError
 from erann_dist.events import Evaluated, Event, MetricsFile, Step
 from erann_dist.manifest import load_manifest
 from erann_dist.recipe import OptimSection
-from erann_dist.training import _lock, deal, example_losses, learning_rate
+from erann_dist.training import _lock, deal, example_losses, learning_rate, make_sampler, train
 from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.workers import train_alone, train_on
 
@@ -248,3 +250,17 @@ def test_a_step_of_more_examples_than_there_are_clips(tone_shards: Path, tmp_pat
         assert events[0].train_clips == 3
         curves.append(losses(events))
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
+
+
+def test_balanced_sampling_of_clips_without_labels_is_refused(tone_shards: Path, tmp_path: Path) -> None:
+    clips = load_manifest(tone_shards)
+    bare = replace(clips, label_values=clips.label_values[:0], label_offsets=0 * clips.label_offsets)
+    with pytest.raises(UserError, match=f"{tone_shards}: no clip has a label, which data.sampling=balanced needs"):
+        make_sampler(small_recipe(tone_shards, tmp_path / "run"), bare)
+
+
+def test_more_workers_than_micro_batches_are_refused(tone_shards: Path, tmp_path: Path) -> None:
+    """As torchrun can start them, whatever the recipe says."""
+    recipe = small_recipe(tone_shards, tmp_path / "run")
+    with pytest.raises(UserError, match="5 workers for 4 micro-batches a step; start at most 4"):
+        train(recipe, recipe.run_dir, Workers(0, 5, torch.device("cpu")), lambda event: None)

@@ -13,7 +13,7 @@ from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.recipe import Recipe
 from erann_dist.training import deal, make_sampler
 from jobs.plan import Cluster, Reads, Setting, plan, reckon
-from jobs.simulation import Simulation
+from jobs.simulation import NodeReads, Simulation
 from shards.listed import write_listed_set
 from tests.conftest import small_recipe
 
@@ -51,12 +51,11 @@ def one_by_one(recipe: Recipe, clips: Manifest, nodes: list[list[int]], steps: i
         for step in range(steps):
             for rank in ranks:
                 for micro_batch in deal(step, recipe.optim, rank, world_size):
-                    if not micro_batch.weight:
-                        continue
                     needed = clip_positions(micro_batch.examples, recipe.augment.mixup, recipe.augment.partner)
                     for row in sampler.draw(needed).tolist():
                         size = int(clips.sizes[row])
                         read["clips"] += 1
+                        read["drawn"] += micro_batch.weight > 0
                         if row in cached:
                             read["hits"] += 1
                             read["cache_bytes"] += size
@@ -65,6 +64,8 @@ def one_by_one(recipe: Recipe, clips: Manifest, nodes: list[list[int]], steps: i
                         if size <= left:
                             cached.add(row)
                             left -= size
+                            read["kept"] += 1
+                            read["kept_bytes"] += size
                         else:
                             left = 0
         result.append(read)
@@ -91,22 +92,21 @@ def test_the_simulation_is_the_run_read_clip_by_clip(tone_shards: Path, data: st
     simulation = Simulation(recipe, clips, nodes, np.zeros(len(clips), np.int64))
     stretches = list(simulation.stretches(ends))
     wanted = one_by_one(recipe, clips, nodes, steps, room if recipe.data.cache else 0)
-    assert simulation.counts.sum() == sum(read["clips"] for read in wanted)
+    assert simulation.counts.sum() == sum(read["drawn"] for read in wanted)
     assert [each.steps for each in stretches] == np.diff([0, *ends]).tolist()
-    assert sum(each.requests for each in stretches) == sum(read["clips"] - read["hits"] for read in wanted)
     assert stretches[-1].unique_clips == np.count_nonzero(simulation.counts)
+    for number, read in enumerate(wanted):
+        for name in ("clips", "hits", "kept", "origin_bytes", "cache_bytes", "kept_bytes"):
+            assert sum(getattr(each.nodes[number], name) for each in stretches) == read[name], name
     if len(nodes) == 1:
-        for name in ("origin_bytes", "cache_bytes"):
-            assert sum(getattr(each, name) for each in stretches) == wanted[0][name]
-        assert sum(each.cache_hits for each in stretches) == wanted[0]["hits"]
-        assert stretches[-1].seen_bytes == clips.sizes[simulation.counts > 0].sum()
+        assert stretches[-1].nodes[0].seen_bytes == clips.sizes[simulation.counts > 0].sum()
 
 
 def test_the_parts_of_a_steps_time(tone_shards: Path) -> None:
     """By hand: 4 workers on 2 nodes, 1 micro-batch of 2 examples each; 1.25 GB/s of network, 1 GB/s of disk."""
-    cached = {"dir": "cache", "max_bytes": 1}
-    reads = Reads(clips=8, hits=0.75, origin_bytes=5e8, cache_bytes=2e9)
-    time = Setting(a_recipe(tone_shards, data__cache=cached), CLUSTER, "flac", True, 10**9).step_time(reads, 4)
+    node = NodeReads(clips=80, hits=60, kept=5, origin_bytes=5 * 10**9, cache_bytes=18 * 10**9, kept_bytes=2 * 10**9)
+    reads = Reads.of(node, steps=10, pcm=False)
+    time = Setting(a_recipe(tone_shards), CLUSTER, "flac", True, 10**9).step_time(reads, 4)
     assert time.compute == pytest.approx(0.02)
     assert time.all_reduce == pytest.approx(2 * 3 / 4 / 1.25)
     assert time.network == pytest.approx(0.4 + time.all_reduce)
@@ -117,8 +117,33 @@ def test_the_parts_of_a_steps_time(tone_shards: Path) -> None:
     assert local.all_reduce == local.network == 0  # both on one node, with the shards on its disk
     assert local.disk == pytest.approx(2.5)
     assert local.decode == pytest.approx(8 / 16000)
-    pcm = a_recipe(tone_shards, data__cache=cached | {"format": "pcm"})
-    assert Setting(pcm, CLUSTER, "flac", True, 0).step_time(reads, 4).decode == pytest.approx(4 / 1600)
+    pcm = Reads.of(node, steps=10, pcm=True)  # 20 clips are decoded, and 5 of them once more as a whole
+    assert Setting(a_recipe(tone_shards), CLUSTER, "flac", True, 0).step_time(pcm, 4).decode == pytest.approx(
+        2.5 / 1600
+    )
+
+
+def test_a_node_that_is_not_full_does_not_stand_for_the_others(tone_shards: Path) -> None:
+    """Two workers on the first node, one on the second, whose cache fills more slowly: the first one's disk limits."""
+    recipe = a_recipe(
+        tone_shards,
+        "s3://bucket/set",
+        optim__global_batch=6,
+        optim__examples=3000,
+        data__cache={"dir": "cache", "max_bytes": 10**9},
+    )
+    clips = load_manifest(tone_shards)
+    cluster = Cluster(**{**CLUSTER.__dict__, "disk_mb_s": 1.0})
+    uneven = reckon(recipe, clips, cluster, lambda done: None)
+    full = reckon(
+        recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"global_batch": 4})}),
+        clips,
+        Cluster(**{**cluster.__dict__, "nodes": 1}),
+        lambda done: None,
+    )
+    assert uneven["workers"] == 3
+    assert {row["limit"] for row in uneven["over_time"][-3:]} == {"disk"}
+    assert uneven["step_ms"]["disk"] == pytest.approx(full["step_ms"]["disk"], rel=0.1)
 
 
 def test_the_plan_of_a_run(tone_shards: Path) -> None:
@@ -130,8 +155,8 @@ def test_the_plan_of_a_run(tone_shards: Path) -> None:
     assert result["over_time"][-1]["step"] == 12
     assert {row["cache_hits"] for row in result["over_time"]} == {0}
     assert result["over_time"][-1]["hours"] == pytest.approx(result["gpu_hours"] / 4)
-    assert result["s3_requests"] == 192 + 4 * 5  # each clip, and each of the 5 tars by each worker
-    assert result["s3_usd"] == pytest.approx(212 * 0.4e-6)
+    assert result["s3_requests"] == 192 + 2 * 4 * 5  # each clip, and twice each of the 5 tars by each worker
+    assert result["s3_usd"] == pytest.approx(232 * 0.4e-6)
     assert result["node"]["distinct_bytes"] <= clips.sizes.sum()
     drawn = {row["class"]: row["repeats"] for row in result["classes"].values()}
     assert result["classes"]["least"]["repeats"] == min(drawn.values())

@@ -236,18 +236,20 @@ def test_a_source_that_is_not_what_its_tables_say(tone_shards: Path, tmp_path: P
     assert contents(target) == contents(tone_shards)
 
 
-def test_a_tar_whose_name_leads_out_of_the_folder(tone_shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_tar_whose_name_leads_out_of_the_folder(tone_shards: Path, tmp_path: Path, absolute: bool) -> None:
     """As a key in a bucket can."""
     shards = copy_tree(tone_shards, tmp_path / "shards")
-    change_table(shards / SHARDS, {"name": "../out.tar"}, row=2)
+    name = str(tmp_path / "out.tar") if absolute else "../out.tar"
+    change_table(shards / SHARDS, {"name": name}, row=2)
     (shards / TARS[2]).rename(tmp_path / "out.tar")
 
     class Bucket(LocalFolder):
         def sizes(self, prefix: str = "") -> dict[str, int]:
-            return super().sizes(prefix) | {"../out.tar": (tmp_path / "out.tar").stat().st_size}
+            return super().sizes(prefix) | {name: (tmp_path / "out.tar").stat().st_size}
 
     before = (tmp_path / "out.tar").stat().st_mtime_ns
-    assert "/../out.tar: its name leads out of the set's folder" in refusal(Bucket(str(shards)), tmp_path / "copy")
+    assert f"/{name}: its name leads out of the set's folder" in refusal(Bucket(str(shards)), tmp_path / "copy")
     assert (tmp_path / "out.tar").stat().st_mtime_ns == before
 
 
