@@ -23,7 +23,6 @@ from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.recipe import Recipe
 from erann_dist.s3 import S3Folder
 from erann_dist.sampling import BalancedSampler, class_lists
-from erann_dist.storage import S3_REQUESTS
 from shards.sources.audioset import read_audioset
 from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.s3 import (
@@ -301,5 +300,4 @@ def test_as_many_requests_as_wanted_run_at_once(server: Server, monkeypatch: pyt
 
     server.faults = answer_late
     list(load(manifest, crops_of(manifest, 2), threads=2))
-    assert len(came) == S3_REQUESTS
     assert sum(moment < came[0] + 5 for moment in came) > 25  # before the first answer
