@@ -286,8 +286,7 @@ def test_a_size_that_can_not_be_had_is_asked_for_by_one_thread(server: Server, m
     assert len(asked) == len(set(asked))
 
 
-def test_as_many_requests_as_wanted_run_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrow's client would open 25 connections, if it were not told."""
+def test_many_requests_run_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_ranges, "REQUEST_S", 60.0)
     manifest = remote(server)
     came: list[float] = []
@@ -300,4 +299,4 @@ def test_as_many_requests_as_wanted_run_at_once(server: Server, monkeypatch: pyt
 
     server.faults = answer_late
     list(load(manifest, crops_of(manifest, 2), threads=2))
-    assert sum(moment < came[0] + 5 for moment in came) > 25  # before the first answer
+    assert sum(moment < came[0] + 5 for moment in came) > S3_REQUESTS // 2  # before the first answer
