@@ -23,6 +23,7 @@ from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.recipe import Recipe
 from erann_dist.s3 import S3Folder
 from erann_dist.sampling import BalancedSampler, class_lists
+from erann_dist.storage import S3_REQUESTS
 from shards.sources.audioset import read_audioset
 from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.s3 import (
