@@ -114,6 +114,7 @@ def load(
     remote = any(not isinstance(tar.folder, LocalFolder) for tar in manifest.tars)
     decoding = ThreadPoolExecutor(threads, thread_name_prefix="loader")
     fetching = ThreadPoolExecutor(S3_REQUESTS, thread_name_prefix="loader-s3") if remote else None
+    asking = ThreadPoolExecutor(1, thread_name_prefix="loader-s3") if remote else None  # one, for the order's sake
     pending: deque[tuple[Batch, list[Future[None]], int]] = deque()
     given_up: set[int] = set()  # by row: another set's clip of the same key may be sound
 
@@ -154,10 +155,10 @@ def load(
         asked: deque[tuple[Crops, Begun, int]] = deque()
         held = 0
         for crops in batches:
-            if not fetching:
+            if not (asking and fetching):
                 yield crops, None, 0
                 continue
-            asked.append((crops, fetching.submit(begin, crops.rows.tolist(), fetching), _bytes(manifest, crops)))
+            asked.append((crops, asking.submit(begin, crops.rows.tolist(), fetching), _bytes(manifest, crops)))
             held += asked[-1][2]
             while asked and held > FETCH_AHEAD_BYTES:
                 held -= asked[0][2]
@@ -185,7 +186,7 @@ def load(
             yield _finished(*pending.popleft()[:2])
     finally:
         reader.stop()
-        for pool in (fetching, decoding):  # in this order: those that decode may wait for those that fetch
+        for pool in (asking, fetching, decoding):  # in this order: those that decode may wait for those that fetch
             if pool:
                 pool.shutdown(cancel_futures=True)
         reader.close()
