@@ -23,10 +23,11 @@ def load_source(source: DataSource) -> Manifest:
         raise UserError(
             f"{source.url}: holds {manifest.info.sample_rate} Hz, ERANN takes {SAMPLE_RATE} Hz; pack it anew"
         )
-    for path in filter(None, (source.keys, source.without)):
-        if not pc.any(pc.is_in(manifest.keys, listed := _key_list(path))).as_py():
+    lists = _key_lists(source)
+    for path, listed, _ in lists:
+        if not pc.any(pc.is_in(manifest.keys, listed)).as_py():
             raise UsageError(f"{path}: none of its {len(listed)} keys is in {source.url}; it needs a key a line")
-    keep = _selected(source, manifest.splits, manifest.folds) & _listed(source, manifest.keys)
+    keep = _selected(source, manifest.splits, manifest.folds) & _listed(lists, manifest.keys)
     if not keep.any() and (source.keys or source.without):
         raise UsageError(f"{source.url}: the lists of keys, the split and the folds leave no clip")
     if not keep.any():
@@ -60,24 +61,28 @@ def count_reported(source: DataSource) -> int:
     report = read_table(open_folder(source.url), REPORT)
     once = pc.not_equal(report["reason"], "duplicate").to_numpy()  # a duplicate is not one more clip
     selected = _selected(source, report["split"], report["fold"].fill_null(-1).to_numpy())
-    return int((once & selected & _listed(source, report["key"])).sum())
+    return int((once & selected & _listed(_key_lists(source), report["key"])).sum())
 
 
-def _listed(source: DataSource, keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
-    """Whether each key is in the source's list of keys and not in the other one. Raises UsageError."""
-    keep = np.ones(len(keys), dtype=np.bool_)
+def _key_lists(source: DataSource) -> list[tuple[str, pa.Array, bool]]:
+    """The source's lists of keys: their files, the keys, whether these or all others are wanted. Raises UsageError."""
+    lists = []
     for path, wanted in ((source.keys, True), (source.without, False)):
         if path is not None:
-            keep &= pc.is_in(keys, _key_list(path)).to_numpy() == wanted
+            try:
+                lines = Path(path).read_text().split()
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"{path}: no list of keys ({getattr(error, 'strerror', None) or error})") from error
+            lists.append((path, pa.array(sorted(set(lines)), pa.string()), wanted))
+    return lists
+
+
+def _listed(lists: list[tuple[str, pa.Array, bool]], keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Whether each key is wanted by all of the lists."""
+    keep = np.ones(len(keys), dtype=np.bool_)
+    for _, listed, wanted in lists:
+        keep &= pc.is_in(keys, listed).to_numpy() == wanted
     return keep
-
-
-def _key_list(path: str) -> pa.Array:
-    try:
-        lines = Path(path).read_text().split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: no list of keys ({getattr(error, 'strerror', None) or error})") from error
-    return pa.array(sorted(set(lines)), pa.string())
 
 
 def _selected(source: DataSource, splits: pa.ChunkedArray, folds: npt.NDArray[np.int8]) -> npt.NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -113,8 +113,8 @@ def load(
     reader = ClipReader(manifest, cache, cache_form, read)
     remote = any(not isinstance(tar.folder, LocalFolder) for tar in manifest.tars)
     decoding = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-    fetching = ThreadPoolExecutor(S3_REQUESTS, thread_name_prefix="loader-s3") if remote else None
-    asking = ThreadPoolExecutor(1, thread_name_prefix="loader-s3") if remote else None  # one, for the order's sake
+    fetching = ThreadPoolExecutor(S3_REQUESTS, thread_name_prefix="loader-s3")  # its threads start when there is work
+    asking = ThreadPoolExecutor(1, thread_name_prefix="loader-s3")  # one, for the order's sake
     pending: deque[tuple[Batch, list[Future[None]], int]] = deque()
     given_up: set[int] = set()  # by row: another set's clip of the same key may be sound
 
@@ -126,7 +126,7 @@ def load(
                 other = substitute(int(crops.positions[i]), attempt)
                 yield int(other.rows[0]), int(other.starts[0]), int(other.counts[0])
 
-    def begin(rows: list[int], fetching: Executor) -> list[Future[bytes] | None]:
+    def begin(rows: list[int]) -> list[Future[bytes] | None]:
         """Ask S3 for what must come from there; a decoding thread then waits for nothing that was not asked for."""
         return [fetching.submit(reader.fetch, row) if reader.must_fetch(row) else None for row in rows]
 
@@ -155,10 +155,10 @@ def load(
         asked: deque[tuple[Crops, Begun, int]] = deque()
         held = 0
         for crops in batches:
-            if not (asking and fetching):
+            if not remote:
                 yield crops, None, 0
                 continue
-            asked.append((crops, asking.submit(begin, crops.rows.tolist(), fetching), _bytes(manifest, crops)))
+            asked.append((crops, asking.submit(begin, crops.rows.tolist()), _bytes(manifest, crops)))
             held += asked[-1][2]
             while asked and held > FETCH_AHEAD_BYTES:
                 held -= asked[0][2]
@@ -181,14 +181,13 @@ def load(
         for each in asked_ahead():
             decode(*each)
             while len(pending) > 1 and sum(held for _, _, held in pending) > ahead_bytes:
-                yield _finished(*pending.popleft()[:2])
+                yield _finished(*pending.popleft())
         while pending:
-            yield _finished(*pending.popleft()[:2])
+            yield _finished(*pending.popleft())
     finally:
         reader.stop()
         for pool in (asking, fetching, decoding):  # in this order: those that decode may wait for those that fetch
-            if pool:
-                pool.shutdown(cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
         reader.close()
 
 
@@ -197,7 +196,7 @@ def _bytes(manifest: Manifest, crops: Crops) -> int:
     return int(manifest.sizes[crops.rows].sum())
 
 
-def _finished(batch: Batch, parts: list["Future[None]"]) -> Batch:
+def _finished(batch: Batch, parts: list["Future[None]"], _: int) -> Batch:
     for part in parts:
         part.result()
     return batch

@@ -38,14 +38,16 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
         raise
     lock_path = path.with_suffix(".lock")
     with _locked(lock_path):  # one worker of the node reads, the others wait
-        if not _is_whole(path):
+        try:
+            clips = _map(path)
+        except (OSError, pa.ArrowException):  # it is not there; or a power cut left it empty
             _write(load_sources(sources), path)
             _give_memory_back()
+            clips = _map(path)
         file = path.open("rb")
         if os.fstat(file.fileno()).st_uid != os.getuid():
             raise UserError(f"{path}: another user's file in the way; remove it, or set TMPDIR to another folder")
         fcntl.flock(file, fcntl.LOCK_SH)  # as long as it is in use
-        clips = _map(path)
     try:
         yield clips
     finally:
@@ -53,15 +55,6 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
             lock_path.unlink()
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the file is there and can be read; after a power cut it may be empty."""
-    try:
-        _map(path)
-    except (OSError, pa.ArrowException):
-        return False
-    return True
 
 
 @contextmanager

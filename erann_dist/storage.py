@@ -94,13 +94,12 @@ class ClipReader:
         """
         if self._cache and fetched is None and self._cached(self._cache, row, start, out):
             return
-        # A clip that was asked for twice before it came is kept once. (A record that is spoiled must be replaced.)
-        kept = bool(self._cache and fetched and self._cache.has(self._clip_id(row)))
         for careful in (False, True):
             try:
                 self._read_origin(row, careful, None if careful else fetched)
                 clip_buffer().crop(start, len(out), out)
-                if self._cache and self._cache.keeping and not kept:
+                # A clip that was asked for twice before it came is kept once; a spoiled record must be replaced.
+                if self._cache and self._cache.keeping and not (fetched and self._cache.has(self._clip_id(row))):
                     self._keep(self._cache, row)
                 return
             except DecodeError as error:

@@ -1,6 +1,7 @@
 """Evaluating a model folder on a shard set, and tagging a shard set or single files with it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,7 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
     model, _ = load_model(Path(config["model"]))
     source = DataSource(**config["source"])
     clips = load_source(source)
-
-    def progress(done: int, total: int) -> None:
-        if workers.is_first:
-            emit(EvaluationProgress(0, done, total))
-
+    progress = _progress(workers, emit)
     predictions = evaluation.score(model.to(workers.device), clips, workers, loader_threads=2, progress=progress)
     if predictions:
         metrics = evaluation.detail(predictions, clips, len(clips) + count_reported(source))
@@ -75,16 +72,22 @@ def tag_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     torch.set_num_threads(1)  # as in evaluate_worker
     model, info = load_model(Path(config["model"]))
     clips = load_source(DataSource(url=config["url"]))
+    model.to(workers.device)
+    progress = _progress(workers, emit)
+    scores = evaluation.score_stream(model, info.task, clips, workers, threads=2, progress=progress)
+    if scores is not None:
+        evaluation.write_scores(Path(config["out"]), clips.keys, scores, info.label_ids)
+    workers.wait_for_all()
+
+
+def _progress(workers: Workers, emit: Emit) -> Callable[[int, int], None]:
+    """What tells of the clips that are done, on the first worker."""
 
     def progress(done: int, total: int) -> None:
         if workers.is_first:
             emit(EvaluationProgress(0, done, total))
 
-    model.to(workers.device)
-    scores = evaluation.score_stream(model, info.task, clips, workers, threads=2, progress=progress)
-    if scores is not None:
-        evaluation.write_scores(Path(config["out"]), clips.keys, scores, info.label_ids)
-    workers.wait_for_all()
+    return progress
 
 
 @torch.inference_mode()

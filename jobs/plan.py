@@ -250,12 +250,13 @@ def _scaling(setting: Setting, stretches: list[Stretch], workers: int) -> dict[s
     def micro_batches_of_a_node(number: int) -> int:
         return min(number, per_node) * micro_batches_per_rank(optim, number)
 
-    def at(stretch: Stretch, number: int) -> StepTime:
+    def at(full_node: Reads, number: int) -> StepTime:
         share = micro_batches_of_a_node(number) / micro_batches_of_a_node(workers)
-        return setting.step_time(setting.reads(stretch)[0].scaled(share), number)  # the first node is full
+        return setting.step_time(full_node.scaled(share), number)
 
+    at_first, at_last = (setting.reads(stretch)[0] for stretch in (stretches[0], stretches[-1]))  # of a full node
     most = optim.global_batch // optim.micro_batch
-    late = {number: at(stretches[-1], number) for number in range(1, most + 1)}
+    late = {number: at(at_last, number) for number in range(1, most + 1)}
     fastest = min(each.seconds for each in late.values())
     enough = min(number for number, each in late.items() if fastest >= _ENOUGH * each.seconds)
     shown = {2**i for i in range(most.bit_length())} | {workers, enough, most}
@@ -264,7 +265,7 @@ def _scaling(setting: Setting, stretches: list[Stretch], workers: int) -> dict[s
             {
                 "gpus": number,
                 "examples_per_s": optim.global_batch / late[number].seconds,
-                "at_first": optim.global_batch / at(stretches[0], number).seconds,
+                "at_first": optim.global_batch / at(at_first, number).seconds,
                 "efficiency": late[1].seconds / late[number].seconds / number,
                 "limit": late[number].limit,
             }

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
@@ -27,6 +28,7 @@ from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
 from erann_dist import s3, s3_ranges
+from erann_dist.folder import open_folder
 
 BUCKET = "sounds"
 SECRET = "the-secret-access-key"  # of no use outside of a test; one test looks for it in messages
@@ -188,6 +190,15 @@ def s3_server() -> Iterator[Server]:
             client.close()
             _forget_everything(upstream)
             moto.stop()
+
+
+def put_set(server: Server, shards: Path) -> None:
+    """A shard set into the bucket, as set/; the requests for it are not counted."""
+    folder = open_folder(f"{server.bucket_url}/set", server.endpoint)
+    for path in shards.iterdir():
+        if path.is_file():
+            folder.write(path.name, path.read_bytes())
+    server.requests.clear()
 
 
 def forget_clients() -> None:

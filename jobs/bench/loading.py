@@ -42,9 +42,7 @@ from jobs.progress import console
 
 _BATCH = 32
 _BLOCK = 512
-_WARM_UP = (
-    0.2  # of the batches: the first ones are not counted, in which processes start and memory is had from the system
-)
+_WARM_UP = 0.2  # of the batches: in the first ones, not counted, processes start and memory is had from the system
 
 Way = Callable[["Task"], Iterator[int]]  # loads all batches; tells how many clips have come since it last told
 
@@ -63,10 +61,12 @@ class Task:
     def clips(self) -> Manifest:
         return load_manifest(self.shards, self.endpoint)
 
+    def sampler(self, clips: Manifest) -> BalancedSampler:
+        return BalancedSampler(class_lists(clips.label_values, clips.label_offsets, clips.num_classes), 0)
+
     def crops(self, clips: Manifest) -> list[Crops]:
         positions = np.arange(self.batches * _BATCH)
-        lists = class_lists(clips.label_values, clips.label_offsets, clips.num_classes)
-        rows = BalancedSampler(lists, 0).draw(positions)
+        rows = self.sampler(clips).draw(positions)
         drawn = zip(np.split(rows, self.batches), np.split(positions, self.batches), strict=True)
         return [random_crops(clips, rows, positions, 0, self.crop_samples) for rows, positions in drawn]
 
@@ -94,7 +94,7 @@ def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[
     }
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, _s3(shards, Path(scratch)) as remote:
         if remote:
-            there = Task(remote[0], batches, task.crop_samples, cores, remote[1])
+            there = dataclasses.replace(task, shards=remote[0], endpoint=remote[1])
             cached = dataclasses.replace(there, cache=f"{scratch}/cache")
             ways |= {
                 "s3_arrow": (partial(_bare_client, client="arrow"), there),
@@ -335,8 +335,7 @@ def _bytes(clips: Manifest, row: int) -> bytes:
 
 def _draw_seconds(task: Task) -> float:
     """Seconds to draw one clip, in blocks as training draws."""
-    clips = task.clips()
-    sampler = BalancedSampler(class_lists(clips.label_values, clips.label_offsets, clips.num_classes), 0)
+    sampler = task.sampler(task.clips())
     began = time.perf_counter()
     for block in range(100):
         sampler.draw(np.arange(block * _BLOCK, (block + 1) * _BLOCK))

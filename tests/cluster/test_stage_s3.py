@@ -27,6 +27,7 @@ from tests.s3 import (
     Fault,
     Request,
     Server,
+    put_set,
     s3_server,
     slow,
 )
@@ -47,10 +48,7 @@ def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(s3, "PAUSE_S", 0.005)
     monkeypatch.setattr(s3, "RANGE", 100_000)  # several in a tar
     with s3_server() as server:
-        folder = open_folder(f"{server.bucket_url}/set", server.endpoint)
-        for path in shards.iterdir():
-            folder.write(path.name, path.read_bytes())
-        server.requests.clear()
+        put_set(server, shards)
         yield server
 
 

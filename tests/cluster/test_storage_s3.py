@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from erann_dist import loader, s3, s3_ranges
 from erann_dist.cache import ClipCache
 from erann_dist.errors import UserError
-from erann_dist.folder import open_folder
 from erann_dist.loader import BadClips, Crops, load, random_crops
 from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.recipe import Recipe
@@ -38,6 +37,7 @@ from tests.s3 import (
     Request,
     Server,
     always,
+    put_set,
     s3_server,
     slow,
 )
@@ -58,11 +58,7 @@ def server(shards: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(s3, "PAUSE_S", 0.005)
     monkeypatch.setattr(s3_ranges, "REQUEST_S", 2.0)
     with s3_server() as server:
-        folder = open_folder(f"{server.bucket_url}/set", server.endpoint)
-        for path in shards.iterdir():
-            if path.is_file():
-                folder.write(path.name, path.read_bytes())
-        server.requests.clear()
+        put_set(server, shards)
         yield server
 
 

@@ -31,6 +31,7 @@ from tests.s3 import (
     Fault,
     Request,
     Server,
+    put_set,
     s3_server,
     slow,
 )
@@ -59,11 +60,7 @@ def server(running: Server, shards: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(s3, "PAUSE_S", 0.001)
     monkeypatch.setattr(s3, "SILENCE_S", 0.3)
     running.empty()
-    folder = open_folder(f"{running.bucket_url}/set", running.endpoint)
-    for path in shards.iterdir():
-        if path.is_file():
-            folder.write(path.name, path.read_bytes())
-    running.requests.clear()
+    put_set(running, shards)
     yield running
     running.empty()
 
