@@ -1,8 +1,9 @@
 """The workers of one run, and what they say to each other. A process group always exists, also for one worker."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,9 @@ class Workers:
     rank: int
     world_size: int
     device: torch.device
+    launched: float = field(default_factory=time.time)  # when the command was started, in unix time
+    failure: str | None = None  # why the workers before these ended, if this command started those too
+    notice: Callable[[], str | None] = lambda: None  # says why this worker is about to be taken away, once it knows
 
     @property
     def is_first(self) -> bool:

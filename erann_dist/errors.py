@@ -15,3 +15,9 @@ class UsageError(UserError):
     """What was typed can't be used, whatever the data says."""
 
     exit_code = 2
+
+
+class Stopped(UserError):
+    """The run was told to stop, and has saved what it had."""
+
+    exit_code = 143  # as of a process that SIGTERM ended

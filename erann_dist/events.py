@@ -1,13 +1,17 @@
 """What a run says while it goes on. The loop emits events; metrics.jsonl, TensorBoard and the live view read them."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from erann_dist import strict_json
 from erann_dist.storage import write_text
+
+# failure: workers were lost, hung, or the command before this one ended; resize: there are more or fewer of them.
+IncidentKind = Literal["bad_clip", "cache", "bad_step", "checkpoint", "failure", "preemption", "resize"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class Started:
     train_clips: int
     eval_clips: int
     resumed_from: str | None
+    launched: float  # when the command was started, in unix time; the same for all starts of its workers
+    hosts: list[str]  # by rank
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class Step:
     examples_per_s: float
     clips_per_s: float  # decoded; twice the examples with fresh mixup partners
     data_wait: float  # share of the time, on the first worker
+    steps: int  # over which it averages: the last ones
+    seconds: float  # that they took, without checkpoints and evaluations
+    grad_norm: float  # of the whole gradient, before clipping
     read_mb_per_s: float  # by the first worker, from shards and cache
     cache_hits: float | None  # share of its clips that came from the cache; none without a cache
     bad_clips: int  # that it gave up so far
@@ -52,27 +61,36 @@ class Evaluated:
     step: int
     clips: int
     metrics: dict[str, float]
+    averaged: int | None = None  # how many checkpoints' mean weights these are; none: the run's own
 
 
 @dataclass(frozen=True)
 class CheckpointSaved:
+    """When it is committed, some steps later."""
+
     step: int
     path: str
-    seconds: float
+    seconds: float  # until it was committed
+    stall_s: float  # that training was held up
 
 
 @dataclass(frozen=True)
 class Incident:
-    """What a person should know of, though the run goes on: a bad clip, a cache that is full."""
+    """What a person should know of, though the run goes on."""
 
     step: int
-    text: str
+    kind: IncidentKind
+    text: str  # one line: what, where
+    steps_lost: int = 0  # that had been computed and are computed again
+    seconds_lost: float = 0.0  # since the last step that counts was done
+    keys: list[str] = field(default_factory=list)  # of the clips concerned
 
 
 @dataclass(frozen=True)
 class Finished:
     step: int
     seconds: float  # of this start of the run
+    goodput: float  # share of the time since the first start of the run that was spent on steps that count
     outcome: dict[str, Any] = field(default_factory=dict)
 
 
@@ -91,7 +109,9 @@ class MetricsFile:
 
     def __call__(self, event: Event) -> None:
         if not isinstance(event, EvaluationProgress):
-            self._file.write(strict_json.dumps({"event": type(event).__name__, **asdict(event)}) + "\n")
+            self._file.write(
+                strict_json.dumps({"event": type(event).__name__, "time": time.time(), **asdict(event)}) + "\n"
+            )
 
 
 def _is_of_step(line: str, last: int) -> bool:

@@ -8,6 +8,7 @@ B / M computes the same function, up to the order of summation.
 import fcntl
 import importlib.metadata
 import math
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -150,6 +151,7 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
     sampler = make_sampler(recipe, clips)
     clips_per_example = len(clip_positions(np.arange(1), recipe.augment.mixup, recipe.augment.partner))
 
+    hosts = workers.gather_all(socket.gethostname())
     say = _announcer(run_dir, first_step, emit) if workers.is_first else _silent
     say(
         Started(
@@ -160,6 +162,8 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
             train_clips=len(clips),
             eval_clips=len(eval_clips),
             resumed_from=str(resumed_from) if resumed_from else None,
+            launched=workers.launched,
+            hosts=hosts,
         )
     )
 
@@ -200,7 +204,7 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
             cache_problems.add(cache.problem)
         known = bad_clips.found | {problem: problem for problem in cache_problems}
         for key in sorted(known.keys() - told):
-            say(Incident(step, known[key]))
+            say(Incident(step, "cache" if key in cache_problems else "bad_clip", known[key]))
             told.add(key)
 
     def save(step: int) -> None:
@@ -212,7 +216,7 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
         if workers.is_first:
             facts = _facts(step, recipe, clips, told & bad_clips.found.keys())
             path = checkpoint.save(run_dir / "checkpoints", facts, state, recipe.checkpoint.keep_last)
-            say(CheckpointSaved(step, str(path), time.perf_counter() - saving))
+            say(CheckpointSaved(step, str(path), time.perf_counter() - saving, time.perf_counter() - saving))
         workers.wait_for_all()
 
     read = Counter[str]()
@@ -278,7 +282,7 @@ def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: M
         evaluation.write_predictions(run_dir / "predictions.parquet", predictions, eval_clips)
         save_model(run_dir / "model", model, model_info, metrics, model_card(model_info, metrics, recipe))
         outcome = evaluation.summarise(predictions, info.task) | {"model": str(run_dir / "model")}
-        say(Finished(steps, time.perf_counter() - began, outcome))
+        say(Finished(steps, time.perf_counter() - began, 1.0, outcome))
     workers.wait_for_all()
 
 
@@ -315,6 +319,9 @@ class _Window:
             examples_per_s=examples,
             clips_per_s=examples * clips_per_example,
             data_wait=self.waited / seconds,
+            steps=len(self.losses),
+            seconds=seconds,
+            grad_norm=0.0,
             read_mb_per_s=(read["bytes_cache"] + read["bytes_origin"]) / 1e6 / seconds,
             cache_hits=read["clips_cache"] / clips if self._with_cache and clips else None,
             bad_clips=bad_clips,

@@ -34,14 +34,14 @@ def demo(folder: Path) -> dict[str, Any]:
             write_synthetic_audioset(folder / "audioset")
         complete.touch()
     packed = {}
-    with ray_cluster(cpus=recipe.run.workers):
+    with ray_cluster(cpus=recipe.run.max_workers):
         _title("2 of 5  pack it into tar shards, and verify them")
         lists = (synthetic.train_segments, synthetic.eval_segments)
         for source, segments in zip(recipe.data.train + recipe.data.eval, lists, strict=True):
             rows = read_audioset(segments, synthetic.audio, synthetic.classes)
             packed[source.url] = pack(rows, open_folder(source.url), _PACKING)
             verify(open_folder(source.url))
-        workers = f"{recipe.run.workers} DeepSpeed workers on an embedded Ray cluster"
+        workers = f"{recipe.run.max_workers} DeepSpeed workers on an embedded Ray cluster"
         _title(f"3 of 5  pretrain {recipe.model.variant}: {workers}")
         with RunView() as view:
             result = pretrain(recipe, "auto", None, view)

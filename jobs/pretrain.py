@@ -36,7 +36,7 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
             train_worker,
             {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir)},
             launcher=recipe.run.launcher,
-            num_workers=recipe.run.workers,
+            num_workers=recipe.run.max_workers,
             device=recipe.run.device,
             on_event=on_event,
             address=address,

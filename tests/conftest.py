@@ -82,7 +82,7 @@ def small_recipe(shards: Path, run_dir: Path, **sections: dict[str, object]) -> 
         "model": {"variant": "ERANN-3-1"},
         "data": {"train": str(shards), "eval": str(shards), "crop_s": 1.0},
         "augment": {},
-        "optim": {"global_batch": 16, "micro_batch": 4, "examples": 64},
+        "optim": {"global_batch": 16, "micro_batch": 4, "examples": 64, "small_micro_batch": True},
         "checkpoint": {"every": 100},
         "run": {
             "name": run_dir.name,
