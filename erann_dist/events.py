@@ -94,7 +94,14 @@ class Finished:
     outcome: dict[str, Any] = field(default_factory=dict)
 
 
-Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished
+@dataclass(frozen=True)
+class Discarded:
+    """In metrics.jsonl, in place of the last lines of a start whose steps are computed again: until when it ran."""
+
+    step: int  # of the last of them
+
+
+Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished | Discarded
 Emit = Callable[[Event], None]
 
 
