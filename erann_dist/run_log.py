@@ -247,6 +247,27 @@ def goodput(lines: Sequence[Line], now: float) -> float:
     return min(1.0, counted / running) if running else 0.0  # clocks of several hosts may disagree
 
 
+class CommandGoodput:
+    """The goodput of a command from its events, for those that watch it; the log knows of the commands before too."""
+
+    def __init__(self) -> None:
+        self._launched = 0.0
+        self._counted: list[Step] = []
+        self._seconds = 0.0
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._launched = event.launched
+            while self._counted and self._counted[-1].step > event.step:
+                self._seconds -= self._counted.pop().seconds
+        elif isinstance(event, Step):
+            self._counted.append(event)
+            self._seconds += event.seconds
+
+    def at(self, now: float) -> float:
+        return min(1.0, self._seconds / (now - self._launched)) if now > self._launched else 0.0
+
+
 def _done_at(line: Line) -> float:
     """When the step of a line was done: before a checkpoint of it was begun."""
     return line["time"] - line["seconds"] if line["event"] == "CheckpointSaved" else line["time"]

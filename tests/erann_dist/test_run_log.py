@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from erann_dist.events import CheckpointSaved, Discarded, Evaluated, EvaluationProgress, Finished, Incident, Step
 from erann_dist.folder import LocalFolder
-from erann_dist.run_log import Line, Lost, RunLog, as_line, continued, goodput, lost, read_log
+from erann_dist.run_log import CommandGoodput, Line, Lost, RunLog, as_line, continued, goodput, lost, read_log
 from tests.run_logs import started, step
 
 
@@ -196,6 +196,7 @@ def test_time_is_accounted_for_over_kills_and_commands(data: Any, log_every: int
     saved = [0]
     good: dict[int, float] = {}  # seconds of the windows that count, by their last step
     all_lost = 0.0
+    watched = CommandGoodput()
     for _ in range(data.draw(st.integers(1, 4), "commands")):
         launched = now = now + data.draw(PAUSE, "pause")  # commands are told apart by when they were started
         for _ in range(data.draw(st.integers(1, 3), "starts")):
@@ -209,6 +210,7 @@ def test_time_is_accounted_for_over_kills_and_commands(data: Any, log_every: int
             assert loss.last_step == max(begin, computed)
             assert 0 <= loss.seconds <= ran + now - launched
             all_lost += loss.seconds
+            watched.add(started(begin, launched))
             good = {last: seconds for last, seconds in good.items() if last <= begin}
             lines = continued(lines, begin)
             lines.append(as_line(started(begin, launched), now))
@@ -220,6 +222,7 @@ def test_time_is_accounted_for_over_kills_and_commands(data: Any, log_every: int
                 now += window[-1]
                 if done % log_every == 0:
                     good[done] = sum(window)
+                    watched.add(step(done, steps=len(window), seconds=good[done]))
                     lines.append(as_line(step(done, steps=len(window), seconds=good[done]), now))
                     window, ended = [], now
                 if done % save_every == 0:
@@ -232,6 +235,8 @@ def test_time_is_accounted_for_over_kills_and_commands(data: Any, log_every: int
             share = goodput(lines, now)
             assert 0 <= share <= 1
             assert share == (sum(good.values()) / (ran + now - launched) if ran + now > launched else 0)
+            if ran == 0:
+                assert watched.at(now) == share
             assert all_lost + sum(good.values()) <= ran + now - launched
         ran += ended - launched
         assert {line["step"] for line in lines if line["event"] == "Step"} == good.keys()
