@@ -2,7 +2,10 @@
 
 from typing import Any
 
-from erann_dist.events import Started, Step
+from erann_dist import strict_json
+from erann_dist.events import Event, Started, Step
+from erann_dist.folder import Folder
+from erann_dist.run_log import LOG, as_line
 
 
 def started(at: int = 0, launched: float = 0.0, **others: Any) -> Started:
@@ -40,3 +43,8 @@ def step(done: int, **others: Any) -> Step:
         }
         | others
     )
+
+
+def write_log(folder: Folder, *events: tuple[float, Event]) -> None:
+    """A run's log, of events and the times at which they came."""
+    folder.write(LOG, "".join(strict_json.dumps(as_line(event, when)) + "\n" for when, event in events).encode())

@@ -3,14 +3,17 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from erann_dist.errors import UsageError, UserError
 from erann_dist.events import CheckpointSaved
 from erann_dist.folder import Folder, open_folder
 from erann_dist.run_log import RunLog, read_log
-from tests.run_logs import started, step
-from tests.s3 import DROP, INTERNAL_ERROR, LOSE, Server, always, once, s3_server
+from jobs.runs import find_run, list_runs, show_run
+from tests.run_logs import started, step, write_log
+from tests.s3 import DENIED, DROP, INTERNAL_ERROR, LOSE, Server, always, once, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +166,33 @@ def test_a_single_fault_is_no_problem(server: Server, folder: Folder) -> None:
     log.close()
     assert log.problem is None
     assert steps(folder) == [1]
+
+
+def test_the_runs_below_a_prefix(server: Server, tmp_path: Path) -> None:
+    now = time.time()
+    for name, began in (("one", now - 20), ("study/two", now - 90000)):
+        folder = open_folder(f"{server.bucket_url}/runs/{name}", server.endpoint)
+        write_log(folder, (began, started(launched=began)), (began + 10, step(4, seconds=5.0)))
+        folder.write("checkpoints/step-00000004-0001/COMMITTED", b"{}")
+    url = f"{server.bucket_url}/runs"
+    listed = {run["run"]: run["state"] for run in list_runs(url, server.endpoint)["runs"]}
+    assert listed == {"one": "running", "study/two": "stopped"}
+    assert find_run(url, "study/two", server.endpoint) == (url, "study/two")
+    assert find_run(f"{url}/one/", None, server.endpoint) == (url, "one")
+    shown = show_run(url, "study/two", server.endpoint, tmp_path / "two.png")
+    assert (shown["step"], shown["goodput"]) == (4, 0.5)
+    assert (tmp_path / "two.png").stat().st_size > 10_000
+
+
+def test_prefixes_without_the_run(server: Server) -> None:
+    url = f"{server.bucket_url}/runs"
+    with pytest.raises(UsageError, match=f"^{url}: no run in it, no metrics.jsonl below it"):
+        list_runs(url, server.endpoint)
+    write_log(open_folder(f"{url}/one", server.endpoint), (1.0, started()))
+    with pytest.raises(UsageError, match=f"^{url}: no run on; did you mean one\\?$"):
+        find_run(url, "on", server.endpoint)
+    with pytest.raises(UserError, match="could not be listed: no such bucket"):
+        list_runs("s3://nowhere/runs", server.endpoint)
+    server.faults = always(DENIED)
+    with pytest.raises(UserError, match=f"^{url} could not be listed: access denied"):
+        list_runs(url, server.endpoint)
