@@ -82,7 +82,8 @@ class RunView:
         self._bar: Bar | None = None
         self._title = ""
         self._steps = 0
-        self._status: _Status | None = None
+        self._status = _Status()
+        self._is_live = False
 
     def __enter__(self) -> "RunView":
         return self
@@ -91,6 +92,7 @@ class RunView:
         self._open.close()
 
     def __call__(self, event: Event) -> None:
+        self._status.update(event)
         if isinstance(event, Started):
             self._start(event)
         elif isinstance(event, Incident):
@@ -100,23 +102,20 @@ class RunView:
             _say(f"{_evaluation(event)}  on {event.clips} clips")
         elif isinstance(event, Finished):
             _say(f"finished after {duration(event.seconds)}, goodput of the whole run {event.goodput:.1%}")
-        elif self._status is None:
+        elif not self._is_live:
             self._show_bar(event)
-        if self._status:
-            self._status.update(event)
 
     def _start(self, event: Started) -> None:
-        hosts = len(set(event.hosts))
-        where = f"{event.workers} worker{'s' * (event.workers > 1)} on {event.device}" + f", {hosts} hosts" * (
-            hosts > 1
-        )
+        where = f"{event.workers} worker{'s' * (event.workers > 1)} on {event.device}"
+        if (hosts := len(set(event.hosts))) > 1:
+            where += f", {hosts} hosts"
         _say(f"training on {event.train_clips} clips, evaluating on {event.eval_clips}, {where}")
         if event.resumed_from:
             _say(f"going on from step {event.step} of {event.steps} ({event.resumed_from})")
         self._steps = event.steps
         self._close_bar()
-        if console.is_terminal and not self._status:
-            self._status = _Status(event)
+        if console.is_terminal and not self._is_live:
+            self._is_live = True
             self._open.enter_context(Live(get_renderable=self._status.page, console=console, refresh_per_second=2))
 
     def _show_bar(self, event: Event) -> None:
@@ -140,23 +139,24 @@ class RunView:
 
 
 class _Status:
-    """How a run stands, as a page."""
+    """How a run stands, as a page once it has started."""
 
-    def __init__(self, started: Started) -> None:
+    def __init__(self) -> None:
+        self._started: Started | None = None
+        self._first: tuple[int, float] | None = None  # step of these workers that was told of, and when that was
+        self._step: tuple[Step, float] | None = None
+        self._scoring: EvaluationProgress | None = None
         self._goodput = CommandGoodput()
         self._incidents = 0
         self._checkpoint: tuple[CheckpointSaved, float] | None = None  # the last, and when it was told
         self._evaluations: list[Evaluated] = []  # of the run's own weights
-        self.update(started)
 
     def update(self, event: Event) -> None:
         now = time.time()
         self._goodput.add(event)
         if isinstance(event, Started):
             self._started = event
-            self._first: tuple[int, float] | None = None  # step of these workers, and when it was told
-            self._step: tuple[Step, float] | None = None
-            self._scoring: EvaluationProgress | None = None
+            self._first = self._step = self._scoring = None
         elif isinstance(event, Step):
             self._step = event, now
             self._first = self._first or (event.step, now)
@@ -172,15 +172,17 @@ class _Status:
             self._incidents += 1
 
     def page(self) -> Table:
+        assert self._started
+        latest, scoring = self._step, self._scoring  # the terminal is painted by a thread, while events come
         now = time.time()
         page = Table.grid(padding=(0, 2, 0, 0))
         page.add_column(style="dim", min_width=len("checkpoint"))
         page.add_column(no_wrap=True, overflow="ellipsis")
-        steps, done = self._started.steps, self._step[0].step if self._step else self._started.step
+        steps, done = self._started.steps, latest[0].step if latest else self._started.step
         left = _time_left(done, steps, self._first, now)
         page.add_row("step", _with_bar(done, steps, f", {left}" if left else ""))
-        if self._step:
-            step, told = self._step
+        if latest:
+            step, told = latest
             page.add_row(
                 "loss",
                 f"{step.loss:.4f}  learning rate {step.lr:.2e}  gradient norm {step.grad_norm:.3g}  "
@@ -191,8 +193,8 @@ class _Status:
                 f"{step.examples_per_s:,.1f} examples/s  {step.clips_per_s:,.1f} clips/s  "
                 f"waiting for data {step.data_wait:.1%}",
             )
-        if self._scoring:
-            page.add_row("scoring", _with_bar(self._scoring.done, self._scoring.total, " clips"))
+        if scoring:
+            page.add_row("scoring", _with_bar(scoring.done, scoring.total, " clips"))
         if self._evaluations:
             last, best = self._evaluations[-1], max(self._evaluations, key=score)
             name = next(iter(last.metrics))
