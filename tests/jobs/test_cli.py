@@ -32,6 +32,7 @@ COMMANDS = [
     "pretrain",
     "evaluate",
     "tag",
+    "runs",
     "demo",
 ]
 
