@@ -1,6 +1,9 @@
 """A training run: check that it can be started or resumed, launch its workers, say what came of it."""
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,25 +34,41 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
         if is_first_process():
             # What is wrong with the data shows here, before a cluster is started or a folder made.
             load_train_and_eval(recipe.data)
-            _write_recipe(recipe, run_dir)
-        launch(
-            train_worker,
-            {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir)},
-            launcher=recipe.run.launcher,
-            num_workers=recipe.run.workers if isinstance(recipe.run.workers, int) else (recipe.run.min_workers, recipe.run.max_workers),
-            device=recipe.run.device,
-            on_event=on_event,
-            address=address,
-            heeds_notice=True,
-            max_failures=recipe.run.max_failures,
-            wait_for_workers=recipe.run.wait_for_workers,
-            hang_timeout=recipe.run.hang_timeout,
-        )
+        with _only_one(run_dir) if is_first_process() else nullcontext():
+            if is_first_process():
+                _write_recipe(recipe, run_dir)
+            launch(
+                train_worker,
+                {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir)},
+                launcher=recipe.run.launcher,
+                num_workers=recipe.run.max_workers,
+                min_workers=recipe.run.min_workers,
+                device=recipe.run.device,
+                on_event=on_event,
+                address=address,
+                heeds_notice=True,
+                max_failures=recipe.run.max_failures,
+                wait_for_workers=recipe.run.wait_for_workers,
+                hang_timeout=recipe.run.hang_timeout,
+            )
     return outcome(run_dir)
 
 
-def _write_recipe(recipe: Recipe, run_dir: Path) -> None:
+@contextmanager
+def _only_one(run_dir: Path) -> Iterator[None]:
+    """Hold the run's folder for this command: two at a time would each take the other's workers for lost ones."""
     run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run_dir}: this run is being trained by another process; stop that first") from error
+        except OSError:
+            pass  # a file system without locks; checkpoints are fenced all the same
+        yield
+
+
+def _write_recipe(recipe: Recipe, run_dir: Path) -> None:
     settings = recipe.model_dump(mode="json", exclude_none=True)
     write_text(run_dir / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
 

@@ -3,6 +3,7 @@
 The workers are a small stand-in for the training: a step is an all-reduce, its checkpoint a file with a number.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -45,16 +46,22 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
         workers.wait_for_all()
 
     for step in range(first, config["steps"]):
+        if "watchdog_s" in config:
+            faulthandler.dump_traceback_later(config["watchdog_s"], exit=True)
         notice = workers.notice()
         told = torch.tensor([float(notice is not None)])
         dist.all_reduce(told)
         if told.item():
             save(step)
             raise Stopped(f"stopped at step {step}: {notice}")
-        if (fault := config.get("fault")) and step == config["fault_step"] and workers.rank == workers.world_size - 1:
-            if fault == "user error":
+        if step == config.get("fault_step") and workers.rank == workers.world_size - 1:
+            if config["fault"] == "user error":
                 raise UserError("clip 7 is bad")
-            raise RuntimeError("no such device")
+            if config["fault"] == "exception":
+                raise RuntimeError("no such device")
+            if not (place / "stuck").exists():
+                (place / "stuck").touch()
+                time.sleep(SECONDS)
         if workers.is_first:
             write_text(place / "step", str(step + 1))
         time.sleep(config["step_s"])
@@ -64,12 +71,13 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
 
 
 COMMAND = """
+import os
+if os.environ.get("TRACE"): exec(open(os.environ["TRACE"]).read())
 import json, sys
 from cluster.launch import launch
 from erann_dist.errors import UserError
 from tests.cluster.test_faults import count_steps
 config, options = json.loads(sys.argv[1])
-options["num_workers"] = tuple(options["num_workers"])
 try:
     launch(count_steps, config, launcher=options.pop("launcher", "ray"), device="cpu", heeds_notice=True,
            on_event=lambda event: print(event, flush=True), **options)
@@ -85,7 +93,7 @@ class Command:
     def __init__(self, place: Path, config: dict[str, Any], **options: Any) -> None:
         self.place = place
         config = {"place": str(place), "steps": 40, "every": 10, "step_s": 0.1} | config
-        options = {"num_workers": [2, 2], "max_failures": 2, "wait_for_workers": SECONDS} | options
+        options = {"num_workers": 2, "max_failures": 2, "wait_for_workers": SECONDS} | options
         self.log = place / "log"
         arguments = [sys.executable, "-c", COMMAND, json.dumps([config, options])]
         with self.log.open("w") as log:
@@ -218,9 +226,18 @@ def test_a_worker_that_is_stopped(two_nodes: Nodes, tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+def test_a_worker_that_is_stuck(two_nodes: Nodes, tmp_path: Path) -> None:
+    """The watchdogs end it, and the one that waits for it."""
+    stuck = {"fault": "stuck", "fault_step": 15, "watchdog_s": 5}
+    with running(tmp_path, stuck, address=two_nodes.address) as command:
+        _, second = command.end()
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert "watchdog" in second[0]["failure"]
+
+
 def test_a_node_that_is_lost_and_one_that_joins(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
     nodes = own_nodes(2)
-    with running(tmp_path, {"steps": 200}, num_workers=[1, 2], address=nodes.address) as command:
+    with running(tmp_path, {"steps": 200}, num_workers=2, min_workers=1, address=nodes.address) as command:
         command.wait_for_step(15)
         nodes.remove(nodes.nodes[1])
         command.wait_until(lambda: len(command.starts()) == 2)
@@ -240,7 +257,9 @@ def test_a_node_that_is_lost_and_one_that_joins(own_nodes: Callable[[int], Nodes
 def test_a_node_that_is_preempted(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
     """No step is lost, nobody waits for the end of the notice, and the node is not taken again while it lasts."""
     nodes = own_nodes(2)
-    with running(tmp_path, {"steps": 100}, num_workers=[1, 2], address=nodes.address, max_failures=0) as command:
+    with running(
+        tmp_path, {"steps": 100}, num_workers=2, min_workers=1, address=nodes.address, max_failures=0
+    ) as command:
         command.wait_for_step(15)
         nodes.drain(nodes.nodes[1])
         first, second = command.end()
@@ -288,7 +307,7 @@ def test_the_command_is_killed_and_run_again(two_nodes: Nodes, tmp_path: Path) -
 
 
 def test_more_workers_than_the_cluster_has(two_nodes: Nodes, tmp_path: Path) -> None:
-    options = {"num_workers": [3, 4], "address": two_nodes.address, "wait_for_workers": 3}
+    options = {"num_workers": 4, "min_workers": 3, "address": two_nodes.address, "wait_for_workers": 3}
     with running(tmp_path, {}, **options) as command:
         assert command.end(1) == []
     text = command.log.read_text()
