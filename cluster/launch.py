@@ -43,8 +43,8 @@ def launch(
     heeds_notice: the function looks at workers.notice; SIGTERM and SIGUSR1 then come to it as one.
     Raises the worker's UserError, or UserError for a worker that was lost.
 
-    Ray only. address: the cluster's; none starts an embedded one. min_workers: run on fewer than num_workers, down to so
-    many, whenever the cluster has no room for more. max_failures: how many failed starts in a row, without a new
+    Ray only. address: the cluster's; none starts an embedded one. min_workers: run on fewer than num_workers, down to
+    so many, while the cluster has no room for more. max_failures: how many failed starts in a row, without a new
     checkpoint, are followed by another; a Stopped, by which the function follows a notice, is no failure.
     wait_for_workers: seconds that the cluster gets to have room. hang_timeout: seconds that a worker's process may take
     to answer.
@@ -87,9 +87,9 @@ def _launch_under_torchrun(
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         # This is the user's own command: it becomes torchrun, which runs the same command on each worker.
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers)]
-        passed_on = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
-        environment = WORKER_ENVIRONMENT | passed_on | {_LAUNCHED: str(time.time())}
-        os.execve(sys.executable, [*command, *sys.argv], os.environ | environment)
+        signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # they are passed on to the workers
+        environment = WORKER_ENVIRONMENT | {_LAUNCHED: str(time.time())}
+        os.execve(sys.executable, [*command, *signals, *sys.argv], os.environ | environment)
     end_with_parent()  # torchrun's workers would train on beside the next start of the run
     local_device = pick_device(device, int(os.environ["LOCAL_RANK"]))
     launched = float(os.environ.get(_LAUNCHED, time.time()))

@@ -109,10 +109,10 @@ def run_on_ray(
             step = watch.step
             places, notice = ray.get(board.facts.remote())
             stopped, failure = _explain(error, places)
-            if stopped:
-                if stop():
-                    raise stopped
-                failure = notice or failure
+            if stopped and stop():
+                raise stopped
+            if stopped and notice:
+                failure = notice
                 continue
             failures = 1 if watch.saved else failures + 1
             if failures > max_failures:
@@ -232,7 +232,7 @@ def _explain(error: Exception, places: dict[int, Place]) -> tuple[Stopped | None
     first = min(failures, key=lambda rank: (not isinstance(failures[rank], _LOST), rank), default=None)
     if first is None:
         text = _line(getattr(error, "controller_failure", error))
-    elif isinstance(failures[first], _LOST) and (lost := _lost_nodes(places)):
+    elif lost := _lost_nodes(places):
         text = f"node {', '.join(lost)} lost"
     else:
         where = f" on {places[first].ip}" if first in places else ""

@@ -95,9 +95,11 @@ class Command:
         config = {"place": str(place), "steps": 40, "every": 10, "step_s": 0.1} | config
         options = {"num_workers": 2, "max_failures": 2, "wait_for_workers": SECONDS} | options
         self.log = place / "log"
-        arguments = [sys.executable, "-c", COMMAND, json.dumps([config, options])]
+        (place / "command.py").write_text(COMMAND)
+        arguments = [sys.executable, str(place / "command.py"), json.dumps([config, options])]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(arguments, cwd=Path(__file__).parents[2], stdout=log, stderr=log)
+            self.process = subprocess.Popen(arguments, env=environment, cwd=place, stdout=log, stderr=log)
 
     def wait_until(self, condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + SECONDS
@@ -262,7 +264,7 @@ def test_a_node_that_is_preempted(own_nodes: Callable[[int], Nodes], tmp_path: P
     ) as command:
         command.wait_for_step(15)
         nodes.drain(nodes.nodes[1])
-        first, second = command.end()
+        _, second = command.end()
     assert len(second) == 1
     assert second[0]["from"] > 10
     assert second[0]["failure"].startswith("preempted: node ")
@@ -290,7 +292,7 @@ def test_the_command_is_told_to_stop(two_nodes: Nodes, tmp_path: Path) -> None:
     with running(tmp_path, {"steps": 400}, address=two_nodes.address) as command:
         command.wait_for_step(15)
         command.process.terminate()
-        ((first, _),) = command.end(143)
+        assert len(command.end(143)) == 1
     assert "told to stop by SIGTERM" in command.log.read_text().splitlines()[-1]
     assert int((tmp_path / "saved").read_text()) >= int((tmp_path / "step").read_text())
 
