@@ -1,6 +1,6 @@
 """Workers that are lost, hang, are told to go or are joined by others: on real Ray clusters of several nodes.
 
-The workers are a small stand-in for the training: a step is an all-reduce, its checkpoint a file with a number.
+Most workers are a small stand-in for the training: a step is an all-reduce, its checkpoint a file with a number.
 """
 
 import faulthandler
@@ -19,13 +19,21 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
 
 from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, UserError
 from erann_dist.events import CheckpointSaved, Emit
+from erann_dist.recipe import Recipe
 from erann_dist.storage import write_text
+from shards.sources.audioset import read_audioset
+from tests.commands import Running
+from tests.conftest import pack_here, small_recipe, write_tone_set
+from tests.workers import train_on
 
 SECONDS = 180.0
+STEPS = 60  # of the real training
 
 
 def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
@@ -214,7 +222,7 @@ def test_all_workers_killed(two_nodes: Nodes, tmp_path: Path) -> None:
 
 def test_a_worker_that_is_stopped(two_nodes: Nodes, tmp_path: Path) -> None:
     """It answers nobody; nothing is left of it."""
-    with running(tmp_path, {}, address=two_nodes.address, hang_timeout=5) as command:
+    with running(tmp_path, {}, address=two_nodes.address, hang_timeout=15) as command:
         command.wait_for_step(15)
         pids = [worker["pid"] for worker in command.starts()[0]]
         os.kill(pids[1], signal.SIGSTOP)
@@ -230,7 +238,7 @@ def test_a_worker_that_is_stopped(two_nodes: Nodes, tmp_path: Path) -> None:
 
 def test_a_worker_that_is_stuck(two_nodes: Nodes, tmp_path: Path) -> None:
     """The watchdogs end it, and the one that waits for it."""
-    stuck = {"fault": "stuck", "fault_step": 15, "watchdog_s": 5}
+    stuck = {"fault": "stuck", "fault_step": 15, "watchdog_s": 15}
     with running(tmp_path, stuck, address=two_nodes.address) as command:
         _, second = command.end()
     assert [worker["from"] for worker in second] == [10, 10]
@@ -325,3 +333,84 @@ def test_waits_for_a_cluster_that_grows(own_nodes: Callable[[int], Nodes], tmp_p
         nodes.add()
         (start,) = command.end()
     assert len(start) == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2)])
+def test_signals_without_ray(tmp_path: Path, launcher: str, workers: int, how: signal.Signals) -> None:
+    """SIGTERM, and SIGUSR1 as Slurm sends it: a checkpoint is taken, no step is lost."""
+    with running(tmp_path, {"steps": 400}, launcher=launcher, num_workers=workers) as command:
+        command.wait_for_step(15)
+        command.process.send_signal(how)
+        (start,) = command.end(143 if launcher == "none" else 1)  # torchrun has an exit code of its own
+    assert len(start) == workers
+    assert f"told to stop by {how.name}" in command.log.read_text()
+    assert (tmp_path / "saved").read_text() == (tmp_path / "step").read_text()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a shard set and the real training on it: `expected`, on two workers, undisturbed."""
+    place = tmp_path_factory.mktemp("place")
+    pack_here(read_audioset(*write_tone_set(place / "set", 40)), place / "shards")
+    train_on(2, recipe(place, "expected"))
+    return place
+
+
+def recipe(place: Path, name: str, **run: Any) -> Recipe:
+    run = {"launcher": "ray", "workers": 2, "max_failures": 2} | run
+    optim = {"examples": STEPS * 16}
+    return small_recipe(place / "shards", place / "runs" / name, run=run, optim=optim, checkpoint={"every": 5})
+
+
+@contextmanager
+def pretraining(place: Path, name: str, nodes: Nodes, **run: Any) -> Iterator[Running]:
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe(place, name, **run).model_dump()))
+    command = Running(place, "pretrain", place / f"{name}.yaml", "--address", nodes.address)
+    try:
+        yield command
+    finally:
+        command.process.kill()
+        command.process.wait()
+
+
+def lines(place: Path, name: str, event: str) -> list[dict[str, Any]]:
+    log = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, log) if line["event"] == event]
+
+
+def test_training_goes_on_bit_for_bit_when_a_worker_is_killed(two_nodes: Nodes, place: Path) -> None:
+    with pretraining(place, "killed", two_nodes) as command:
+        command.wait_for(place / "runs/killed/checkpoints/step-00000010-0001/COMMITTED", SECONDS)
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
+        assert len(workers) == 2
+        workers[0].kill()
+        assert command.process.wait(SECONDS) == 0, command.text()
+    (incident,) = lines(place, "killed", "Incident")
+    assert incident["kind"] == "failure"
+    assert incident["text"].startswith("worker ")
+    assert incident["step"] >= 10
+    expected, found = lines(place, "expected", "Step"), lines(place, "killed", "Step")
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    models = [load_file(place / "runs" / name / "model" / "model.safetensors") for name in ("expected", "killed")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_training_goes_on_without_a_node_and_takes_another_in(own_nodes: Callable[[int], Nodes], place: Path) -> None:
+    nodes = own_nodes(2)
+    with pretraining(place, "moved", nodes, workers={"min": 1, "max": 2}) as command:
+        checkpoints = place / "runs/moved/checkpoints"
+        command.wait_for(checkpoints / "step-00000010-0001/COMMITTED", SECONDS)
+        nodes.remove(nodes.nodes[1])
+        command.wait_for(checkpoints / "step-00000020-0002/COMMITTED", SECONDS)
+        nodes.add()
+        assert command.process.wait(SECONDS) == 0, command.text()
+    lost, resized = lines(place, "moved", "Incident")
+    assert lost["text"].startswith("node ")
+    assert lost["text"].endswith(" lost; resized from 2 to 1 worker")
+    assert (resized["text"], resized["steps_lost"]) == ("resized from 1 to 2 workers", 0)
+    # Numbers of workers differ in the order of summation only; what that does grows from step to step.
+    assert [line["step"] for line in lines(place, "moved", "Step")] == list(range(1, STEPS + 1))
+    expected, found = ([line["loss"] for line in lines(place, name, "Step")] for name in ("expected", "moved"))
+    assert found[:10] == expected[:10]
+    assert found[10:14] == pytest.approx(expected[10:14], rel=1e-3)
