@@ -79,16 +79,13 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
 
 
 COMMAND = """
-import os
-if os.environ.get("TRACE"): exec(open(os.environ["TRACE"]).read())
 import json, sys
 from cluster.launch import launch
 from erann_dist.errors import UserError
 from tests.cluster.test_faults import count_steps
 config, options = json.loads(sys.argv[1])
 try:
-    launch(count_steps, config, launcher=options.pop("launcher", "ray"), device="cpu", heeds_notice=True,
-           on_event=lambda event: print(event, flush=True), **options)
+    launch(count_steps, config, heeds_notice=True, on_event=lambda event: print(event, flush=True), **options)
 except UserError as error:
     print(f"erann: {error}", flush=True)
     sys.exit(error.exit_code)
@@ -101,7 +98,8 @@ class Command:
     def __init__(self, place: Path, config: dict[str, Any], **options: Any) -> None:
         self.place = place
         config = {"place": str(place), "steps": 40, "every": 10, "step_s": 0.1} | config
-        options = {"num_workers": 2, "max_failures": 2, "wait_for_workers": SECONDS} | options
+        options = {"launcher": "ray", "device": "cpu", "num_workers": 2, "max_failures": 2} | options
+        options = {"wait_for_workers": SECONDS} | options
         self.log = place / "log"
         (place / "command.py").write_text(COMMAND)
         arguments = [sys.executable, str(place / "command.py"), json.dumps([config, options])]
@@ -324,6 +322,16 @@ def test_more_workers_than_the_cluster_has(two_nodes: Nodes, tmp_path: Path) -> 
     missing = "3 workers with 1 CPU each asked for, but there is room for 2: the cluster has 3 nodes with 2 CPUs"
     assert f"{missing}; waiting up to 3 s for more" in text
     assert text.splitlines()[-1] == f"erann: {missing} after 3 s; start fewer (run.workers) or add nodes"
+
+
+def test_more_workers_than_an_embedded_cluster_has(tmp_path: Path) -> None:
+    """It does not grow: nothing is waited for."""
+    with running(tmp_path, {}, device="cuda") as command:
+        assert command.end(1) == []
+    line = command.log.read_text().splitlines()[-1]
+    assert line.startswith("erann: 2 workers with 1 CPU and 1 GPU each asked for, but there is room for 0: the cluster")
+    assert line.endswith(" and 0 GPUs; start fewer (run.workers) or add nodes")
+    assert "waiting" not in command.log.read_text()
 
 
 def test_waits_for_a_cluster_that_grows(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
