@@ -438,17 +438,6 @@ class _Training:
         stacks = [stack for each in workers.gather_all(stacks_left(self.recipe.run_url)) for stack in each]
         if not (self.log and self.saver):
             return
-        for problem in self.damaged:
-            self.say(Incident(step, "checkpoint", problem))
-        if self.log.found:
-            gone = lost(self.log.found, step, workers.launched, time.time())
-            text = workers.failure or f"the command before this one ended at step {gone.last_step}"
-            if stacks:
-                name = f"stacks/start-{self.saver.start.number:04d}.txt"
-                self.run_folder.write(name, "".join(f"{rank}\n{stack}\n" for rank, stack in stacks).encode())
-                text += f"; the stacks of {', '.join(rank for rank, _ in stacks)} are in {self.run_folder}/{name}"
-            kind: IncidentKind = "preemption" if text.startswith("preempted") else "failure"
-            self.say(Incident(step, kind, text, gone.steps, gone.seconds))
         self.say(
             Started(
                 step=step,
@@ -462,6 +451,17 @@ class _Training:
                 hosts=hosts,
             )
         )
+        for problem in self.damaged:
+            self.say(Incident(step, "checkpoint", problem))
+        if self.log.found:
+            gone = lost(self.log.found, step, workers.launched, time.time())
+            text = workers.failure or f"the command before this one ended at step {gone.last_step}"
+            if stacks:
+                name = f"stacks/start-{self.saver.start.number:04d}.txt"
+                self.run_folder.write(name, "".join(f"{rank}\n{stack}\n" for rank, stack in stacks).encode())
+                text += f"; the stacks of {', '.join(rank for rank, _ in stacks)} are in {self.run_folder}/{name}"
+            kind: IncidentKind = "preemption" if text.startswith("preempted") else "failure"
+            self.say(Incident(step, kind, text, gone.steps, gone.seconds))
 
 
 class _Window:
