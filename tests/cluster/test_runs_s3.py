@@ -122,7 +122,8 @@ def test_an_upload_whose_answer_was_lost_is_not_taken_for_anothers(server: Serve
     log.log(step(1))
     server.faults = always(LOSE, "PutObject")
     log.flush()
-    wait_until(lambda: log.problem)
+    wait_until(lambda: log.problem and "metrics.jsonl could not be written" in log.problem)
+    assert steps(folder) == [1]
     server.faults = lambda request: None
     log.log(step(2))
     log.close()
@@ -139,6 +140,7 @@ def test_a_start_that_was_replaced_no_longer_uploads_the_log(server: Server, fol
     wait_until(lambda: len(read_log(folder)) == 2)
     old.log(step(2, loss=9.0))
     old.close()
+    assert [line["launched"] for line in read_log(folder)] == [1.0, 2.0]
     new.log(step(1, loss=5.0))
     new.close()
     lines = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
