@@ -85,9 +85,9 @@ from erann_dist.errors import UserError
 from tests.cluster.test_faults import count_steps
 config, options = json.loads(sys.argv[1])
 try:
-    launch(count_steps, config, heeds_notice=True, on_event=lambda event: print(event, flush=True), **options)
+    launch(count_steps, config, heeds_notice=True, on_event=lambda event: print(event, file=sys.stderr), **options)
 except UserError as error:
-    print(f"erann: {error}", flush=True)
+    print(f"erann: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
 """
 
@@ -104,8 +104,8 @@ class Command:
         (place / "command.py").write_text(COMMAND)
         arguments = [sys.executable, str(place / "command.py"), json.dumps([config, options])]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(arguments, env=environment, cwd=place, stdout=log, stderr=log)
+        with self.log.open("w") as log, (place / "stdout").open("w") as out:
+            self.process = subprocess.Popen(arguments, env=environment, cwd=place, stdout=out, stderr=log)
 
     def wait_until(self, condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + SECONDS
@@ -151,6 +151,7 @@ class Nodes:
 
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.address = self._cluster.address
+        self.head = self._cluster.head_node
         self.nodes = [self.add() for _ in range(count)]
 
     def add(self) -> Any:
@@ -207,6 +208,7 @@ def test_a_worker_that_is_killed(two_nodes: Nodes, tmp_path: Path) -> None:
     assert second[0]["failure"].startswith("worker 1 on ")
     assert "killed" in second[0]["failure"]
     assert first[0]["launched"] == second[1]["launched"] <= time.time()
+    assert (tmp_path / "stdout").read_text() == ""
 
 
 def test_all_workers_killed(two_nodes: Nodes, tmp_path: Path) -> None:
@@ -312,6 +314,19 @@ def test_the_command_is_killed_and_run_again(two_nodes: Nodes, tmp_path: Path) -
     assert [worker["from"] for worker in second] == [10, 10]
     assert second[0]["failure"] is None
     assert gone(pids)
+
+
+def test_the_head_is_lost_and_the_command_run_again(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
+    nodes = own_nodes(1)
+    with running(tmp_path, {"steps": 400}, num_workers=1, address=nodes.address) as command:
+        command.wait_for_step(15)
+        nodes.remove(nodes.head)
+        command.end(1)
+    assert "the Ray cluster is lost" in command.log.read_text().splitlines()[-1]
+    nodes = own_nodes(1)
+    with running(tmp_path, {}, num_workers=1, address=nodes.address) as command:
+        _, second = command.end()
+    assert second[0]["from"] >= 10
 
 
 def test_more_workers_than_the_cluster_has(two_nodes: Nodes, tmp_path: Path) -> None:
