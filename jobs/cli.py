@@ -9,7 +9,7 @@ import typer
 
 from erann_dist.errors import UsageError, UserError
 from jobs import shard_commands
-from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher
+from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher, Shards
 from jobs.progress import RunView, console
 from jobs.show import demo_page, evaluation_page, facts_page, show, tagged_page, tags_page
 
@@ -279,6 +279,31 @@ def bench_plan(
     from jobs.bench.packing import bench_plan as run
 
     show(run(segments, missing), as_json, facts_page)
+
+
+@bench_app.command(
+    "kills",
+    help="Runs in which a worker, all workers, the command itself and a node are killed in turn, at random moments, "
+    "against an undisturbed run: are the weights bit-identical, what is lost. Two workers on this machine's CPU."
+    + EXAMPLE
+    + "erann bench kills demo/shards/train"
+    + "\n\n    erann bench kills demo/shards/train --every 60 --steps 2000",
+)
+def bench_kills(
+    shards: Shards,
+    kills: Annotated[int, typer.Option(min=1, help="At most, with --every.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    steps: Annotated[int, typer.Option(min=10, help="Of each run.")] = 60,
+    every: Annotated[
+        float | None,
+        typer.Option(min=1, help="One run, with a fault each so many seconds: a worker and a node in turns."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    from jobs.bench.kills import bench_kills as run
+    from jobs.bench.kills import kills_page
+
+    show(run(shards, kills, seed, steps, every), as_json, kills_page)
 
 
 def main() -> None:
