@@ -296,7 +296,7 @@ def bench_kills(
     steps: Annotated[int, typer.Option(min=10, help="Of each run.")] = 60,
     every: Annotated[
         float | None,
-        typer.Option(min=1, help="One run, with a fault each so many seconds: a worker and a node in turns."),
+        typer.Option(min=1, help="One run, with a fault each so many seconds: a node and a worker in turns."),
     ] = None,
     as_json: Json = False,
 ) -> None:

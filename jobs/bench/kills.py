@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,8 +38,8 @@ _WORKERS = 2
 _CHECKPOINT_EVERY = 5  # steps
 _EVAL_CLIPS = 16
 _IN_TURN: tuple[What, ...] = ("worker", "workers", "driver", "node")
-_IN_TURN_TIMED: tuple[What, ...] = ("worker", "node")
-_GRACE_S = 90.0  # in which Ray's own agents end after the process that started them was killed
+_IN_TURN_TIMED: tuple[What, ...] = ("node", "worker")
+_GRACE_S = 150.0  # in which Ray's own agents end after the process that started them was killed
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Row:
 def bench_kills(shards: str, kills: int, seed: int, steps: int, every: float | None) -> dict[str, Any]:
     """Runs of so many steps in which worker, all workers, driver and node are killed in turn, at random moments.
 
-    every: one run instead, in which a worker and a node are killed in turns, a fault each so many seconds.
+    every: one run instead, in which a node and a worker are killed in turns, a fault each so many seconds.
     """
     rng = random.Random(seed)
     rows: list[Row] = []
@@ -158,15 +159,17 @@ class _Run:
             "optim": {"global_batch": 16, "micro_batch": 8, "examples": 16 * steps},
             "checkpoint": {"every": _CHECKPOINT_EVERY},
             "run": {"name": folder.name, "dir": str(folder.parent), "workers": _WORKERS, "device": "cpu"}
-            | {"log_every": 1},
+            | {"log_every": 1},  # where a kill falls is read there
         }
         recipe.write_text(yaml.safe_dump(tree))
         self._command = [sys.executable, "-m", "jobs.cli", "pretrain", str(recipe)]
         self._output = self._place / "output"
 
     def train(self, faults: list[Fault], rng: random.Random) -> list[Killed]:
-        """Run the command to the run's end, and again each time that it is killed. What was killed: not all, if the
-        run ends before."""
+        """Run the command to the run's end, and again when it was killed.
+
+        What was killed: not all of it, if the run ends before.
+        """
         killed: list[Killed] = []
         for of_one_command in _by_command(faults):
             with ExitStack() as stack:
@@ -180,7 +183,7 @@ class _Run:
                     console.print(f"  {fault.what} killed after step {step['step']}")
                     killed.append(Killed(fault.what, time.time()))
                     self._kill(fault.what, process, nodes, rng)
-                if process.wait() and not (killed and killed[-1].what == "driver"):
+                if process.wait() not in (0, -signal.SIGKILL):
                     raise UserError(f"the training failed: {self._output.read_text().strip().splitlines()[-1]}")
             if (self.folder / "model" / "config.json").exists():
                 break

@@ -1,6 +1,8 @@
-"""The benchmarks of sampler and loader run to their end and give the figures they promise; how fast is their matter."""
+"""The benchmarks run to their end and give the figures they promise; how fast is their matter."""
 
 from pathlib import Path
+
+import pytest
 
 from shards.sources.audioset import read_audioset
 from tests.commands import erann
@@ -29,3 +31,19 @@ def test_bench_loader(tmp_path: Path) -> None:
     assert abs(result["vs_webloader"] - ways["local"]["clips_per_s"] / best) < 1e-3
     assert result["balanced_overhead"] > 0
     assert all(figures["peak_mb"] > 1 and figures["cpu_share"] > 0 for figures in ways.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "killed"),
+    [(["--kills", 3], ["worker", "workers", "driver"]), (["--kills", 1, "--every", 1], ["node"])],
+)
+def test_bench_kills(tmp_path: Path, tone_shards: Path, options: list[object], killed: list[str]) -> None:
+    """Real kills, and weights bit-identical to those of the undisturbed run."""
+    result = erann(tmp_path, "bench", "kills", tone_shards, "--steps", 16, *options)
+    assert [row["what"] for row in result["table"]] == killed
+    assert result["bit_identical"] == result["kills"] == len(killed)
+    assert result["starts"] == result["runs"] + result["kills"]
+    assert all(row["resumed_from"] % 5 == 0 or row["resumed_from"] == 16 for row in result["table"])
+    assert result["steps_lost"] == sum(row["step"] - row["resumed_from"] for row in result["table"])
+    assert 0 < result["goodput"] < 1
+    assert result["left_over"] == []
