@@ -35,7 +35,10 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[None]:
         yield
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    runtime_env = {"env_vars": WORKER_ENVIRONMENT}
+    runtime_env = {
+        "env_vars": WORKER_ENVIRONMENT,
+        "worker_process_setup_hook": "cluster.environment.use_interface_of_node",
+    }
     try:
         if address:
             _require_listening(address)
