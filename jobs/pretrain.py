@@ -37,10 +37,14 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
             train_worker,
             {"recipe": recipe.model_dump(mode="json")},
             launcher=recipe.run.launcher,
-            num_workers=recipe.run.max_workers,
+            num_workers=recipe.run.workers if isinstance(recipe.run.workers, int) else (recipe.run.min_workers, recipe.run.max_workers),
             device=recipe.run.device,
             on_event=on_event,
             address=address,
+            heeds_notice=True,
+            max_failures=recipe.run.max_failures,
+            wait_for_workers=recipe.run.wait_for_workers,
+            hang_timeout=recipe.run.hang_timeout,
         )
     return outcome(run)
 
