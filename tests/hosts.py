@@ -16,10 +16,11 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 _NAMESPACES = ["--net", "--mount", "--uts", "--ipc", "--pid"]
@@ -54,6 +55,10 @@ class Host:
             return subprocess.Popen(
                 self._command(command), env=self.environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
             )
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run there now; their ids are those that the test sees."""
+        return [process for process in psutil.process_iter() if _namespace(process.pid) == _namespace(self.first)]
 
     def _command(self, command: tuple[object, ...]) -> list[str]:
         return ["nsenter", f"--target={self.first}", *_NAMESPACES, f"--wdns={Path.cwd()}", *map(str, command)]
@@ -111,6 +116,13 @@ def _namespaces(name: str) -> Iterator[int]:
         yield int(Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text())
 
 
+def _namespace(process: int) -> str | None:
+    """The set of processes that a process belongs to; none when it has ended."""
+    with suppress(OSError):
+        return os.readlink(f"/proc/{process}/ns/pid")
+    return None
+
+
 def _ip(process: int, *commands: str) -> None:
     """Configure the network that the process sees. Process ids in the commands are those that the test sees."""
     batch = "".join(f"{command}\n" for command in commands)
@@ -125,7 +137,9 @@ def _require_namespaces() -> None:
             pytest.skip(f"hosts as network namespaces need the program {tool} (packages iproute2 and util-linux)")
     if os.geteuid() != 0:
         pytest.skip("hosts as network namespaces can only be made by root")
-    trial = "mount -t tmpfs tmpfs /dev/shm && ip link add name s type bridge && ip link add name t type veth peer name u"
+    trial = (
+        "mount -t tmpfs tmpfs /dev/shm && ip link add name s type bridge && ip link add name t type veth peer name u"
+    )
     command = ["unshare", *_NAMESPACES, "--fork", "--mount-proc", "bash", "-c", trial]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
