@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.notice import Notice
@@ -42,6 +43,7 @@ class _Board:
 
     async def begin(self, number: int) -> None:
         self._start = _Start(number)
+        self._noticed.set()  # those of the start before wait no longer
         self._noticed = asyncio.Event()
 
     async def join(self, number: int, rank: int, place: Place) -> None:
@@ -80,8 +82,7 @@ class _Board:
 def open_board() -> Iterator[Any]:
     """A board, on this process's own node: no loss of another takes it away."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # Each worker waits in a call of its own for a notice.
-    options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 100_000}
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 10_000}  # each worker waits in a call
     board = ray.remote(_Board).options(**options).remote()
     try:
         yield board
@@ -119,6 +120,7 @@ class Watch:
                 self.step = event.step
                 self.saved |= isinstance(event, CheckpointSaved)
                 self._on_event(event)
-            if not told and (reason := self._reason()):
-                self._board.tell.remote(self._number, reason)
-                told = True
+            with suppress(RayError):  # a cluster that loses a node may fail to say what room it has
+                if not told and (reason := self._reason()):
+                    self._board.tell.remote(self._number, reason)
+                    told = True

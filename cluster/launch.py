@@ -27,10 +27,11 @@ def launch(
     config: dict[str, Any],
     *,
     launcher: str,
-    num_workers: int | tuple[int, int],
+    num_workers: int,
     device: str,
     on_event: Emit,
     address: str | None = None,
+    min_workers: int | None = None,
     heeds_notice: bool = False,
     max_failures: int = 0,
     wait_for_workers: float = 0,
@@ -42,20 +43,20 @@ def launch(
     heeds_notice: the function looks at workers.notice; SIGTERM and SIGUSR1 then come to it as one.
     Raises the worker's UserError, or UserError for a worker that was lost.
 
-    Ray only. num_workers: (least, most) takes as many as the cluster has room for, at any time. address: the cluster's;
-    none starts an embedded one. max_failures: how many starts in a row may fail without a new checkpoint and be followed
-    by another; a Stopped, by which the function follows a notice, is no failure. wait_for_workers: seconds that the
-    cluster gets to have room for the least. hang_timeout: seconds in which a worker's process has to answer.
+    Ray only. address: the cluster's; none starts an embedded one. min_workers: run on fewer than num_workers, down to
+    so many, while the cluster has no room for more. max_failures: how many failed starts in a row, without a new
+    checkpoint, are followed by another; a Stopped, by which the function follows a notice, is no failure.
+    wait_for_workers: seconds that the cluster gets to have room. hang_timeout: seconds that a worker's process may take
+    to answer.
     """
     if launcher == "ray":
         from cluster.ray_train import run_on_ray
 
-        least, most = num_workers if isinstance(num_workers, tuple) else (num_workers, num_workers)
         run_on_ray(
             function,
             config,
-            least=least,
-            most=most,
+            least=min_workers or num_workers,
+            most=num_workers,
             device=device,
             on_event=on_event,
             address=address,
@@ -81,14 +82,14 @@ def is_first_process() -> bool:
 
 
 def _launch_under_torchrun(
-    function: WorkerFunction, config: dict[str, Any], num_workers: Any, device: str, on_event: Emit, notice: Notice
+    function: WorkerFunction, config: dict[str, Any], num_workers: int, device: str, on_event: Emit, notice: Notice
 ) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         # This is the user's own command: it becomes torchrun, which runs the same command on each worker.
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers)]
-        passed_on = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"}
-        environment = WORKER_ENVIRONMENT | passed_on | {_LAUNCHED: str(time.time())}
-        os.execve(sys.executable, [*command, *sys.argv], os.environ | environment)
+        signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # they are passed on to the workers
+        environment = WORKER_ENVIRONMENT | {_LAUNCHED: str(time.time())}
+        os.execve(sys.executable, [*command, *signals, *sys.argv], os.environ | environment)
     end_with_parent()  # torchrun's workers would train on beside the next start of the run
     local_device = pick_device(device, int(os.environ["LOCAL_RANK"]))
     launched = float(os.environ.get(_LAUNCHED, time.time()))

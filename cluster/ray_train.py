@@ -8,12 +8,13 @@ whenever the number of workers changes, and give the run up when a worker is los
 import datetime
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from cluster.embedded import ray_cluster  # before Ray, whose environment it set
 # isort: split
 import ray
 import ray.train.torch
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
@@ -98,19 +99,20 @@ def run_on_ray(
             failure = _why_again(failure, places, workers)
             number += 1
             start = Start(number, workers, failure, function, config, launched, os.getcwd(), board)
-            with room_for(bundle, most - workers) as spare:
-                watch = Watch(board, number, on_event, first_of(stop, _growth(workers, spare)), step)
-                with watch:
-                    error = _fit(start, use_gpu, bundle, storage, hang_timeout)
+            with (
+                _growth(board, workers, bundle, most - workers) as growth,
+                Watch(board, number, on_event, first_of(stop, growth), step) as watch,
+            ):
+                error = _fit(start, use_gpu, bundle, storage, hang_timeout)
             if error is None:
                 return
             step = watch.step
             places, notice = ray.get(board.facts.remote())
             stopped, failure = _explain(error, places)
-            if stopped:
-                if stop():
-                    raise stopped
-                failure = notice or failure
+            if stopped and stop():
+                raise stopped
+            if stopped and notice:
+                failure = notice
                 continue
             failures = 1 if watch.saved else failures + 1
             if failures > max_failures:
@@ -148,16 +150,23 @@ def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout
     return None
 
 
-def _growth(workers: int, spare: Callable[[], int]) -> Notice:
-    """The notice that there is room for more workers, once no more comes: a node's is found bit by bit."""
-    found = 0
+@contextmanager
+def _growth(board: Any, workers: int, bundle: Bundle, more: int) -> Iterator[Notice]:
+    """The notice that there is room for more workers than run, once no more comes: a node's is found bit by bit."""
+    with ExitStack() as stack:
+        spare: Callable[[], int] | None = None
+        found = 0
 
-    def notice() -> str | None:
-        nonlocal found
-        before, found = found, spare()
-        return f"resized from {workers} to {count(workers + found, 'worker')}" if 0 < found == before else None
+        def notice() -> str | None:
+            nonlocal spare, found
+            if spare is None:  # The room that the workers are to start in is theirs.
+                if more and len(ray.get(board.facts.remote())[0]) == workers:
+                    spare = stack.enter_context(room_for(bundle, more))
+                return None
+            before, found = found, spare()
+            return f"resized from {workers} to {count(workers + found, 'worker')}" if 0 < found == before else None
 
-    return notice
+        yield notice
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
@@ -223,6 +232,8 @@ def _explain(error: Exception, places: dict[int, Place]) -> tuple[Stopped | None
     first = min(failures, key=lambda rank: (not isinstance(failures[rank], _LOST), rank), default=None)
     if first is None:
         text = _line(getattr(error, "controller_failure", error))
+    elif lost := _lost_nodes(places):
+        text = f"node {', '.join(lost)} lost"
     else:
         where = f" on {places[first].ip}" if first in places else ""
         text = f"worker {first}{where}: {_line(failures[first])}"
@@ -239,21 +250,30 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 def _line(error: BaseException) -> str:
     if isinstance(error, WorkerHealthCheckTimeoutError):
-        return "does not answer"
+        return "its process does not answer"
     if isinstance(error, WorkerHealthCheckFailedError):
         error = error.health_check_failure
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    if isinstance(error, RayActorError):
+        return "its process was lost: killed, crashed, out of memory, or ended by the watchdog of a hang"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
 def _why_again(failure: str | None, places: dict[int, Place], workers: int) -> str | None:
-    """Why the workers are started again, now that it is known which nodes are left."""
-    if failure is None:
-        return None
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    lost = sorted({place.ip for place in places.values() if place.node_id not in alive})
-    if lost and not failure.startswith("preempted"):
-        failure = f"node {', '.join(lost)} lost"
-    if len(places) not in (0, workers) and not failure.startswith("resized"):
+    """Why the workers are started again, now that it is known on how many."""
+    if failure is not None and len(places) not in (0, workers) and not failure.startswith("resized"):
         failure = f"{failure}; resized from {len(places)} to {count(workers, 'worker')}"
     return failure
+
+
+def _lost_nodes(places: dict[int, Place]) -> list[str]:
+    """The addresses of the workers' nodes that are gone. Ray itself knows some of them only half a minute later."""
+    nodes = {node["NodeID"]: node for node in ray.nodes()}
+    return sorted({place.ip for place in places.values() if not _answers(nodes[place.node_id])})
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=1).close()
+    except OSError:
+        return False
+    return bool(node["Alive"])

@@ -1,8 +1,9 @@
 """Workers that are lost, hang, are told to go or are joined by others: on real Ray clusters of several nodes.
 
-The workers are a small stand-in for the training: a step is an all-reduce, its checkpoint a file with a number.
+Most workers are a small stand-in for the training: a step is an all-reduce, its checkpoint a file with a number.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -18,13 +19,21 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
 
 from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, UserError
 from erann_dist.events import CheckpointSaved, Emit
+from erann_dist.recipe import Recipe
 from erann_dist.storage import write_text
+from shards.sources.audioset import read_audioset
+from tests.commands import Running
+from tests.conftest import pack_here, small_recipe, write_tone_set
+from tests.workers import train_on
 
 SECONDS = 180.0
+STEPS = 60  # of the real training
 
 
 def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
@@ -45,16 +54,22 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
         workers.wait_for_all()
 
     for step in range(first, config["steps"]):
+        if "watchdog_s" in config:
+            faulthandler.dump_traceback_later(config["watchdog_s"], exit=True)
         notice = workers.notice()
         told = torch.tensor([float(notice is not None)])
         dist.all_reduce(told)
         if told.item():
             save(step)
             raise Stopped(f"stopped at step {step}: {notice}")
-        if (fault := config.get("fault")) and step == config["fault_step"] and workers.rank == workers.world_size - 1:
-            if fault == "user error":
+        if step == config.get("fault_step") and workers.rank == workers.world_size - 1:
+            if config["fault"] == "user error":
                 raise UserError("clip 7 is bad")
-            raise RuntimeError("no such device")
+            if config["fault"] == "exception":
+                raise RuntimeError("no such device")
+            if not (place / "stuck").exists():
+                (place / "stuck").touch()
+                time.sleep(SECONDS)
         if workers.is_first:
             write_text(place / "step", str(step + 1))
         time.sleep(config["step_s"])
@@ -64,12 +79,13 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
 
 
 COMMAND = """
+import os
+if os.environ.get("TRACE"): exec(open(os.environ["TRACE"]).read())
 import json, sys
 from cluster.launch import launch
 from erann_dist.errors import UserError
 from tests.cluster.test_faults import count_steps
 config, options = json.loads(sys.argv[1])
-options["num_workers"] = tuple(options["num_workers"])
 try:
     launch(count_steps, config, launcher=options.pop("launcher", "ray"), device="cpu", heeds_notice=True,
            on_event=lambda event: print(event, flush=True), **options)
@@ -85,11 +101,13 @@ class Command:
     def __init__(self, place: Path, config: dict[str, Any], **options: Any) -> None:
         self.place = place
         config = {"place": str(place), "steps": 40, "every": 10, "step_s": 0.1} | config
-        options = {"num_workers": [2, 2], "max_failures": 2, "wait_for_workers": SECONDS} | options
+        options = {"num_workers": 2, "max_failures": 2, "wait_for_workers": SECONDS} | options
         self.log = place / "log"
-        arguments = [sys.executable, "-c", COMMAND, json.dumps([config, options])]
+        (place / "command.py").write_text(COMMAND)
+        arguments = [sys.executable, str(place / "command.py"), json.dumps([config, options])]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(arguments, cwd=Path(__file__).parents[2], stdout=log, stderr=log)
+            self.process = subprocess.Popen(arguments, env=environment, cwd=place, stdout=log, stderr=log)
 
     def wait_until(self, condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + SECONDS
@@ -204,7 +222,7 @@ def test_all_workers_killed(two_nodes: Nodes, tmp_path: Path) -> None:
 
 def test_a_worker_that_is_stopped(two_nodes: Nodes, tmp_path: Path) -> None:
     """It answers nobody; nothing is left of it."""
-    with running(tmp_path, {}, address=two_nodes.address, hang_timeout=5) as command:
+    with running(tmp_path, {}, address=two_nodes.address, hang_timeout=15) as command:
         command.wait_for_step(15)
         pids = [worker["pid"] for worker in command.starts()[0]]
         os.kill(pids[1], signal.SIGSTOP)
@@ -218,9 +236,18 @@ def test_a_worker_that_is_stopped(two_nodes: Nodes, tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
+def test_a_worker_that_is_stuck(two_nodes: Nodes, tmp_path: Path) -> None:
+    """The watchdogs end it, and the one that waits for it."""
+    stuck = {"fault": "stuck", "fault_step": 15, "watchdog_s": 15}
+    with running(tmp_path, stuck, address=two_nodes.address) as command:
+        _, second = command.end()
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert "watchdog" in second[0]["failure"]
+
+
 def test_a_node_that_is_lost_and_one_that_joins(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
     nodes = own_nodes(2)
-    with running(tmp_path, {"steps": 200}, num_workers=[1, 2], address=nodes.address) as command:
+    with running(tmp_path, {"steps": 200}, num_workers=2, min_workers=1, address=nodes.address) as command:
         command.wait_for_step(15)
         nodes.remove(nodes.nodes[1])
         command.wait_until(lambda: len(command.starts()) == 2)
@@ -240,10 +267,12 @@ def test_a_node_that_is_lost_and_one_that_joins(own_nodes: Callable[[int], Nodes
 def test_a_node_that_is_preempted(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
     """No step is lost, nobody waits for the end of the notice, and the node is not taken again while it lasts."""
     nodes = own_nodes(2)
-    with running(tmp_path, {"steps": 100}, num_workers=[1, 2], address=nodes.address, max_failures=0) as command:
+    with running(
+        tmp_path, {"steps": 100}, num_workers=2, min_workers=1, address=nodes.address, max_failures=0
+    ) as command:
         command.wait_for_step(15)
         nodes.drain(nodes.nodes[1])
-        first, second = command.end()
+        _, second = command.end()
     assert len(second) == 1
     assert second[0]["from"] > 10
     assert second[0]["failure"].startswith("preempted: node ")
@@ -271,7 +300,7 @@ def test_the_command_is_told_to_stop(two_nodes: Nodes, tmp_path: Path) -> None:
     with running(tmp_path, {"steps": 400}, address=two_nodes.address) as command:
         command.wait_for_step(15)
         command.process.terminate()
-        ((first, _),) = command.end(143)
+        assert len(command.end(143)) == 1
     assert "told to stop by SIGTERM" in command.log.read_text().splitlines()[-1]
     assert int((tmp_path / "saved").read_text()) >= int((tmp_path / "step").read_text())
 
@@ -288,7 +317,7 @@ def test_the_command_is_killed_and_run_again(two_nodes: Nodes, tmp_path: Path) -
 
 
 def test_more_workers_than_the_cluster_has(two_nodes: Nodes, tmp_path: Path) -> None:
-    options = {"num_workers": [3, 4], "address": two_nodes.address, "wait_for_workers": 3}
+    options = {"num_workers": 4, "min_workers": 3, "address": two_nodes.address, "wait_for_workers": 3}
     with running(tmp_path, {}, **options) as command:
         assert command.end(1) == []
     text = command.log.read_text()
@@ -304,3 +333,84 @@ def test_waits_for_a_cluster_that_grows(own_nodes: Callable[[int], Nodes], tmp_p
         nodes.add()
         (start,) = command.end()
     assert len(start) == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2)])
+def test_signals_without_ray(tmp_path: Path, launcher: str, workers: int, how: signal.Signals) -> None:
+    """SIGTERM, and SIGUSR1 as Slurm sends it: a checkpoint is taken, no step is lost."""
+    with running(tmp_path, {"steps": 400}, launcher=launcher, num_workers=workers) as command:
+        command.wait_for_step(15)
+        command.process.send_signal(how)
+        (start,) = command.end(143 if launcher == "none" else 1)  # torchrun has an exit code of its own
+    assert len(start) == workers
+    assert f"told to stop by {how.name}" in command.log.read_text()
+    assert (tmp_path / "saved").read_text() == (tmp_path / "step").read_text()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a shard set and the real training on it: `expected`, on two workers, undisturbed."""
+    place = tmp_path_factory.mktemp("place")
+    pack_here(read_audioset(*write_tone_set(place / "set", 40)), place / "shards")
+    train_on(2, recipe(place, "expected"))
+    return place
+
+
+def recipe(place: Path, name: str, **run: Any) -> Recipe:
+    run = {"launcher": "ray", "workers": 2, "max_failures": 2} | run
+    optim = {"examples": STEPS * 16}
+    return small_recipe(place / "shards", place / "runs" / name, run=run, optim=optim, checkpoint={"every": 5})
+
+
+@contextmanager
+def pretraining(place: Path, name: str, nodes: Nodes, **run: Any) -> Iterator[Running]:
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe(place, name, **run).model_dump()))
+    command = Running(place, "pretrain", place / f"{name}.yaml", "--address", nodes.address)
+    try:
+        yield command
+    finally:
+        command.process.kill()
+        command.process.wait()
+
+
+def lines(place: Path, name: str, event: str) -> list[dict[str, Any]]:
+    log = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, log) if line["event"] == event]
+
+
+def test_training_goes_on_bit_for_bit_when_a_worker_is_killed(two_nodes: Nodes, place: Path) -> None:
+    with pretraining(place, "killed", two_nodes) as command:
+        command.wait_for(place / "runs/killed/checkpoints/step-00000010-0001/COMMITTED", SECONDS)
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
+        assert len(workers) == 2
+        workers[0].kill()
+        assert command.process.wait(SECONDS) == 0, command.text()
+    (incident,) = lines(place, "killed", "Incident")
+    assert incident["kind"] == "failure"
+    assert incident["text"].startswith("worker ")
+    assert incident["step"] >= 10
+    expected, found = lines(place, "expected", "Step"), lines(place, "killed", "Step")
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    models = [load_file(place / "runs" / name / "model" / "model.safetensors") for name in ("expected", "killed")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_training_goes_on_without_a_node_and_takes_another_in(own_nodes: Callable[[int], Nodes], place: Path) -> None:
+    nodes = own_nodes(2)
+    with pretraining(place, "moved", nodes, workers={"min": 1, "max": 2}) as command:
+        checkpoints = place / "runs/moved/checkpoints"
+        command.wait_for(checkpoints / "step-00000010-0001/COMMITTED", SECONDS)
+        nodes.remove(nodes.nodes[1])
+        command.wait_for(checkpoints / "step-00000020-0002/COMMITTED", SECONDS)
+        nodes.add()
+        assert command.process.wait(SECONDS) == 0, command.text()
+    lost, resized = lines(place, "moved", "Incident")
+    assert lost["text"].startswith("node ")
+    assert lost["text"].endswith(" lost; resized from 2 to 1 worker")
+    assert (resized["text"], resized["steps_lost"]) == ("resized from 1 to 2 workers", 0)
+    # Numbers of workers differ in the order of summation only; what that does grows from step to step.
+    assert [line["step"] for line in lines(place, "moved", "Step")] == list(range(1, STEPS + 1))
+    expected, found = ([line["loss"] for line in lines(place, name, "Step")] for name in ("expected", "moved"))
+    assert found[:10] == expected[:10]
+    assert found[10:14] == pytest.approx(expected[10:14], rel=1e-3)
