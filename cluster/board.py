@@ -114,13 +114,13 @@ class Watch:
 
     def _work(self) -> None:
         told = last = False
-        while not last:
-            last = self._ended.is_set()
-            for event in ray.get(self._board.take.remote(0 if last else 1)):
-                self.step = event.step
-                self.saved |= isinstance(event, CheckpointSaved)
-                self._on_event(event)
-            with suppress(RayError):  # a cluster that loses a node may fail to say what room it has
+        with suppress(RayError):  # without the board the cluster is gone, and the workers
+            while not last:
+                last = self._ended.is_set()
+                for event in ray.get(self._board.take.remote(0 if last else 1)):
+                    self.step = event.step
+                    self.saved |= isinstance(event, CheckpointSaved)
+                    self._on_event(event)
                 if not told and (reason := self._reason()):
                     self._board.tell.remote(self._number, reason)
                     told = True

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ from erann_dist.errors import Stopped, UserError
 from erann_dist.events import Emit, Event, Incident
 
 _BLAME_S = 3.0  # in which the loss of a worker is known to Ray
+_AGAIN = "run the same command again to go on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,14 @@ def run_on_ray(
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(hang_timeout))
     scratch = tempfile.TemporaryDirectory(prefix="erann-ray-", ignore_cleanup_errors=True)
     notices = signals_as_notice() if heeds_notice else nullcontext(no_notice)
-    # The signals behind Ray's start, which handles SIGTERM itself.
-    with scratch as storage, ray_cluster(address, least) as embedded, open_board() as board, notices as stop:
+    with (
+        _lost_cluster_in_one_line(),
+        redirect_stdout(sys.stderr),  # Ray writes of lost workers there, where only the command's result belongs
+        scratch as storage,
+        ray_cluster(address, least) as embedded,
+        open_board() as board,
+        notices as stop,  # behind Ray's start, which handles SIGTERM itself
+    ):
         resources = ray.cluster_resources()
         use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= least)
         bundle: Bundle = {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}
@@ -106,7 +113,7 @@ def run_on_ray(
                 error = _fit(start, use_gpu, bundle, storage, hang_timeout)
             if error is None:
                 return
-            step = watch.step
+            step, failures = watch.step, 0 if watch.saved else failures
             places, notice = ray.get(board.facts.remote())
             stopped, failure = _explain(error, places)
             if stopped and stop():
@@ -114,13 +121,20 @@ def run_on_ray(
             if stopped and notice:
                 failure = notice
                 continue
-            failures = 1 if watch.saved else failures + 1
+            failures += 1
             if failures > max_failures:
                 # A fault of this program or of the machine: in full, for whoever is to find it.
                 print(error, file=sys.stderr)
                 times = f" {failures} times in a row without a new checkpoint, at last" if max_failures else ""
-                again = "run the same command again to go on from the last checkpoint"
-                raise UserError(f"the workers failed{times}: {failure}; {again}")
+                raise UserError(f"the workers failed{times}: {failure}; {_AGAIN}")
+
+
+@contextmanager
+def _lost_cluster_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except RayError as error:
+        raise UserError(f"the Ray cluster is lost ({type(error).__name__}); {_AGAIN}") from error
 
 
 def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout: float) -> Exception | None:
@@ -163,7 +177,9 @@ def _growth(board: Any, workers: int, bundle: Bundle, more: int) -> Iterator[Not
                 if more and len(ray.get(board.facts.remote())[0]) == workers:
                     spare = stack.enter_context(room_for(bundle, more))
                 return None
-            before, found = found, spare()
+            before = found
+            with suppress(RayError):  # a cluster that loses a node may fail to say what room it has
+                found = spare()
             return f"resized from {workers} to {count(workers + found, 'worker')}" if 0 < found == before else None
 
         yield notice

@@ -60,14 +60,14 @@ def wait_for_room(
 
 
 def _missing(bundle: Bundle, least: int, found: int) -> str:
-    each = " and ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+    each = " and ".join(count(amount, kind) for kind, amount in bundle.items())
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    there = " and ".join(f"{sum(node['Resources'].get(kind, 0) for node in nodes):g} {kind}s" for kind in bundle)
+    there = " and ".join(count(sum(node["Resources"].get(kind, 0) for node in nodes), kind) for kind in bundle)
     return (
         f"{count(least, 'worker')} with {each} each asked for, but there is room for {found}: "
         f"the cluster has {count(len(nodes), 'node')} with {there}"
     )
 
 
-def count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+def count(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"

@@ -79,18 +79,15 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
 
 
 COMMAND = """
-import os
-if os.environ.get("TRACE"): exec(open(os.environ["TRACE"]).read())
 import json, sys
 from cluster.launch import launch
 from erann_dist.errors import UserError
 from tests.cluster.test_faults import count_steps
 config, options = json.loads(sys.argv[1])
 try:
-    launch(count_steps, config, launcher=options.pop("launcher", "ray"), device="cpu", heeds_notice=True,
-           on_event=lambda event: print(event, flush=True), **options)
+    launch(count_steps, config, heeds_notice=True, on_event=lambda event: print(event, file=sys.stderr), **options)
 except UserError as error:
-    print(f"erann: {error}", flush=True)
+    print(f"erann: {error}", file=sys.stderr)
     sys.exit(error.exit_code)
 """
 
@@ -101,13 +98,14 @@ class Command:
     def __init__(self, place: Path, config: dict[str, Any], **options: Any) -> None:
         self.place = place
         config = {"place": str(place), "steps": 40, "every": 10, "step_s": 0.1} | config
-        options = {"num_workers": 2, "max_failures": 2, "wait_for_workers": SECONDS} | options
+        options = {"launcher": "ray", "device": "cpu", "num_workers": 2, "max_failures": 2} | options
+        options = {"wait_for_workers": SECONDS} | options
         self.log = place / "log"
         (place / "command.py").write_text(COMMAND)
         arguments = [sys.executable, str(place / "command.py"), json.dumps([config, options])]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(arguments, env=environment, cwd=place, stdout=log, stderr=log)
+        with self.log.open("w") as log, (place / "stdout").open("w") as out:
+            self.process = subprocess.Popen(arguments, env=environment, cwd=place, stdout=out, stderr=log)
 
     def wait_until(self, condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + SECONDS
@@ -153,6 +151,7 @@ class Nodes:
 
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
         self.address = self._cluster.address
+        self.head = self._cluster.head_node
         self.nodes = [self.add() for _ in range(count)]
 
     def add(self) -> Any:
@@ -209,6 +208,7 @@ def test_a_worker_that_is_killed(two_nodes: Nodes, tmp_path: Path) -> None:
     assert second[0]["failure"].startswith("worker 1 on ")
     assert "killed" in second[0]["failure"]
     assert first[0]["launched"] == second[1]["launched"] <= time.time()
+    assert (tmp_path / "stdout").read_text() == ""
 
 
 def test_all_workers_killed(two_nodes: Nodes, tmp_path: Path) -> None:
@@ -316,6 +316,19 @@ def test_the_command_is_killed_and_run_again(two_nodes: Nodes, tmp_path: Path) -
     assert gone(pids)
 
 
+def test_the_head_is_lost_and_the_command_run_again(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
+    nodes = own_nodes(1)
+    with running(tmp_path, {"steps": 400}, num_workers=1, address=nodes.address) as command:
+        command.wait_for_step(15)
+        nodes.remove(nodes.head)
+        command.end(1)
+    assert "the Ray cluster is lost" in command.log.read_text().splitlines()[-1]
+    nodes = own_nodes(1)
+    with running(tmp_path, {}, num_workers=1, address=nodes.address) as command:
+        _, second = command.end()
+    assert second[0]["from"] >= 10
+
+
 def test_more_workers_than_the_cluster_has(two_nodes: Nodes, tmp_path: Path) -> None:
     options = {"num_workers": 4, "min_workers": 3, "address": two_nodes.address, "wait_for_workers": 3}
     with running(tmp_path, {}, **options) as command:
@@ -324,6 +337,16 @@ def test_more_workers_than_the_cluster_has(two_nodes: Nodes, tmp_path: Path) -> 
     missing = "3 workers with 1 CPU each asked for, but there is room for 2: the cluster has 3 nodes with 2 CPUs"
     assert f"{missing}; waiting up to 3 s for more" in text
     assert text.splitlines()[-1] == f"erann: {missing} after 3 s; start fewer (run.workers) or add nodes"
+
+
+def test_more_workers_than_an_embedded_cluster_has(tmp_path: Path) -> None:
+    """It does not grow: nothing is waited for."""
+    with running(tmp_path, {}, device="cuda") as command:
+        assert command.end(1) == []
+    line = command.log.read_text().splitlines()[-1]
+    assert line.startswith("erann: 2 workers with 1 CPU and 1 GPU each asked for, but there is room for 0: the cluster")
+    assert line.endswith(" and 0 GPUs; start fewer (run.workers) or add nodes")
+    assert "waiting" not in command.log.read_text()
 
 
 def test_waits_for_a_cluster_that_grows(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:

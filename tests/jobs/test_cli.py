@@ -35,6 +35,7 @@ COMMANDS = [
     "pretrain",
     "evaluate",
     "tag",
+    "runs",
     "demo",
 ]
 
