@@ -254,6 +254,8 @@ def test_a_writer_that_is_cut_off_does_no_harm(shards: Path, undisturbed: Path, 
         assert writer.is_running()  # nobody has ended it: it gave the run up
         job.join(stale)
         job.finish()
+        (incident,) = job.lines("Incident")
+        assert incident["text"].startswith(f"node {stale.address} lost")
         job.require_whole_checkpoints()
         job.require_same_course(undisturbed)
         assert {path.name[-4:] for path in job.run.glob("checkpoints/*")} == {"0002"}
