@@ -44,6 +44,7 @@ _KEYS = {  # that a line must have
     for kind in (*_WORK, *_HISTORY)
 }
 _IS_WORK = {kind.__name__ for kind in _WORK}
+_FOUND_AGAIN = {"bad_clip", "bad_step"}  # kinds of incidents, which are told again when their steps are computed
 _ACCOUNTED = ("event", "time", "step", "steps", "seconds", "launched", "seconds_lost")
 
 
@@ -228,7 +229,7 @@ def continued(lines: Sequence[Line], from_step: int) -> list[Line]:
     """The lines that count when the run goes on from a step."""
     kept = []
     for line, following in zip_longest(lines, lines[1:]):
-        if line["event"] not in _IS_WORK or line["step"] <= from_step:
+        if line["step"] <= from_step or not (line["event"] in _IS_WORK or line.get("kind") in _FOUND_AGAIN):
             kept.append(line)
         elif following is None or following["event"] == "Started":
             # How long a command ran is told by its last line.
