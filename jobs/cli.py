@@ -257,6 +257,34 @@ def bench_plan(
     show(run(segments, missing), as_json, facts_page)
 
 
+@bench_app.command(
+    "train",
+    help="The training loop, DeepSpeed and the whole job under Ray or torchrun against a bare PyTorch loop, in turns, "
+    "with a recipe's model and with a null model that shows what each layer costs." + EXAMPLE + "erann bench train",
+)
+def bench_train(
+    recipe: Annotated[
+        Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")
+    ] = Path("demo.yaml"),
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
+    launcher: Annotated[
+        Launcher | None, typer.Option(help="Who starts the whole job: run.launcher of the recipe. none has one worker.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of a turn that count, in threes.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 7,
+    job_rounds: Annotated[int, typer.Option(min=1, help="Of the whole job, which starts anew in each.")] = 3,
+    as_json: Json = False,
+) -> None:
+    from erann_dist.recipe import load_recipe
+    from jobs.bench.training import bench_train as run
+    from jobs.bench.training import training_page
+    from jobs.recipes import find_recipe
+
+    alone = ["run.workers=1"] if launcher == "none" else []
+    settings = [*alone, *(overrides or []), *([f"run.launcher={launcher}"] if launcher else [])]
+    show(run(load_recipe(find_recipe(recipe), settings), steps, rounds, job_rounds), as_json, training_page)
+
+
 def main() -> None:
     """The command: a user's error is one line on stderr and an exit code (errors.py), not a traceback."""
     try:

@@ -28,6 +28,7 @@ COMMANDS = [
     "bench plan",
     "bench loader",
     "bench sampler",
+    "bench train",
     "plan",
     "pretrain",
     "evaluate",
