@@ -26,6 +26,15 @@ _TIME_MASK_SHARE = 16  # a time mask covers up to 1/16 of the frames: 8·t_c of 
 
 
 @dataclass(frozen=True)
+class Choices:
+    """The random choices for one micro-batch."""
+
+    share: Tensor  # (M,) float32, of the first clip in a mixup
+    time_masks: Tensor  # (M, 2, masks) int64: first frames and numbers of frames
+    frequency_masks: Tensor  # (M, 2, masks) int64: the same of mel bins
+
+
+@dataclass(frozen=True)
 class Inputs:
     """What the model is trained on: one micro-batch."""
 
@@ -44,21 +53,31 @@ def clip_positions(examples: npt.NDArray[np.int64], mixup: Mixup, partner: Partn
     return examples
 
 
+def draw_choices(examples: npt.NDArray[np.int64], frames: int, seed: int) -> Choices:
+    """The choices for the examples at these positions (M,) of the run, with crops of so many frames; on the CPU.
+
+    SpecAugment's are two time masks of up to 1/16 of the frames and two frequency masks of up to 16 bins.
+    """
+    return Choices(
+        torch.from_numpy(keyed_uniform(seed, MIXUP, examples)).float(),
+        _bands(TIME_MASK, examples, _TIME_MASKS, frames // _TIME_MASK_SHARE, frames, seed),
+        _bands(FREQUENCY_MASK, examples, _FREQUENCY_MASKS, _FREQUENCY_MASK_BINS, MEL_BINS, seed),
+    )
+
+
 def make_inputs(
     pcm: Tensor,
     targets: Tensor,
-    examples: npt.NDArray[np.int64],
+    choices: Choices,
     log_mel: LogMel,
     *,
     mixup: Mixup,
     partner: Partner,
     spec_augment: bool,
-    seed: int,
 ) -> Inputs:
-    """One micro-batch, augmented.
+    """One micro-batch, augmented; everything is on the device.
 
-    pcm: (n, samples) int16 crops and targets: (n, N) float32, of clip_positions(examples), on the device.
-    examples: (M,) positions of the examples in the run.
+    pcm: (n, samples) int16 crops and targets: (n, N) float32, of clip_positions(examples).
     """
     waveform = pcm.float() / 32768
     if mixup != "none":
@@ -67,14 +86,11 @@ def make_inputs(
         else:
             neighbour = torch.arange(len(waveform), device=waveform.device) ^ 1
             waveforms, labels = (waveform, waveform[neighbour]), (targets, targets[neighbour])
-        share = torch.from_numpy(keyed_uniform(seed, MIXUP, examples)).float().to(waveform.device)
         mix = mix_standard if mixup == "standard" else mix_modified
-        waveform = mix(*waveforms, share)
-        targets = share[:, None] * labels[0] + (1 - share[:, None]) * labels[1]
+        waveform = mix(*waveforms, choices.share)
+        targets = choices.share[:, None] * labels[0] + (1 - choices.share[:, None]) * labels[1]
     spectrogram = log_mel(waveform)
-    mask = None
-    if spec_augment:
-        mask = spec_augment_mask(examples, spectrogram.shape[-1], seed).to(spectrogram.device)
+    mask = spec_augment_mask(choices, spectrogram.shape[-1]) if spec_augment else None
     return Inputs(spectrogram, mask, targets)
 
 
@@ -94,21 +110,23 @@ def mix_modified(x1: Tensor, x2: Tensor, share: Tensor) -> Tensor:
     return (p * x1 + (1 - p) * x2) / (p.square() + (1 - p).square()).sqrt()
 
 
-def spec_augment_mask(examples: npt.NDArray[np.int64], frames: int, seed: int) -> Tensor:
-    """Two time masks of up to 1/16 of the frames and two frequency masks of up to 16 bins: (M, 1, 128, T) bool."""
-    time = _bands(TIME_MASK, examples, _TIME_MASKS, frames // _TIME_MASK_SHARE, frames, seed)
-    frequency = _bands(FREQUENCY_MASK, examples, _FREQUENCY_MASKS, _FREQUENCY_MASK_BINS, MEL_BINS, seed)
-    return torch.from_numpy(frequency[:, None, :, None] | time[:, None, None, :])
+def spec_augment_mask(choices: Choices, frames: int) -> Tensor:
+    """What the masks cover: (M, 1, 128, T) bool."""
+    time, frequency = _covered(choices.time_masks, frames), _covered(choices.frequency_masks, MEL_BINS)
+    return frequency[:, None, :, None] | time[:, None, None, :]
 
 
-def _bands(
-    purpose: int, examples: npt.NDArray[np.int64], masks: int, widest: int, length: int, seed: int
-) -> npt.NDArray[np.bool_]:
-    """The union of `masks` bands of 0 to `widest` cells anywhere in `length`: (M, length)."""
-    cells = np.arange(length)
-    covered = np.zeros((len(examples), length), dtype=np.bool_)
+def _bands(purpose: int, examples: npt.NDArray[np.int64], masks: int, widest: int, length: int, seed: int) -> Tensor:
+    """`masks` bands of 0 to `widest` cells anywhere in `length`: (M, 2, masks) int64, their first cells and widths."""
+    bands = np.empty((len(examples), 2, masks), np.int64)
     for number in range(masks):
-        width = keyed_integer(0, widest, seed, purpose, number, 0, examples)
-        start = keyed_integer(0, length - width, seed, purpose, number, 1, examples)
-        covered |= (cells >= start[:, None]) & (cells < (start + width)[:, None])
-    return covered
+        width = bands[:, 1, number] = keyed_integer(0, widest, seed, purpose, number, 0, examples)
+        bands[:, 0, number] = keyed_integer(0, length - width, seed, purpose, number, 1, examples)
+    return torch.from_numpy(bands)
+
+
+def _covered(bands: Tensor, length: int) -> Tensor:
+    """(M, length) bool"""
+    cells = torch.arange(length, device=bands.device)[:, None]
+    first, width = bands[:, 0, None], bands[:, 1, None]
+    return ((cells >= first) & (cells < first + width)).any(dim=-1)

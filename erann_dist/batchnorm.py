@@ -7,8 +7,6 @@ updated once per optimizer step from the mean over the step's micro-batches, whi
 import torch
 from torch import Tensor, nn
 
-from erann_dist.distributed import Workers
-
 
 class RunningStatistics:
     """Takes over the running statistics of a model's BatchNorms while it is trained.
@@ -27,7 +25,6 @@ class RunningStatistics:
         self._buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
         self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
         self._running = self._collect()
-        self._steps = int(self._counters[0])
         self._sum = torch.zeros_like(self._running)
 
     def _collect(self) -> Tensor:
@@ -37,17 +34,17 @@ class RunningStatistics:
         """Count the micro-batch that just went forward; one of weight 0 has no effect."""
         self._sum += weight * self._collect()
 
-    def update(self, micro_batches: int, loss: Tensor, workers: Workers) -> Tensor:
-        """Bring the running statistics up to date with a step of so many micro-batches over all workers.
+    def share(self) -> Tensor:
+        """(n,) the sum over this worker's micro-batches of the step; over all workers it is the step's."""
+        return self._sum
 
-        loss: () this worker's share of the step's loss. Returns its sum over the workers, which travels along.
+    def update(self, mean: Tensor, skipped: Tensor) -> None:
+        """Bring the running statistics up to date with a step; one that the optimizer skipped leaves them as they were.
+
+        mean: (n,) of the step's micro-batches. skipped: () 1 or 0.
         """
-        total = workers.sum(torch.cat([self._sum, loss.detach().float().reshape(1)]))
-        self._running = torch.lerp(self._running, total[:-1] / micro_batches, self._momentum)
-        self._steps += 1
+        self._running = torch.where(skipped > 0, self._running, torch.lerp(self._running, mean, self._momentum))
         self._sum.zero_()
-        for buffer, value in zip(self._buffers, self._running.split([len(b) for b in self._buffers]), strict=True):
-            buffer.copy_(value)
-        for counter in self._counters:
-            counter.fill_(self._steps)
-        return total[-1]
+        # Few launches for many small tensors.
+        torch._foreach_copy_(self._buffers, list(self._running.split([len(buffer) for buffer in self._buffers])))
+        torch._foreach_add_(self._counters, 1)

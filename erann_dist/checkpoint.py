@@ -1,26 +1,30 @@
 """The checkpoints of a run: safetensors and JSON, free of the number of workers and of the ZeRO stage.
 
-    checkpoints/step-00001000/state.safetensors    weights, buffers and Adam's moments by parameter name
-                              state.json           step, hashes of recipe and manifests, versions
-                              COMMITTED            sha256 of both, written last
+    starts/0003-5f0c…                              each start of the run's workers; the last one may write
+    checkpoints/step-00001000-0003/                the step, and the start that wrote it
+        state.safetensors                          weights, buffers and Adam's state by parameter name
+        state.json                                 step, hashes of recipe and manifests, versions
+        COMMITTED                                  sha256 of both, written last
+        metrics.json                               of the evaluation at this step, if there was one
 
 A checkpoint without its marker, or that does not match it, does not count. Loading one runs no code.
 """
 
 import hashlib
 import json
-import os
-import shutil
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import safetensors.torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from erann_dist.errors import UserError
+from erann_dist.folder import Folder
 
-_TENSORS, _FACTS, _MARKER = "state.safetensors", "state.json", "COMMITTED"
+_TENSORS, _FACTS, _MARKER, _METRICS = "state.safetensors", "state.json", "COMMITTED", "metrics.json"
+_CHECKPOINTS, _STARTS = "checkpoints/", "starts/"
 
 
 @dataclass(frozen=True)
@@ -33,74 +37,153 @@ class Facts:
     variant: str
     threads: int
     bad_clips: list[str]  # keys of those that were given up so far
+    bad_steps: list[int]  # that were skipped, for their loss or gradient was not finite
     versions: dict[str, str]
 
 
-def save(folder: Path, facts: Facts, state: dict[str, Tensor], keep_last: int) -> Path:
-    """Commit one checkpoint, then delete all but the last `keep_last`. Returns the checkpoint's folder."""
-    target = folder / f"step-{facts.step:08d}"
-    part = folder / f".{target.name}.part"
-    shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(target, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file(state, part / _TENSORS)
-    (part / _FACTS).write_text(json.dumps(asdict(facts), indent=1))
-    marker = json.dumps({name: _sha256(part / name) for name in (_TENSORS, _FACTS)})
-    for name in (_TENSORS, _FACTS):
-        _sync(part / name)
-    (part / _MARKER).write_text(marker)
-    _sync(part / _MARKER)
-    part.rename(target)
-    # One of a later step is what a damaged checkpoint left that the run has gone back behind.
-    earlier = [path for path in committed(folder) if path.name <= target.name]
-    for old in set(committed(folder)) - set(earlier[-keep_last:]):
-        shutil.rmtree(old)
-    return target
+class Superseded(UserError):
+    """The run was started again elsewhere."""
 
 
-def committed(folder: Path) -> list[Path]:
-    """The committed checkpoints, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{_MARKER}"))
+class _Damaged(Exception):
+    pass
 
 
-def latest(folder: Path) -> Path | None:
-    """The last committed checkpoint whose files are what its marker says; None when nothing was committed.
+def committed(run: Folder) -> list[str]:
+    """The names of the committed checkpoints, oldest first."""
+    names = run.sizes(_CHECKPOINTS)
+    return sorted(name.removesuffix(f"/{_MARKER}") for name in names if name.endswith(f"/{_MARKER}"))
 
-    Raises UserError when there are checkpoints and all of them are damaged.
+
+def latest(run: Folder) -> tuple[str | None, list[str]]:
+    """The last committed checkpoint that is whole, and what is wrong with those behind it, a line each.
+
+    Raises UserError when there are checkpoints and none of them is whole.
     """
-    paths = committed(folder)
-    for path in reversed(paths):
+    names = committed(run)
+    problems: list[str] = []
+    for name in reversed(names):
         try:
-            marker = json.loads((path / _MARKER).read_text())
-            if all(_sha256(path / name) == digest for name, digest in marker.items()):
-                return path
-        except (OSError, ValueError, AttributeError):
-            continue
-    if paths:
-        raise UserError(f"{paths[-1]}: damaged, and no other checkpoint is whole; remove {folder} to start anew")
-    return None
+            _read(run, name)
+        except _Damaged as damaged:
+            problems.append(f"{run}/{name}: {damaged}; the checkpoint before it is used")
+        else:
+            return name, problems
+    if names:
+        raise UserError(f"{run}/{names[-1]}: damaged, and no other checkpoint is whole; remove {run} to start anew")
+    return None, problems
 
 
-def load_facts(path: Path) -> Facts:
-    return Facts(**json.loads((path / _FACTS).read_text()))
+def load_facts(run: Folder, name: str) -> Facts:
+    return Facts(**json.loads(run.read(f"{name}/{_FACTS}")))
 
 
-def load_state(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint. Raises UserError unless the weights are shaped as `expected`."""
-    state = read_tensors(path / _TENSORS)
-    require_shapes(path, {k: v for k, v in state.items() if k.startswith("model.")}, expected)
-    return state
+def load(run: Folder, name: str) -> tuple[Facts, dict[str, Tensor]]:
+    """A checkpoint that `latest` named. Raises UserError when it is damaged."""
+    try:
+        contents = _read(run, name)
+    except _Damaged as damaged:
+        raise UserError(f"{run}/{name}: {damaged}") from damaged
+    return Facts(**json.loads(contents[_FACTS])), safetensors.torch.load(contents[_TENSORS])
+
+
+def _read(run: Folder, name: str) -> dict[str, bytes]:
+    """The files of a checkpoint, as its marker says they are."""
+    try:
+        marker = json.loads(run.read(f"{name}/{_MARKER}"))
+        contents = {file: run.read(f"{name}/{file}") for file in (_TENSORS, _FACTS)}
+        damaged = [file for file in contents if _sha256(contents[file]) != marker.get(file)]
+    except FileNotFoundError as error:
+        raise _Damaged("one of its files is missing") from error
+    except (ValueError, AttributeError) as error:
+        raise _Damaged(f"its {_MARKER} is damaged") from error
+    if damaged:
+        raise _Damaged(f"its {damaged[0]} is damaged")
+    return contents
+
+
+@dataclass(frozen=True)
+class Start:
+    """The right of one start of a run's workers to write in the run's folder, until the next one takes it over."""
+
+    run: Folder
+    name: str
+
+    @property
+    def number(self) -> int:
+        return int(self.name.partition("-")[0])
+
+    def require_last(self) -> None:
+        """Raise Superseded when there is a later one."""
+        last = max(_starts(self.run))
+        if last != self.name:
+            raise Superseded(f"{self.run}: this run was started again (start {last}), which goes on with it")
+
+
+def begin(run: Folder) -> Start:
+    """Take the right to write over from the starts before."""
+    number = max((int(name.partition("-")[0]) for name in _starts(run)), default=0) + 1
+    start = Start(run, f"{number:04d}-{secrets.token_hex(4)}")
+    run.write(f"{_STARTS}{start.name}", b"")
+    start.require_last()
+    return start
+
+
+def _starts(run: Folder) -> list[str]:
+    return [name.removeprefix(_STARTS) for name in run.sizes(_STARTS)]
+
+
+def save(start: Start, facts: Facts, state: dict[str, Tensor], keep_last: int, keep_best: int = 0) -> str:
+    """Commit one checkpoint and delete all but the last `keep_last` and the best `keep_best`; its name.
+
+    What a start that was cut off writes late lies beside the later start's checkpoints, not in them. Raises Superseded.
+    """
+    run, name = start.run, f"{_CHECKPOINTS}step-{facts.step:08d}-{start.number:04d}"
+    start.require_last()
+    contents = {_TENSORS: safetensors.torch.save(state), _FACTS: json.dumps(asdict(facts), indent=1).encode()}
+    for file, data in contents.items():
+        run.write(f"{name}/{file}", data)
+    start.require_last()
+    marker = {file: _sha256(data) for file, data in contents.items()}
+    run.write(f"{name}/{_MARKER}", json.dumps(marker).encode())
+    _delete_all_but(start, name, keep_last, keep_best)
+    return name
+
+
+def record(start: Start, name: str, metrics: dict[str, float]) -> None:
+    """Write down the evaluation of a checkpoint, by whose first metric the best are told. Raises Superseded."""
+    start.require_last()
+    start.run.write(f"{name}/{_METRICS}", json.dumps(metrics).encode())
+
+
+def best(run: Folder, names: list[str]) -> list[str]:
+    """Those that were evaluated, best first; of equals, the earlier one."""
+    evaluated = set(run.sizes(_CHECKPOINTS)) & {f"{name}/{_METRICS}" for name in names}
+    scores = {name.rpartition("/")[0]: next(iter(json.loads(run.read(name)).values())) for name in evaluated}
+    return sorted(scores, key=lambda name: (-scores[name], name))
+
+
+def _delete_all_but(start: Start, newest: str, keep_last: int, keep_best: int) -> None:
+    run = start.run
+    # One of a later step is what a damaged checkpoint left that the run has gone back behind.
+    earlier = [name for name in committed(run) if name <= newest]
+    kept = {*earlier[-keep_last:], *(best(run, earlier)[:keep_best] if keep_best else [])}
+    files = sorted(run.sizes(_CHECKPOINTS), key=lambda file: not file.endswith(_MARKER))  # markers first
+    for file in files:
+        name = file.rpartition("/")[0]
+        if name not in kept and int(name[-4:]) <= start.number:
+            run.delete(file)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file. Raises UserError when it is none or is cut short."""
     try:
-        return load_file(path)
+        return safetensors.torch.load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
 
 
-def require_shapes(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def require_shapes(path: Path | str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise UserError, naming the first tensor that differs, unless names and shapes agree."""
     for name in sorted(found.keys() | expected.keys()):
         a = tuple(found[name].shape) if name in found else "missing"
@@ -109,11 +192,5 @@ def require_shapes(path: Path, found: dict[str, Tensor], expected: dict[str, Ten
             raise UserError(f"{path}: {name} is {a} in the file, {b} in the model; they do not belong together")
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

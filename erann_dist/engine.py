@@ -1,7 +1,7 @@
 """What turns losses into weights: DeepSpeed, and plain PyTorch as its oracle and baseline, behind one interface.
 
-Both optimise with torch's Adam (betas 0.9 and 0.999, no weight decay). `state` and `load_state` speak of parameters by
-name, free of the number of workers and of the ZeRO stage.
+Both optimise with Adam (optimizer.py). `state` and `load_state` speak of parameters by name, free of the number of
+workers and of the ZeRO stage.
 """
 
 import logging
@@ -14,15 +14,22 @@ from torch import Tensor, nn
 
 from erann_dist.distributed import Workers
 from erann_dist.model import ERANN
+from erann_dist.optimizer import CheckedAdam
 from erann_dist.recipe import OptimSection
 
-_BETAS = (0.9, 0.999)
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+State = dict[
+    str, Tensor
+]  # on the CPU, by name: model.…, exp_avg.…, exp_avg_sq.…, adam.step, and with fp16 loss_scale.…
 
 
 class Engine(Protocol):
     """One step: `forward` and `backward` for each of the worker's micro-batches, then `step`."""
 
     model: ERANN
+    adam: CheckedAdam  # its `skipped` and `norm` tell of the last step
 
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
         """Logits of a micro-batch."""
@@ -30,18 +37,25 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of the micro-batch's share of the step's loss; shares add up over all workers."""
 
-    def step(self, lr: float) -> None:
-        """Let the optimizer take one step at this learning rate."""
+    def step(self, lr: float, loss: Tensor) -> None:
+        """Let the optimizer take one step at this learning rate, unless the loss or the gradient is not finite.
 
-    def state(self) -> dict[str, Tensor]:
-        """Weights, buffers and moments by name, on the CPU. All workers call it; the first gets the answer."""
+        loss: () the step's, over all workers.
+        """
 
-    def load_state(self, state: dict[str, Tensor], step: int) -> None:
-        """Take over `state` as it was after `step` optimizer steps. Only before the first step of this engine."""
+    def state(self, into: State | None) -> None:
+        """Copy weights, buffers and the optimizer's state `into` the tensors of that name, which are made if need be.
+
+        All workers call it; one that gives nothing only takes part.
+        """
+
+    def load_state(self, state: State) -> None:
+        """Take over what `state` gave. Only before the first step of this engine."""
 
 
 def make_engine(kind: str, model: ERANN, optim: OptimSection, micro_batches: int, workers: Workers) -> Engine:
     """kind: deepspeed or torch. micro_batches: how many each worker computes per step."""
+    torch.backends.cudnn.allow_tf32 = optim.precision == "tf32"  # of convolutions; the front end keeps its precision
     if kind == "torch":
         return TorchEngine(model, optim, workers)
     return DeepSpeedEngine(model, optim, micro_batches, workers)
@@ -52,33 +66,34 @@ class TorchEngine:
 
     def __init__(self, model: ERANN, optim: OptimSection, workers: Workers) -> None:
         self.model = model
+        self.adam = CheckedAdam(model.parameters(), optim.lr, optim.clip_norm, optim.precision == "fp16", _whole)
         self._workers = workers
-        self._bf16 = optim.precision == "bf16"
-        self._adam = _adam(model, optim.lr)
+        self._network = _Network(model, optim)
 
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
-        with torch.autocast(log_mel.device.type, torch.bfloat16, enabled=self._bf16):
-            logits: Tensor = self.model(log_mel, mask)
+        logits: Tensor = self._network(log_mel, mask)
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        (loss * self.adam.scale if self.adam.scaled else loss).backward()
 
-    def step(self, lr: float) -> None:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        total = self._workers.sum(torch.cat([g.flatten() for g in gradients]))
-        for gradient, value in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(value.view_as(gradient))
-        _set_lr(self._adam, lr)
-        self._adam.step()
-        self._adam.zero_grad()
+    def step(self, lr: float, loss: Tensor) -> None:
+        if self._workers.world_size > 1:
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            total = self._workers.sum(torch.cat([g.flatten() for g in gradients]))
+            for gradient, value in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(value.view_as(gradient))
+        _set_lr(self.adam, lr)
+        self.adam.loss = loss
+        self.adam.step()
+        self.adam.zero_grad()
 
-    def state(self) -> dict[str, Tensor]:
-        return _model_state(self.model) | _adam_state(self._adam, self.model)
+    def state(self, into: State | None) -> None:
+        if into is not None:
+            _copy_state(self.model, self.adam, into)
 
-    def load_state(self, state: dict[str, Tensor], step: int) -> None:
-        _load_model_state(self.model, state)
-        _load_adam_state(self._adam, self.model, state, step)
+    def load_state(self, state: State) -> None:
+        _load_state(self.model, self.adam, state)
 
 
 class DeepSpeedEngine:
@@ -88,20 +103,21 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(workers.device)
         self.model = model
         self._workers = workers
-        self._stage = optim.zero_stage
-        self._adam = _adam(model, optim.lr)
+        self._sharded = optim.zero_stage > 0
+        sum_of_parts = workers.sum if self._sharded else _whole
+        self.adam = CheckedAdam(model.parameters(), optim.lr, optim.clip_norm, optim.precision == "fp16", sum_of_parts)
         config = {
             # Nominal: a rank that is one micro-batch short repeats its last with weight 0.
             "train_micro_batch_size_per_gpu": optim.micro_batch,
             "gradient_accumulation_steps": micro_batches,
-            "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0
-            "zero_optimization": {"stage": optim.zero_stage},
-            "torch_autocast": {"enabled": optim.precision == "bf16", "dtype": "bfloat16"},
+            "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0; CheckedAdam clips
+            # The norm, CheckedAdam's too: DeepSpeed's makes the host wait for the device in each step.
+            "zero_optimization": {"stage": optim.zero_stage} | ({"compute_grad_norm": False} if self._sharded else {}),
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 62,
         }
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self._adam, config=config, dist_init_required=False
+            model=_Network(model, optim), optimizer=self.adam, config=config, dist_init_required=False
         )
 
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
@@ -110,48 +126,74 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed averages over the workers; the shares of the loss are to be added.
-        self._engine.backward(loss * self._workers.world_size, scale_wrt_gas=False)
+        scale = self.adam.scale * self._workers.world_size if self.adam.scaled else self._workers.world_size
+        self._engine.backward(loss * scale, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, loss: Tensor) -> None:
         _set_lr(self._engine.optimizer, lr)
+        self.adam.loss = loss
         self._engine.step()
 
-    def state(self) -> dict[str, Tensor]:
-        if self._stage == 0:
-            return _model_state(self.model) | _adam_state(self._adam, self.model)
+    def state(self, into: State | None) -> None:
+        if not self._sharded:
+            if into is not None:
+                _copy_state(self.model, self.adam, into)
+            return
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        state = {f"model.{name}": buffer.detach().cpu().clone() for name, buffer in self.model.named_buffers()}
-        for name, parameter in self.model.named_parameters():
-            state[f"model.{name}"] = safe_get_full_fp32_param(parameter).detach().cpu().clone()
-            for moment in ("exp_avg", "exp_avg_sq"):
-                value = safe_get_full_optimizer_state(parameter, moment)
-                state[f"{moment}.{name}"] = value.detach().cpu().clone()
-        return state
+        def keep(name: str, value: Tensor) -> None:
+            if into is not None:
+                _copy(name, value, into)
 
-    def load_state(self, state: dict[str, Tensor], step: int) -> None:
-        _load_model_state(self.model, state)
-        if self._stage == 0:
-            _load_adam_state(self._adam, self.model, state, step)
+        for name, buffer in self.model.named_buffers():
+            keep(f"model.{name}", buffer)
+        for name, parameter in self.model.named_parameters():
+            keep(f"model.{name}", safe_get_full_fp32_param(parameter))
+            for moment in _MOMENTS:
+                keep(f"{moment}.{name}", safe_get_full_optimizer_state(parameter, moment))
+        if into is not None:
+            _copy_rest(self.adam, into)
+
+    def load_state(self, state: State) -> None:
+        if not self._sharded:
+            _load_state(self.model, self.adam, state)
             return
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        _load_rest(self.model, self.adam, state)
         zero = self._engine.optimizer
         for flat in zero.single_partition_of_fp32_groups:
-            zero.optimizer.state[flat] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": torch.zeros_like(flat),
-                "exp_avg_sq": torch.zeros_like(flat),
+            self.adam.state[flat] = {"step": state["adam.step"].to(flat.device)} | {
+                moment: torch.zeros_like(flat) for moment in _MOMENTS
             }
         # Private, hence DeepSpeed's exact pin: links each parameter with its slice of the flat moments, which
         # otherwise happens in the first step only.
         zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.model.named_parameters():
             safe_set_full_fp32_param(parameter, state[f"model.{name}"].to(self._workers.device))
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in _MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{moment}.{name}"].to(self._workers.device), moment)
+
+
+class _Network(nn.Module):
+    """The model as it is computed: under autocast, compiled.
+
+    Autocast in here and not by DeepSpeed, which would also add up the gradients in the lower precision.
+    """
+
+    def __init__(self, model: ERANN, optim: OptimSection) -> None:
+        super().__init__()
+        self._model = model
+        self._autocast = AUTOCAST.get(optim.precision)
+        if optim.compile:
+            self.compile()
+
+    def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
+        with torch.autocast(log_mel.device.type, self._autocast, enabled=self._autocast is not None):
+            logits: Tensor = self._model(log_mel, mask)
+        return logits
 
 
 def _import_deepspeed(device: torch.device) -> Any:
@@ -168,8 +210,9 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _adam(model: nn.Module, lr: float) -> torch.optim.Adam:
-    return torch.optim.Adam(model.parameters(), lr, _BETAS)
+def _whole(square: Tensor) -> Tensor:
+    """The gradient is whole on each worker."""
+    return square
 
 
 def _set_lr(optimizer: Any, lr: float) -> None:
@@ -177,26 +220,42 @@ def _set_lr(optimizer: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def _model_state(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": value.detach().cpu().clone() for name, value in model.state_dict().items()}
+def _copy(name: str, value: Tensor, into: State) -> None:
+    if name not in into:
+        into[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+    into[name].copy_(value.detach(), non_blocking=True)
 
 
-def _load_model_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-    model.load_state_dict(own)
-
-
-def _adam_state(adam: torch.optim.Adam, model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{moment}.{name}": adam.state[parameter][moment].detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        for moment in ("exp_avg", "exp_avg_sq")
-    }
-
-
-def _load_adam_state(adam: torch.optim.Adam, model: nn.Module, state: dict[str, Tensor], step: int) -> None:
+def _copy_state(model: nn.Module, adam: CheckedAdam, into: State) -> None:
+    for name, value in model.state_dict().items():
+        _copy(f"model.{name}", value, into)
     for name, parameter in model.named_parameters():
-        adam.state[parameter] = {
-            "step": torch.tensor(float(step)),
-            **{m: state[f"{m}.{name}"].to(parameter.device).clone() for m in ("exp_avg", "exp_avg_sq")},
-        }
+        for moment in _MOMENTS:
+            _copy(f"{moment}.{name}", adam.state[parameter][moment], into)
+    _copy_rest(adam, into)
+
+
+def _copy_rest(adam: CheckedAdam, into: State) -> None:
+    """What Adam has besides the moments; behind it everything is on the CPU."""
+    _copy("adam.step", next(iter(adam.state.values()))["step"], into)  # the same for all parameters
+    if adam.scaled:
+        _copy("loss_scale.scale", adam.scale, into)
+        _copy("loss_scale.steps", adam.steps_at_scale, into)
+    if adam.scale.is_cuda:
+        torch.cuda.synchronize()
+
+
+def _load_state(model: nn.Module, adam: CheckedAdam, state: State) -> None:
+    _load_rest(model, adam, state)
+    for name, parameter in model.named_parameters():
+        values = {"step": state["adam.step"]} | {moment: state[f"{moment}.{name}"] for moment in _MOMENTS}
+        adam.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in values.items()}
+
+
+def _load_rest(model: nn.Module, adam: CheckedAdam, state: State) -> None:
+    """The weights and buffers, and the loss scale if both have one."""
+    prefix = "model."
+    model.load_state_dict({name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)})
+    if adam.scaled and "loss_scale.scale" in state:
+        adam.scale = state["loss_scale.scale"].to(adam.scale.device)
+        adam.steps_at_scale = state["loss_scale.steps"].to(adam.scale.device)

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -168,15 +167,15 @@ def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[st
     return result
 
 
-def write_predictions(path: Path, predictions: Predictions, manifest: Manifest) -> None:
+def write_predictions(file: BinaryIO, predictions: Predictions, manifest: Manifest) -> None:
     """One row per clip: key, scores (list of float, label order), targets (list of label indices)."""
     targets = [np.flatnonzero(row).astype(np.int16) for row in predictions.targets]
     columns = {"targets": pa.array(targets, pa.list_(pa.int16()))}
-    write_scores(path, manifest.keys, predictions.scores, manifest.info.label_ids, columns)
+    write_scores(file, manifest.keys, predictions.scores, manifest.info.label_ids, columns)
 
 
 def write_scores(
-    path: Path,
+    file: BinaryIO,
     keys: pa.ChunkedArray,
     scores: npt.NDArray[np.float32],
     label_ids: list[str],
@@ -184,6 +183,4 @@ def write_scores(
 ) -> None:
     """One row per clip: key, scores (list of float, in the order of the labels in the metadata), and other columns."""
     table = pa.table({"key": keys, "scores": pa.array(list(scores), pa.list_(pa.float32())), **(columns or {})})
-    part = path.with_name(f"{path.name}.part")
-    pq.write_table(table.replace_schema_metadata({"labels": "\n".join(label_ids)}), part)
-    part.replace(path)
+    pq.write_table(table.replace_schema_metadata({"labels": "\n".join(label_ids)}), file)

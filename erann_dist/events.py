@@ -1,14 +1,8 @@
 """What a run says while it goes on. The loop emits events; metrics.jsonl, TensorBoard and the live view read them."""
 
-import json
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Literal
-
-from erann_dist import strict_json
-from erann_dist.storage import write_text
 
 # failure: workers were lost, hung, or the command before this one ended; resize: there are more or fewer of them.
 IncidentKind = Literal["bad_clip", "cache", "bad_step", "checkpoint", "failure", "preemption", "resize"]
@@ -94,49 +88,13 @@ class Finished:
     outcome: dict[str, Any] = field(default_factory=dict)
 
 
-Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished
+@dataclass(frozen=True)
+class Discarded:
+    """In metrics.jsonl, for lines that were taken out because their steps are computed again; the last one's time."""
+
+    step: int  # from which the run goes on
+    last_step: int  # that was computed before
+
+
+Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished | Discarded
 Emit = Callable[[Event], None]
-
-
-class MetricsFile:
-    """Appends the events to metrics.jsonl, a JSON object a line. What a lost stretch of the run wrote is taken out."""
-
-    def __init__(self, path: Path, from_step: int) -> None:
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _is_of_step(line, from_step)]
-            write_text(path, "".join(f"{line}\n" for line in kept))
-        self._file = path.open("a", buffering=1)
-
-    def __call__(self, event: Event) -> None:
-        if not isinstance(event, EvaluationProgress):
-            self._file.write(
-                strict_json.dumps({"event": type(event).__name__, "time": time.time(), **asdict(event)}) + "\n"
-            )
-
-
-def _is_of_step(line: str, last: int) -> bool:
-    """False for a later step's line, and for one that a kill cut short."""
-    try:
-        return bool(json.loads(line)["step"] <= last)
-    except ValueError:
-        return False
-
-
-class TensorBoard:
-    """Scalars for TensorBoard."""
-
-    def __init__(self, folder: Path, from_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        self._writer = SummaryWriter(str(folder), purge_step=from_step + 1)
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Step):
-            values = {f"train/{k}": v for k, v in asdict(event).items() if k != "step" and v is not None}
-        elif isinstance(event, Evaluated):
-            values = {f"eval/{k}": v for k, v in event.metrics.items()}
-        else:
-            return
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, event.step)
-        self._writer.flush()

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import stat
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,9 +29,13 @@ class LocalFolder:
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """The files in and below the folder whose relative name starts with prefix: name -> bytes, by name."""
-        paths = (path for path in self._files() if path.suffix != ".part" and path.is_file())
-        names = {path.relative_to(self.url).as_posix(): path for path in paths}
-        return {name: path.stat().st_size for name, path in sorted(names.items()) if name.startswith(prefix)}
+        found = {}
+        for path in self._files():
+            name = path.relative_to(self.url).as_posix()
+            with suppress(FileNotFoundError):  # removed meanwhile
+                if path.suffix != ".part" and name.startswith(prefix) and stat.S_ISREG((status := path.stat()).st_mode):
+                    found[name] = status.st_size
+        return dict(sorted(found.items()))
 
     def is_empty(self) -> bool:
         """Whether there is no file in or below it; also when it does not exist."""

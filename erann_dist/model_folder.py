@@ -8,21 +8,22 @@ README.md           the model card
 
 import dataclasses
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import yaml
-from safetensors.torch import save_file
 
 from erann_dist import checkpoint, features, strict_json
 from erann_dist.errors import UsageError, UserError
+from erann_dist.folder import Folder
 from erann_dist.manifest import SetInfo, Task
 from erann_dist.model import ERANN, MEL_BINS
 from erann_dist.recipe import Recipe
 
 FORMAT = 1
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 FRONT_END = {
     "window": features.WINDOW,
     "hop": features.HOP,
@@ -47,24 +48,21 @@ class ModelInfo:
     format: int = FORMAT
 
 
-def save_model(folder: Path, model: ERANN, info: ModelInfo, metrics: dict[str, Any], card: str) -> None:
-    """Write a model folder; one that stood there is replaced when the new one is whole."""
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, part / "model.safetensors")
-    (part / "config.json").write_text(strict_json.dumps(dataclasses.asdict(info), indent=1))
-    (part / "metrics.json").write_text(strict_json.dumps(metrics, indent=1))
-    (part / "README.md").write_text(card)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+def save_model(folder: Folder, model: ERANN, info: ModelInfo, metrics: dict[str, Any], card: str) -> None:
+    """Write a model folder; its config.json comes last, and one that stood there goes first."""
+    folder.delete(_CONFIG)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    folder.write(_WEIGHTS, safetensors.torch.save(weights))
+    folder.write("metrics.json", strict_json.dumps(metrics, indent=1).encode())
+    folder.write("README.md", card.encode())
+    folder.write(_CONFIG, strict_json.dumps(dataclasses.asdict(info), indent=1).encode())
 
 
 def load_model(folder: Path) -> tuple[ERANN, ModelInfo]:
     """The model of a folder, in evaluation mode. Raises UserError: which file, what is wrong."""
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; a run's model is in its folder model/")
-    config = folder / "config.json"
+    config = folder / _CONFIG
     if not config.is_file():
         raise UserError(f"{folder}: no model here (config.json is missing); a run's is in its folder model/")
     try:
@@ -74,8 +72,8 @@ def load_model(folder: Path) -> tuple[ERANN, ModelInfo]:
         raise UserError(f"{config}: not a model's configuration ({error})") from error
     if info.format != FORMAT or info.front_end != FRONT_END:
         raise UserError(f"{config}: made for another front end or format than this program's")
-    weights = checkpoint.read_tensors(folder / "model.safetensors")
-    checkpoint.require_shapes(folder / "model.safetensors", weights, dict(model.state_dict()))
+    weights = checkpoint.read_tensors(folder / _WEIGHTS)
+    checkpoint.require_shapes(folder / _WEIGHTS, weights, dict(model.state_dict()))
     model.load_state_dict(weights)
     return model.eval(), info
 

@@ -146,7 +146,7 @@ class Elastic(_Section):
 
 class RunSection(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    dir: str = "runs"
+    dir: str = Field("runs", min_length=1)  # a path, or s3://bucket/prefix
     workers: Annotated[int, Field(ge=1)] | Elastic = 1
     launcher: Literal["ray", "torchrun", "none"] = "ray"
     engine: Literal["deepspeed", "torch"] = "deepspeed"
@@ -187,6 +187,10 @@ class Recipe(_Section):
         pairs = self.augment.mixup != "none" and self.augment.partner == "in_batch"
         if pairs and self.optim.micro_batch % 2:
             raise ValueError(f"augment.partner in_batch needs an even optim.micro_batch, not {self.optim.micro_batch}")
+        if (average := self.evaluate.average_last) and average > self.checkpoint.keep_last:
+            raise ValueError(
+                f"evaluate.average_last is {average}, but checkpoint.keep_last only {self.checkpoint.keep_last}"
+            )
         if self.optim.micro_batch < _LEAST_MICRO_BATCH and not self.optim.small_micro_batch:
             raise ValueError(
                 f"optim.micro_batch is {self.optim.micro_batch}: BatchNorm's statistics of fewer than "
@@ -205,8 +209,9 @@ class Recipe(_Section):
         return self
 
     @property
-    def run_dir(self) -> Path:
-        return Path(self.run.dir) / self.run.name
+    def run_url(self) -> str:
+        """The run's folder: a path, or s3://bucket/prefix."""
+        return f"{self.run.dir.rstrip('/')}/{self.run.name}"
 
     def steps(self, training_clips: int) -> int:
         """Optimizer steps in the whole run."""

@@ -1,101 +1,56 @@
 """One training loop, under Ray Train, under torchrun or in a bare process.
 
-The global batch B and the micro-batch M are the recipe's. Micro-batch m of step s holds the examples
-[s·B + m·M, s·B + (m + 1)·M); the gradient is the sum of the examples' losses over B. So any number of workers up to
-B / M computes the same function, up to the order of summation.
+The gradient of a step is the sum of its examples' losses over the global batch. So any number of workers up to one for
+each micro-batch computes the same function, up to the order of summation; which examples those are is schedule.py's.
 """
 
-import fcntl
 import importlib.metadata
 import math
 import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, nullcontext
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import IO
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from erann_dist import checkpoint, evaluation, loader
-from erann_dist.augment import clip_positions, make_inputs
+from erann_dist import checkpoint, evaluation, loader, memory
+from erann_dist.augment import draw_choices, make_inputs
 from erann_dist.batchnorm import RunningStatistics
 from erann_dist.cache import ClipCache
 from erann_dist.data import count_reported, load_sources
 from erann_dist.distributed import Workers
-from erann_dist.engine import Engine, make_engine
-from erann_dist.errors import UsageError, UserError
+from erann_dist.engine import State, make_engine
+from erann_dist.errors import Stopped, UsageError, UserError
 from erann_dist.events import (
-    CheckpointSaved,
     Emit,
     Evaluated,
     EvaluationProgress,
     Event,
     Finished,
     Incident,
-    MetricsFile,
+    IncidentKind,
     Started,
     Step,
-    TensorBoard,
 )
-from erann_dist.features import LogMel
-from erann_dist.keyed import SUBSTITUTE, keyed_integer
+from erann_dist.features import LogMel, padded_frames
+from erann_dist.feed import Fed, feed
+from erann_dist.folder import open_folder
 from erann_dist.manifest import Manifest, Task, require_same_labels
 from erann_dist.model import ERANN
 from erann_dist.model_folder import ModelInfo, model_card, save_model
-from erann_dist.recipe import OptimSection, Recipe
-from erann_dist.sampling import BalancedSampler, Sampler, SequentialSampler, UniformSampler, class_lists
+from erann_dist.outcomes import Outcome, Outcomes
+from erann_dist.recipe import Recipe
+from erann_dist.run_log import RunLog, goodput, lost
+from erann_dist.saving import Saver
+from erann_dist.schedule import Draws, MicroBatch, deal, learning_rate, micro_batches_per_rank
 from erann_dist.shared_clips import shared_clips
+from erann_dist.watchdog import Watchdog, stacks_left, watching
 
-_DRAW_AHEAD = 16  # micro-batches
-SUBSTITUTE_POSITIONS = 2**40  # where substitutes for bad clips are drawn from
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """A rank's piece of a step's work."""
-
-    examples: npt.NDArray[np.int64]  # (M,) positions of the examples in the run
-    weight: float  # 1, or 0 for the repetition that keeps a rank in step with the others
-
-
-def deal(step: int, optim: OptimSection, rank: int, world_size: int) -> list[MicroBatch]:
-    """The micro-batches of a step that are this rank's: a contiguous run, as many on every rank.
-
-    A rank that is one short repeats its last with weight 0, for the engines want equal counts.
-    """
-    count = optim.global_batch // optim.micro_batch
-    mine = np.array_split(np.arange(count), world_size)[rank]
-    starts = step * optim.global_batch + mine * optim.micro_batch
-    dealt = [MicroBatch(np.arange(s, s + optim.micro_batch), 1.0) for s in starts]
-    missing = micro_batches_per_rank(optim, world_size) - len(dealt)
-    return dealt + [MicroBatch(dealt[-1].examples, 0.0)] * missing
-
-
-def micro_batches_per_rank(optim: OptimSection, world_size: int) -> int:
-    return -(-optim.global_batch // optim.micro_batch // world_size)
-
-
-def learning_rate(step: int, steps: int, optim: OptimSection) -> float:
-    """The rate of step 0..steps−1: constant, or torch's OneCycleLR(max_lr, total_steps=steps) with its defaults."""
-    if optim.schedule == "constant":
-        return optim.lr
-    rise_end = 0.3 * steps - 1
-    start, peak, end = optim.lr / 25, optim.lr, optim.lr / 25 / 1e4
-    if step <= rise_end:
-        return _cosine(start, peak, step / rise_end)
-    return _cosine(peak, end, (step - rise_end) / (steps - 1 - rise_end))
-
-
-def _cosine(start: float, end: float, share: float) -> float:
-    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+_KEYS_TOLD = 8  # of a bad step's clips, in its line
 
 
 def example_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
@@ -105,279 +60,440 @@ def example_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def make_sampler(recipe: Recipe, clips: Manifest) -> Sampler:
-    if recipe.data.sampling == "uniform":
-        return UniformSampler(len(clips), recipe.run.seed)
-    if recipe.data.sampling == "sequential":
-        return SequentialSampler(len(clips))
-    if not len(clips.label_values):
-        raise UserError(f"{recipe.data.train[0].url}: no clip has a label, which data.sampling=balanced needs")
-    lists = class_lists(clips.label_values, clips.label_offsets, clips.num_classes)
-    return BalancedSampler(lists, recipe.run.seed)
-
-
-def train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit) -> None:
+def train(recipe: Recipe, workers: Workers, emit: Emit) -> None:
     """Train, evaluate and write the model folder; go on from the run's last checkpoint if it has one.
 
-    All workers call it. The first one's events go to `emit`, metrics.jsonl and TensorBoard. Raises UserError.
+    All workers call it. The first one's events go to `emit` and to the run's log. Raises UserError, and after a notice
+    (`Workers.notice`) Stopped, when the checkpoint is written.
     """
     if workers.world_size > (most := recipe.optim.global_batch // recipe.optim.micro_batch):
         raise UsageError(f"{workers.world_size} workers for {most} micro-batches a step; start at most {most}")
-    with _lock(run_dir) if workers.is_first else nullcontext(), shared_clips(recipe.data.train) as clips:
+    if recipe.optim.precision == "fp16" and workers.device.type == "cpu":
+        raise UsageError("optim.precision fp16 needs a GPU; bf16 and fp32 run on CPUs")
+    with (
+        watching(recipe.run_url, workers.rank, recipe.run.hang_timeout) as watchdog,
+        shared_clips(recipe.data.train) as clips,
+        ExitStack() as resources,
+    ):
         eval_clips = load_sources(recipe.data.eval)
         require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
-        _train(recipe, run_dir, workers, emit, clips, eval_clips)
+        _Training(recipe, workers, emit, clips, eval_clips, watchdog, resources).run()
 
 
-def _train(recipe: Recipe, run_dir: Path, workers: Workers, emit: Emit, clips: Manifest, eval_clips: Manifest) -> None:
-    began = time.perf_counter()
-    optim, seed = recipe.optim, recipe.run.seed
-    torch.set_num_threads(recipe.run.threads)
-    steps = recipe.steps(len(clips))
+class _Training:
+    """One start of a run's workers, on one of them."""
 
-    torch.manual_seed(seed)  # the initial weights; no other random choice is torch's
-    model = ERANN.from_name(recipe.model.variant, clips.num_classes).to(workers.device)
-    per_rank = micro_batches_per_rank(optim, workers.world_size)
-    engine = make_engine(recipe.run.engine, model, optim, per_rank, workers)
-    resumed_from = checkpoint.latest(run_dir / "checkpoints")
-    bad_clips = loader.BadClips(recipe.data.max_bad_clips)
-    first_step = 0
-    if resumed_from:
-        facts = _resume(resumed_from, recipe, clips, engine)
-        first_step = facts.step
-        bad_clips.unite([dict.fromkeys(facts.bad_clips, "")])
-    statistics = RunningStatistics(model)
-    log_mel = LogMel().to(workers.device)
-    sampler = make_sampler(recipe, clips)
-    clips_per_example = len(clip_positions(np.arange(1), recipe.augment.mixup, recipe.augment.partner))
+    def __init__(
+        self,
+        recipe: Recipe,
+        workers: Workers,
+        emit: Emit,
+        clips: Manifest,
+        eval_clips: Manifest,
+        watchdog: Watchdog,
+        resources: ExitStack,
+    ) -> None:
+        """resources: closed when the training ends, however it does."""
+        self.began = time.perf_counter()
+        self.recipe, self.workers, self.clips, self.eval_clips = recipe, workers, clips, eval_clips
+        self.watchdog = watchdog
+        self.run_folder = open_folder(recipe.run_url)
+        self.steps = recipe.steps(len(clips))
+        self.draws = Draws(recipe, clips)
+        self.log_mel = LogMel().to(workers.device)
 
-    hosts = workers.gather_all(socket.gethostname())
-    say = _announcer(run_dir, first_step, emit) if workers.is_first else _silent
-    say(
-        Started(
-            step=first_step,
-            steps=steps,
-            workers=workers.world_size,
-            device=str(workers.device),
-            train_clips=len(clips),
-            eval_clips=len(eval_clips),
-            resumed_from=str(resumed_from) if resumed_from else None,
-            launched=workers.launched,
-            hosts=hosts,
+        torch.set_num_threads(recipe.run.threads)
+        torch.manual_seed(recipe.run.seed)  # the initial weights; no other random choice is torch's
+        self.model = ERANN.from_name(recipe.model.variant, clips.num_classes).to(workers.device)
+        per_rank = micro_batches_per_rank(recipe.optim, workers.world_size)
+        self.engine = make_engine(recipe.run.engine, self.model, recipe.optim, per_rank, workers)
+
+        self.first_step = 0
+        self.bad_clips = loader.BadClips(recipe.data.max_bad_clips)
+        self.bad_steps: list[int] = []
+        self.saver: Saver | None = None
+        if workers.is_first:
+            self.saver = Saver(checkpoint.begin(self.run_folder), recipe.checkpoint)
+            resources.enter_context(closing(self.saver))
+        self.resumed_from, self.damaged = self._resume()
+        self.statistics = RunningStatistics(self.model)  # of the weights that were loaded
+
+        cache = recipe.data.cache
+        self.cache = ClipCache(Path(cache.dir), cache.max_bytes) if cache else None
+        if self.cache:
+            resources.enter_context(closing(self.cache))
+        self.read = Counter[str]()  # what the loader counts
+        self.batches = self._batches(resources)
+        self.told = set(self.bad_clips.found)
+        self.cache_problems = set[str]()
+        self.outcomes = Outcomes(workers.device)
+        self.window = _Window(self.read)
+        self.log: RunLog | None = None
+        self.reporters: list[Emit] = []
+        if workers.is_first:
+            self.log = resources.enter_context(closing(RunLog(self.run_folder, self.first_step)))
+            self.reporters = [self.log.log, emit]
+
+    def run(self) -> None:
+        recipe = self.recipe
+        self._tell_start()
+        if self._is_evaluation_due(self.first_step) and not self._was_evaluated(self.first_step):
+            self._evaluate(self.first_step)  # in which the start before was lost
+        self.model.train()
+        self.window = _Window(self.read)
+        for step in range(self.first_step, self.steps):
+            self._compute(step)
+            done = step + 1
+            saves, evaluates = self._is_checkpoint_due(done), self._is_evaluation_due(done)
+            reports = saves or evaluates or done % recipe.run.log_every == 0
+            stops = self._hear_outcomes(all_of_them=reports)
+            if reports or stops:
+                self._hear_outcomes(all_of_them=True)
+                self._report(done)
+            self.watchdog.alive()
+            self._tell_incidents(done)
+            self._tell_saved()
+            if saves or stops:
+                self._save(done)
+            if stops:
+                self._stop(done)
+            if evaluates:
+                self._evaluate(done)
+            if saves or evaluates:
+                self.window = _Window(self.read)
+        self._finish()
+
+    def say(self, event: Event) -> None:
+        """On the first worker, to all who want to know."""
+        for reporter in self.reporters:
+            reporter(event)
+
+    def _batches(self, resources: ExitStack) -> Iterator[Fed]:
+        """This worker's micro-batches to the end of the run."""
+        recipe, workers, clips = self.recipe, self.workers, self.clips
+        frames = padded_frames(recipe.data.crop_samples)
+
+        def dealt() -> Iterator[MicroBatch]:
+            for step in range(self.first_step, self.steps):
+                yield from deal(step, recipe.optim, workers.rank, workers.world_size)
+
+        loaded = loader.load(
+            clips,
+            self.draws.crops(dealt()),
+            threads=recipe.data.loader_threads,
+            cache=self.cache,
+            cache_form=recipe.data.cache.format if recipe.data.cache else "flac",
+            bad_clips=self.bad_clips,
+            substitute=self.draws.substitute,
+            read=self.read,
+            pin_memory=workers.device.type == "cuda",
         )
-    )
+        resources.enter_context(closing(loaded))
+        return feed(
+            (
+                Fed(
+                    batch.pcm,
+                    torch.from_numpy(clips.targets(batch.crops.rows)),
+                    draw_choices(micro_batch.examples, frames, recipe.run.seed),
+                    micro_batch.weight,
+                )
+                for batch, micro_batch in zip(loaded, dealt(), strict=True)
+            ),
+            workers.device,
+        )
 
-    def crops_ahead() -> Iterator[loader.Crops]:
-        """This rank's crops to the end of the run, a batch for each micro-batch; drawn in blocks, which is faster."""
-        dealt = (mb for s in range(first_step, steps) for mb in deal(s, optim, workers.rank, workers.world_size))
-        while block := list(islice(dealt, _DRAW_AHEAD)):
-            needed = [clip_positions(mb.examples, recipe.augment.mixup, recipe.augment.partner) for mb in block]
-            drawn = np.split(sampler.draw(np.concatenate(needed)), np.cumsum([len(each) for each in needed])[:-1])
-            for positions, rows in zip(needed, drawn, strict=True):
-                yield loader.random_crops(clips, rows, positions, seed, recipe.data.crop_samples)
+    def _compute(self, step: int) -> None:
+        """One step, on this worker's micro-batches."""
+        recipe, workers = self.recipe, self.workers
+        optim, augment = recipe.optim, recipe.augment
+        step_loss = torch.zeros((), device=workers.device)
+        try:
+            for _ in range(micro_batches_per_rank(optim, workers.world_size)):
+                waiting = time.perf_counter()
+                batch = next(self.batches)
+                self.window.waited += time.perf_counter() - waiting
+                inputs = make_inputs(
+                    batch.pcm,
+                    batch.targets,
+                    batch.choices,
+                    self.log_mel,
+                    mixup=augment.mixup,
+                    partner=augment.partner,
+                    spec_augment=augment.specaugment,
+                )
+                logits = self.engine.forward(inputs.log_mel, inputs.mask)
+                losses = example_losses(logits, inputs.targets, self.clips.info.task)
+                loss = losses.sum() * (batch.weight / optim.global_batch)
+                self.engine.backward(loss)
+                self.statistics.add(batch.weight)
+                step_loss += loss.detach()
+        except torch.OutOfMemoryError as error:
+            raise memory.too_small(self.model, optim, recipe.data.crop_samples) from error
+        # One small all-reduce for all that the workers must know of each other.
+        noticed = torch.full((1,), float(workers.notice() is not None), device=workers.device)
+        total = workers.sum(torch.cat([self.statistics.share(), step_loss.reshape(1), noticed]))
+        statistics, step_loss, notices = total[:-2], total[-2], total[-1]
+        self.engine.step(learning_rate(step, self.steps, optim), step_loss)
+        adam = self.engine.adam
+        self.statistics.update(statistics / (optim.global_batch // optim.micro_batch), adam.skipped)
+        self.outcomes.add(step + 1, step_loss, adam.norm, adam.skipped, notices)
 
-    def evaluate(step: int) -> evaluation.Predictions | None:
+    def _hear_outcomes(self, all_of_them: bool) -> bool:
+        """Take note of what steps came to; whether the workers are to stop. The answer is the same on all."""
+        stops = False
+        for outcome in self.outcomes.known(all_of_them):
+            stops |= outcome.notices > 0
+            self.window.outcomes.append(outcome)
+            overflowed = self.recipe.optim.precision == "fp16" and math.isfinite(outcome.loss)
+            if outcome.skipped and not overflowed:  # which is how the loss scale finds its value
+                self._tell_bad_step(outcome)
+        return stops
+
+    def _tell_bad_step(self, outcome: Outcome) -> None:
+        step, allowed = outcome.step, self.recipe.optim.max_bad_steps
+        self.bad_steps.append(step)
+        keys = self.draws.keys(step - 1)
+        value = f"loss is {outcome.loss}" if not math.isfinite(outcome.loss) else f"gradient is {outcome.grad_norm}"
+        some = ", ".join(keys[:_KEYS_TOLD]) + (", …" if len(keys) > _KEYS_TOLD else "")
+        text = f"the {value}; clips {some}"
+        if len(self.bad_steps) > allowed:
+            last = self.saver.last if self.saver else None
+            told = f"last checkpoint {self.run_folder}/{last or self.resumed_from}" if last or self.resumed_from else ""
+            raise UserError(
+                f"step {step}: {text}; {told or 'no checkpoint yet'}; bad step number {len(self.bad_steps)}, "
+                f"optim.max_bad_steps is {allowed}; a lower optim.lr may help"
+            )
+        self.say(Incident(step, "bad_step", f"skipped: {text}", keys=keys))
+
+    def _report(self, step: int) -> None:
+        optim = self.recipe.optim
+        lr = learning_rate(step - 1, self.steps, optim)
+        self.say(
+            self.window.report(
+                step,
+                lr,
+                optim.global_batch,
+                self.draws.clips_per_example,
+                with_cache=self.cache is not None,
+                bad_clips=len(self.bad_clips.found),
+            )
+        )
+        self.window = _Window(self.read)
+
+    def _tell_incidents(self, step: int) -> None:
+        """Each bad clip once, and each reason why a cache takes no more."""
+        if self.cache and self.cache.problem:
+            self.cache_problems.add(self.cache.problem)
+        known = self.bad_clips.found | {problem: problem for problem in self.cache_problems}
+        for key in sorted(known.keys() - self.told):
+            clip = key in self.bad_clips.found
+            self.say(Incident(step, "bad_clip" if clip else "cache", known[key], keys=[key] if clip else []))
+            self.told.add(key)
+
+    def _is_checkpoint_due(self, step: int) -> bool:
+        settings = self.recipe.checkpoint
+        return step % settings.every == 0 or step == self.steps or bool(settings.keep_best and self._evaluates(step))
+
+    def _is_evaluation_due(self, step: int) -> bool:
+        """Behind a checkpoint of the same step; the end has an evaluation of its own."""
+        return 0 < step < self.steps and self._evaluates(step)
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.recipe.evaluate.every
+        return every is not None and step % every == 0
+
+    def _save(self, step: int) -> None:
+        """Copy the state; it is written while the training goes on."""
+        began = time.perf_counter()
+        self._tell_saved(wait=True)  # its copy is still in use
+        self.bad_clips.unite(self.workers.gather_all(self.bad_clips.found))
+        self.cache_problems.update(*self.workers.gather_all(self.cache_problems))
+        self._tell_incidents(step)
+        self.engine.state(self.saver.state if self.saver else None)
+        if self.saver:
+            self.saver.begin(self._facts(step), time.perf_counter() - began)
+
+    def _tell_saved(self, wait: bool = False) -> None:
+        if self.saver and (event := self.saver.finish(wait, self.watchdog.alive)):
+            self.say(event)
+
+    def _finish_saving(self) -> None:
+        """Wait until the last checkpoint is written."""
+        if self.saver and self.saver.is_busy:
+            for event in self.saver.finish_surely(self.watchdog.alive):
+                self.say(event)
+
+    def _stop(self, step: int) -> None:
+        self._finish_saving()
+        reasons = [reason for reason in self.workers.gather_all(self.workers.notice()) if reason]
+        raise Stopped(f"{reasons[0]}: stopped at step {step} of {self.steps}, whose checkpoint is saved")
+
+    def _evaluate(self, step: int, averaged: int | None = None) -> evaluation.Predictions | None:
+        """Score the evaluation clips. The answer is the first worker's."""
+
+        def progress(done: int, total: int) -> None:
+            self.watchdog.alive()
+            self.say(EvaluationProgress(step, done, total))
+
         predictions = evaluation.score(
-            model,
-            eval_clips,
-            workers,
-            loader_threads=recipe.data.loader_threads,
-            progress=lambda done, total: say(EvaluationProgress(step, done, total)),
+            self.model,
+            self.eval_clips,
+            self.workers,
+            loader_threads=self.recipe.data.loader_threads,
+            progress=progress,
         )
-        if predictions:
-            say(Evaluated(step, len(eval_clips), evaluation.summarise(predictions, eval_clips.info.task)))
+        if predictions and self.saver:
+            metrics = evaluation.summarise(predictions, self.eval_clips.info.task)
+            self.say(Evaluated(step, len(self.eval_clips), metrics, averaged))
+            if self.recipe.checkpoint.keep_best and averaged is None:
+                self._tell_saved(wait=True)
+                if self.saver.saved_step == step and self.saver.last:
+                    checkpoint.record(self.saver.start, self.saver.last, metrics)
         return predictions
 
-    def substitute(position: int, attempt: int) -> loader.Crops:
-        """Another draw for a position whose clip is bad: the same on whatever worker it falls."""
-        positions = np.array([position])
-        drawn = sampler.draw(keyed_integer(0, SUBSTITUTE_POSITIONS, seed, SUBSTITUTE, attempt, positions))
-        return loader.random_crops(clips, drawn, positions, seed, recipe.data.crop_samples)
+    def _finish(self) -> None:
+        self._finish_saving()
+        if self.recipe.evaluate.average_last:
+            weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+            number = self._average_weights(self.recipe.evaluate.average_last)
+            self._write_model("model-averaged", self._evaluate(self.steps, averaged=number))
+            self.model.load_state_dict(weights)
+        predictions = self._evaluate(self.steps)
+        if predictions:
+            with self.run_folder.writing("predictions.parquet") as file:
+                evaluation.write_predictions(file, predictions, self.eval_clips)
+        self._write_model("model", predictions)  # by which the run is known as finished
+        if predictions and self.log:
+            outcome = evaluation.summarise(predictions, self.clips.info.task) | {"model": f"{self.run_folder}/model"}
+            share = goodput(self.log.lines, time.time())
+            self.say(Finished(self.steps, time.perf_counter() - self.began, share, outcome))
+        self.workers.wait_for_all()
 
-    cache = ClipCache(Path(recipe.data.cache.dir), recipe.data.cache.max_bytes) if recipe.data.cache else None
-    told = set(bad_clips.found)
-    cache_problems = set[str]()
+    def _average_weights(self, number: int) -> int:
+        """Load the mean of the last checkpoints' weights; of how many there are."""
+        names = self.workers.gather_all(checkpoint.committed(self.run_folder)[-number:])[0]
+        mean: State = {}
+        for name in names:
+            self.watchdog.alive()
+            for key, value in checkpoint.load(self.run_folder, name)[1].items():
+                if value.is_floating_point():
+                    mean[key] = mean.get(key, torch.zeros_like(value)) + value / len(names)
+                else:
+                    mean[key] = value
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in mean.items() if k.startswith("model.")})
+        return len(names)
 
-    def tell_incidents(step: int) -> None:
-        """Each bad clip once, and each reason why a cache takes no more."""
-        if cache and cache.problem:
-            cache_problems.add(cache.problem)
-        known = bad_clips.found | {problem: problem for problem in cache_problems}
-        for key in sorted(known.keys() - told):
-            say(Incident(step, "cache" if key in cache_problems else "bad_clip", known[key]))
-            told.add(key)
+    def _write_model(self, name: str, predictions: evaluation.Predictions | None) -> None:
+        if predictions is None:
+            return
+        info = self.clips.info
+        listed = len(self.eval_clips) + sum(count_reported(source) for source in self.recipe.data.eval)
+        metrics = evaluation.detail(predictions, self.eval_clips, listed)
+        model_info = ModelInfo(self.recipe.model.variant, info.task, info.label_ids, info.label_names, info.sample_rate)
+        card = model_card(model_info, metrics, self.recipe)
+        save_model(open_folder(f"{self.run_folder}/{name}"), self.model, model_info, metrics, card)
 
-    def save(step: int) -> None:
-        saving = time.perf_counter()
-        bad_clips.unite(workers.gather_all(bad_clips.found))
-        cache_problems.update(*workers.gather_all(cache_problems))
-        tell_incidents(step)
-        state = engine.state()
-        if workers.is_first:
-            facts = _facts(step, recipe, clips, told & bad_clips.found.keys())
-            path = checkpoint.save(run_dir / "checkpoints", facts, state, recipe.checkpoint.keep_last)
-            say(CheckpointSaved(step, str(path), time.perf_counter() - saving, time.perf_counter() - saving))
-        workers.wait_for_all()
+    def _resume(self) -> tuple[str | None, list[str]]:
+        """Take over the last checkpoint that is whole, if there is one: its name, and what is wrong with later ones."""
+        found = checkpoint.latest(self.run_folder) if self.workers.is_first else None
+        name, damaged = self.workers.gather_all(found)[0] or (None, [])
+        if name is None:
+            return None, damaged
+        path = f"{self.run_folder}/{name}"
+        facts, state = checkpoint.load(self.run_folder, name)
+        if facts.train_hash != self.clips.info.content_hash:
+            raise UserError(f"{path}: made with other training clips than {self.recipe.data.train[0].url} now holds")
+        if facts.recipe_hash != self.recipe.hash():
+            raise UserError(f"{path}: made by another recipe; give this one another run.name")
+        weights = {key: value for key, value in state.items() if key.startswith("model.")}
+        checkpoint.require_shapes(path, weights, {f"model.{k}": v for k, v in self.model.state_dict().items()})
+        self.engine.load_state(state)
+        self.first_step = facts.step
+        self.bad_clips.unite([dict.fromkeys(facts.bad_clips, "")])
+        self.bad_steps = list(facts.bad_steps)
+        return name, damaged
 
-    read = Counter[str]()
-    batches = loader.load(
-        clips,
-        crops_ahead(),
-        threads=recipe.data.loader_threads,
-        cache=cache,
-        cache_form=recipe.data.cache.format if recipe.data.cache else "flac",
-        bad_clips=bad_clips,
-        substitute=substitute,
-        read=read,
-        pin_memory=workers.device.type == "cuda",
-    )
-    model.train()
-    with closing(cache) if cache else nullcontext(), closing(batches):  # the loader's threads use the cache
-        window = _Window(read, cache is not None)
-        for step in range(first_step, steps):
-            lr = learning_rate(step, steps, optim)
-            step_loss = torch.zeros((), device=workers.device)
-            for micro_batch in deal(step, optim, workers.rank, workers.world_size):
-                waiting = time.perf_counter()
-                batch = next(batches)
-                window.waited += time.perf_counter() - waiting
-                inputs = make_inputs(
-                    batch.pcm.to(workers.device, non_blocking=True),
-                    torch.from_numpy(clips.targets(batch.crops.rows)).to(workers.device),
-                    micro_batch.examples,
-                    log_mel,
-                    mixup=recipe.augment.mixup,
-                    partner=recipe.augment.partner,
-                    spec_augment=recipe.augment.specaugment,
-                    seed=seed,
-                )
-                logits = engine.forward(inputs.log_mel, inputs.mask)
-                losses = example_losses(logits, inputs.targets, clips.info.task)
-                loss = losses.sum() * (micro_batch.weight / optim.global_batch)
-                engine.backward(loss)
-                statistics.add(micro_batch.weight)
-                step_loss += loss.detach()
-            engine.step(lr)
-            window.losses.append(statistics.update(optim.global_batch // optim.micro_batch, step_loss, workers))
+    def _facts(self, step: int) -> checkpoint.Facts:
+        return checkpoint.Facts(
+            step=step,
+            recipe_hash=self.recipe.hash(),
+            train_hash=self.clips.info.content_hash,
+            variant=self.recipe.model.variant,
+            threads=self.recipe.run.threads,
+            bad_clips=sorted(self.bad_clips.found),
+            bad_steps=self.bad_steps,
+            versions={name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
+        )
 
-            done = step + 1
-            tell_incidents(done)
-            if done % recipe.run.log_every == 0 or done == steps:
-                say(window.report(done, lr, optim.global_batch, clips_per_example, len(bad_clips.found)))
-                window = _Window(read, cache is not None)
-            paused = time.perf_counter()
-            if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < steps:
-                evaluate(done)
-            # Behind the evaluation, so that what a killed run repeats is what its files do not have.
-            if done % recipe.checkpoint.every == 0 or done == steps:
-                save(done)
-            window.began += time.perf_counter() - paused
+    def _was_evaluated(self, step: int) -> bool:
+        """Whether the run's log has an evaluation at this step. The answer is the same on all workers."""
+        lines = self.log.lines if self.log else []
+        found = any(line["event"] == "Evaluated" and line["step"] == step for line in lines)
+        return self.workers.gather_all(found)[0]
 
-    predictions = evaluate(steps)
-    if predictions:
-        info = clips.info
-        listed = len(eval_clips) + sum(count_reported(source) for source in recipe.data.eval)
-        metrics = evaluation.detail(predictions, eval_clips, listed)
-        model_info = ModelInfo(recipe.model.variant, info.task, info.label_ids, info.label_names, info.sample_rate)
-        evaluation.write_predictions(run_dir / "predictions.parquet", predictions, eval_clips)
-        save_model(run_dir / "model", model, model_info, metrics, model_card(model_info, metrics, recipe))
-        outcome = evaluation.summarise(predictions, info.task) | {"model": str(run_dir / "model")}
-        say(Finished(steps, time.perf_counter() - began, 1.0, outcome))
-    workers.wait_for_all()
+    def _tell_start(self) -> None:
+        """What was lost since the last start, and that the training begins."""
+        workers, step = self.workers, self.first_step
+        hosts = workers.gather_all(socket.gethostname())
+        stacks = [stack for each in workers.gather_all(stacks_left(self.recipe.run_url)) for stack in each]
+        if not (self.log and self.saver):
+            return
+        for problem in self.damaged:
+            self.say(Incident(step, "checkpoint", problem))
+        if self.log.found:
+            gone = lost(self.log.found, step, workers.launched, time.time())
+            text = workers.failure or f"the command before this one ended at step {gone.last_step}"
+            if stacks:
+                name = f"stacks/start-{self.saver.start.number:04d}.txt"
+                self.run_folder.write(name, "".join(f"{rank}\n{stack}\n" for rank, stack in stacks).encode())
+                text += f"; the stacks of {', '.join(rank for rank, _ in stacks)} are in {self.run_folder}/{name}"
+            kind: IncidentKind = "preemption" if text.startswith("preempted") else "failure"
+            self.say(Incident(step, kind, text, gone.steps, gone.seconds))
+        self.say(
+            Started(
+                step=step,
+                steps=self.steps,
+                workers=workers.world_size,
+                device=str(workers.device),
+                train_clips=len(self.clips),
+                eval_clips=len(self.eval_clips),
+                resumed_from=f"{self.run_folder}/{self.resumed_from}" if self.resumed_from else None,
+                launched=workers.launched,
+                hosts=hosts,
+            )
+        )
 
 
 class _Window:
     """What happened since the last Step event."""
 
-    def __init__(self, read: Counter[str], with_cache: bool) -> None:
+    def __init__(self, read: Counter[str]) -> None:
         self._read = read  # goes on counting
-        self._with_cache = with_cache
         self._read_before = read.copy()
         self.began = time.perf_counter()
         self.waited = 0.0  # seconds, for data
-        self.losses: list[Tensor] = []
+        self.outcomes: list[Outcome] = []
 
     def report(
-        self,
-        step: int,
-        lr: float,
-        examples_per_step: int,
-        clips_per_example: int,
-        bad_clips: int,
+        self, step: int, lr: float, global_batch: int, clips_per_example: int, *, with_cache: bool, bad_clips: int
     ) -> Step:
-        # Reading the losses waits for the device, so that the clock is read when the work is done.
-        loss = float(torch.stack(self.losses).mean())
         seconds = time.perf_counter() - self.began
-        examples = len(self.losses) * examples_per_step / seconds
+        counted = [outcome for outcome in self.outcomes if not outcome.skipped] or self.outcomes
+        examples = len(self.outcomes) * global_batch / seconds
         read = self._read.copy()
         read.subtract(self._read_before)
         clips = read["clips_cache"] + read["clips_origin"]
         return Step(
             step=step,
-            loss=loss,
+            loss=sum(outcome.loss for outcome in counted) / len(counted),
             lr=lr,
             examples_per_s=examples,
             clips_per_s=examples * clips_per_example,
             data_wait=self.waited / seconds,
-            steps=len(self.losses),
+            steps=len(self.outcomes),
             seconds=seconds,
-            grad_norm=0.0,
+            grad_norm=counted[-1].grad_norm,
             read_mb_per_s=(read["bytes_cache"] + read["bytes_origin"]) / 1e6 / seconds,
-            cache_hits=read["clips_cache"] / clips if self._with_cache and clips else None,
+            cache_hits=read["clips_cache"] / clips if with_cache and clips else None,
             bad_clips=bad_clips,
         )
-
-
-def _resume(path: Path, recipe: Recipe, clips: Manifest, engine: Engine) -> checkpoint.Facts:
-    """Take over a checkpoint's state; what it says of itself."""
-    facts = checkpoint.load_facts(path)
-    if facts.train_hash != clips.info.content_hash:
-        raise UserError(f"{path}: made with other training clips than {recipe.data.train[0].url} now holds")
-    if facts.recipe_hash != recipe.hash():
-        raise UserError(f"{path}: made by another recipe; give this one another run.name")
-    engine.load_state(
-        checkpoint.load_state(path, {f"model.{k}": v for k, v in engine.model.state_dict().items()}),
-        facts.step,
-    )
-    return facts
-
-
-def _facts(step: int, recipe: Recipe, clips: Manifest, bad_clips: set[str]) -> checkpoint.Facts:
-    return checkpoint.Facts(
-        step=step,
-        recipe_hash=recipe.hash(),
-        train_hash=clips.info.content_hash,
-        variant=recipe.model.variant,
-        threads=recipe.run.threads,
-        bad_clips=sorted(bad_clips),
-        versions={name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
-    )
-
-
-def _lock(run_dir: Path) -> IO[str]:
-    """Hold the run's folder for this process: two trainings of one run would spoil each other's files."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise UserError(f"{run_dir}: this run is being trained by another process; stop that first") from error
-    return file
-
-
-def _announcer(run_dir: Path, first_step: int, emit: Emit) -> Emit:
-    readers: list[Emit] = [
-        MetricsFile(run_dir / "metrics.jsonl", first_step),
-        TensorBoard(run_dir / "tensorboard", first_step),
-        emit,
-    ]
-
-    def say(event: Event) -> None:
-        for reader in readers:
-            reader(event)
-
-    return say
-
-
-def _silent(event: Event) -> None:
-    pass

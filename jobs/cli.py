@@ -55,7 +55,7 @@ def pretrain(
         with RunView() as view:
             result = run(loaded, resume, address, view)
     except KeyboardInterrupt:
-        console.print(f"stopped; run the same command again to go on from the last checkpoint in {loaded.run_dir}")
+        console.print(f"stopped; run the same command again to go on from the last checkpoint in {loaded.run_url}")
         raise
     if is_first_process():
         show(result, as_json, facts_page)

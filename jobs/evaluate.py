@@ -15,9 +15,9 @@ from erann_dist.distributed import Workers
 from erann_dist.errors import UsageError, UserError
 from erann_dist.events import Emit, Evaluated, EvaluationProgress
 from erann_dist.features import LogMel
+from erann_dist.folder import LocalFolder
 from erann_dist.model_folder import load_model, require_fit, require_rate
 from erann_dist.recipe import DataSource
-from erann_dist.storage import write_text
 
 _TAG_WINDOW_SECONDS = 10
 
@@ -44,10 +44,10 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
     predictions = evaluation.score(model.to(workers.device), clips, workers, loader_threads=2, progress=progress)
     if predictions:
         metrics = evaluation.detail(predictions, clips, len(clips) + count_reported(source))
-        out = Path(config["out"])
-        out.mkdir(parents=True, exist_ok=True)
-        evaluation.write_predictions(out / "predictions.parquet", predictions, clips)
-        write_text(out / "metrics.json", strict_json.dumps(metrics, indent=1))
+        out = LocalFolder(config["out"])
+        with out.writing("predictions.parquet") as file:
+            evaluation.write_predictions(file, predictions, clips)
+        out.write("metrics.json", strict_json.dumps(metrics, indent=1).encode())
         emit(Evaluated(0, len(clips), evaluation.summarise(predictions, clips.info.task)))
     workers.wait_for_all()
 
@@ -76,7 +76,9 @@ def tag_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     progress = _progress(workers, emit)
     scores = evaluation.score_stream(model, info.task, clips, workers, threads=2, progress=progress)
     if scores is not None:
-        evaluation.write_scores(Path(config["out"]), clips.keys, scores, info.label_ids)
+        out = Path(config["out"])
+        with LocalFolder(str(out.parent)).writing(out.name) as file:
+            evaluation.write_scores(file, clips.keys, scores, info.label_ids)
     workers.wait_for_all()
 
 

@@ -15,7 +15,7 @@ from erann_dist.manifest import Manifest, concatenate, load_manifest
 from erann_dist.model import ERANN
 from erann_dist.recipe import Recipe
 from erann_dist.sampling import class_lists
-from erann_dist.training import micro_batches_per_rank
+from erann_dist.schedule import micro_batches_per_rank
 from jobs.progress import bar, console
 from jobs.show import size
 from jobs.simulation import NodeReads, Simulation, Stretch

@@ -1,7 +1,6 @@
 """A training run: check that it can be started or resumed, launch its workers, say what came of it."""
 
 import json
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -12,11 +11,12 @@ from erann_dist.data import load_train_and_eval
 from erann_dist.distributed import Workers
 from erann_dist.errors import UserError
 from erann_dist.events import Emit
-from erann_dist.recipe import Recipe, differences, load_recipe, parse_recipe
-from erann_dist.storage import write_text
+from erann_dist.folder import Folder, open_folder
+from erann_dist.recipe import Recipe, differences, parse_recipe
 from erann_dist.training import train
 
 Resume = Literal["auto", "never", "must"]
+_RECIPE = "recipe.yaml"
 
 
 def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit) -> dict[str, Any]:
@@ -24,56 +24,55 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
 
     resume: never refuses to touch a run that exists, must refuses to start one. Raises UserError.
     """
-    run_dir = recipe.run_dir
+    run = open_folder(recipe.run_url)
     if is_first_process():
-        _check_run(recipe, run_dir, resume)
-    if not _is_finished(run_dir):
+        _check_run(recipe, run, resume)
+    if not _is_finished(run):
         if is_first_process():
             # What is wrong with the data shows here, before a cluster is started or a folder made.
             load_train_and_eval(recipe.data)
-            _write_recipe(recipe, run_dir)
+            settings = recipe.model_dump(mode="json", exclude_none=True)
+            run.write(_RECIPE, yaml.safe_dump(settings, sort_keys=False).encode())
         launch(
             train_worker,
-            {"recipe": recipe.model_dump(mode="json"), "run_dir": str(run_dir)},
+            {"recipe": recipe.model_dump(mode="json")},
             launcher=recipe.run.launcher,
             num_workers=recipe.run.max_workers,
             device=recipe.run.device,
             on_event=on_event,
             address=address,
         )
-    return outcome(run_dir)
-
-
-def _write_recipe(recipe: Recipe, run_dir: Path) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    settings = recipe.model_dump(mode="json", exclude_none=True)
-    write_text(run_dir / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
+    return outcome(run)
 
 
 def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     """What each worker does."""
-    train(parse_recipe(config["recipe"], "recipe"), Path(config["run_dir"]), workers, emit)
+    train(parse_recipe(config["recipe"], "recipe"), workers, emit)
 
 
-def outcome(run_dir: Path) -> dict[str, Any]:
+def outcome(run: Folder) -> dict[str, Any]:
     """What a finished run came to."""
-    metrics = json.loads((run_dir / "model" / "metrics.json").read_text())
+    metrics = json.loads(run.read("model/metrics.json"))
     names = ("mAP", "mAUC", "d_prime", "chance_mAP", "accuracy", "chance_accuracy", "clips", "listed", "coverage")
-    return {"run": str(run_dir), "model": str(run_dir / "model")} | {k: metrics[k] for k in names if k in metrics}
+    return {"run": str(run), "model": f"{run}/model"} | {k: metrics[k] for k in names if k in metrics}
 
 
-def _is_finished(run_dir: Path) -> bool:
-    return (run_dir / "model" / "config.json").exists()
+def _is_finished(run: Folder) -> bool:
+    return run.exists("model/config.json")
 
 
-def _check_run(recipe: Recipe, run_dir: Path, resume: Resume) -> None:
+def _check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
     # A start that failed before its first checkpoint does not claim the name.
-    exists = _is_finished(run_dir) or bool(checkpoint.committed(run_dir / "checkpoints"))
+    exists = _is_finished(run) or bool(checkpoint.committed(run))
     if exists and resume == "never":
-        raise UserError(f"{run_dir}: this run exists, and --resume never was asked for; give another run.name")
-    if resume == "must" and checkpoint.latest(run_dir / "checkpoints") is None:
-        raise UserError(f"{run_dir}: no checkpoint to resume from, and --resume must was asked for")
-    if exists and (changes := differences(load_recipe(run_dir / "recipe.yaml"), recipe)):
+        raise UserError(f"{run}: this run exists, and --resume never was asked for; give another run.name")
+    if resume == "must" and checkpoint.latest(run)[0] is None:
+        raise UserError(f"{run}: no checkpoint to resume from, and --resume must was asked for")
+    if exists and (changes := differences(_recipe_of(run), recipe)):
         raise UserError(
-            f"{run_dir}: made with another recipe ({'; '.join(changes)}); give another run.name or the old recipe"
+            f"{run}: made with another recipe ({'; '.join(changes)}); give another run.name or the old recipe"
         )
+
+
+def _recipe_of(run: Folder) -> Recipe:
+    return parse_recipe(yaml.safe_load(run.read(_RECIPE)), f"{run}/{_RECIPE}")

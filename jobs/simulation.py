@@ -9,7 +9,7 @@ import numpy.typing as npt
 from erann_dist.augment import clip_positions
 from erann_dist.manifest import Manifest
 from erann_dist.recipe import Recipe
-from erann_dist.training import MicroBatch, deal, make_sampler
+from erann_dist.schedule import MicroBatch, deal, make_sampler
 
 _BLOCK = 1 << 17  # examples that are drawn at once
 

@@ -52,7 +52,7 @@ def train_events(workers: Workers, tree: dict[str, Any]) -> list[Event]:
     """Train by a recipe and return the events."""
     recipe = parse_recipe(tree, "test")
     events: list[Event] = []
-    train(recipe, recipe.run_dir, workers, events.append)
+    train(recipe, workers, events.append)
     return events
 
 

@@ -97,7 +97,7 @@ def test_killed_writers_leave_nothing_wrong(tmp_path: Path) -> None:
 
 
 def weights(recipe: Recipe) -> dict[str, torch.Tensor]:
-    return load_file(recipe.run_dir / "model" / "model.safetensors")
+    return load_file(Path(recipe.run_url) / "model" / "model.safetensors")
 
 
 def assert_same_weights(one: Recipe, other: Recipe) -> None:

@@ -207,7 +207,9 @@ def run(server: Server, shards: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def assert_ended_as_local(run: Recipe) -> None:
-    expected, found = (load_file(run.run_dir.parent / name / "model/model.safetensors") for name in ("local", "remote"))
+    expected, found = (
+        load_file(Path(run.run_url).parent / name / "model/model.safetensors") for name in ("local", "remote")
+    )
     assert expected.keys() == found.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name

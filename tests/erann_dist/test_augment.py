@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from erann_dist.augment import clip_positions, make_inputs, mix_modified, mix_standard, spec_augment_mask
+from erann_dist.augment import clip_positions, draw_choices, make_inputs, mix_modified, mix_standard, spec_augment_mask
 from erann_dist.features import LogMel
 from erann_dist.keyed import MIXUP, keyed_uniform
 
@@ -15,7 +15,8 @@ def inputs(examples: np.ndarray, **changes: object) -> tuple[torch.Tensor, torch
     positions = clip_positions(examples, keys["mixup"], keys["partner"])
     pcm = np.stack([np.random.default_rng(p).integers(-9000, 9000, 22_050, dtype=np.int16) for p in positions])
     targets = torch.eye(5)[positions % 5]
-    return pcm, targets, make_inputs(torch.from_numpy(pcm), targets, examples, LogMel(), **keys)
+    choices = draw_choices(examples, 64, keys.pop("seed"))
+    return pcm, targets, make_inputs(torch.from_numpy(pcm), targets, choices, LogMel(), **keys)
 
 
 @pytest.mark.parametrize("mixup", ["none", "standard", "modified"])
@@ -89,7 +90,7 @@ def test_silent_clips_mix_to_finite_values() -> None:
 
 def test_spec_augment_masks() -> None:
     examples = np.arange(2000)
-    mask = spec_augment_mask(examples, 1024, seed=0)[:, 0].numpy()
+    mask = spec_augment_mask(draw_choices(examples, 1024, seed=0), 1024)[:, 0].numpy()
     columns, rows = mask.all(axis=1), mask.all(axis=2)  # (M, T) time masks, (M, 128) frequency masks
     assert np.array_equal(mask, columns[:, None, :] | rows[:, :, None])
     assert columns.sum(axis=1).max() <= 2 * 64

@@ -63,12 +63,12 @@ def incidents(events: list[Event]) -> list[str]:
 
 def logged(recipe: Recipe) -> list[str]:
     """The incidents in the run's metrics.jsonl."""
-    found = map(json.loads, (recipe.run_dir / "metrics.jsonl").read_text().splitlines())
+    found = map(json.loads, (Path(recipe.run_url) / "metrics.jsonl").read_text().splitlines())
     return [event["text"] for event in found if event["event"] == "Incident"]
 
 
 def assert_same_weights(one: Recipe, other: Recipe) -> None:
-    expected, found = (load_file(recipe.run_dir / "model" / "model.safetensors") for recipe in (one, other))
+    expected, found = (load_file(Path(recipe.run_url) / "model" / "model.safetensors") for recipe in (one, other))
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
 
@@ -90,7 +90,7 @@ def test_bad_clips_are_replaced_and_told_alike_on_one_and_two_workers(damaged: P
     for world_size in (1, 2):
         recipe = tolerant(damaged, tmp_path / f"run{world_size}", 3)
         events = train_on(world_size, recipe)
-        facts = checkpoint.load_facts(checkpoint.latest(recipe.run_dir / "checkpoints"))
+        facts = checkpoint.load_facts(checkpoint.latest(Path(recipe.run_url) / "checkpoints"))
         assert facts.bad_clips == sorted((tmp_path / "bad").read_text().split())
         assert sorted(incidents(events)) == sorted(lines(damaged))
         assert logged(recipe) == incidents(events)
@@ -103,7 +103,7 @@ def test_a_run_with_bad_clips_goes_on_as_it_was(damaged: Path, tmp_path: Path) -
     every = {"checkpoint": {"every": 2, "keep_last": 9}, "optim": {"examples": 64}}
     whole, cut = (tolerant(damaged, tmp_path / name, 3, **every) for name in ("whole", "cut"))
     expected = train_alone(whole)
-    shutil.copytree(whole.run_dir, cut.run_dir, ignore=shutil.ignore_patterns("model", "step-00000004"))
+    shutil.copytree(Path(whole.run_url), Path(cut.run_url), ignore=shutil.ignore_patterns("model", "step-00000004"))
     events = train_alone(cut)
     assert losses(events) == losses(expected)[2:]
     assert_same_weights(whole, cut)
@@ -155,5 +155,5 @@ def test_the_cache_is_closed_behind_the_loaders_threads(
     cache = {"cache": {"dir": str(tmp_path / "cache"), "max_bytes": 64 << 20}}
     recipe = small_recipe(tone_shards, tmp_path / "run", data=cache)
     with single_worker(CPU) as workers, pytest.raises(KeyboardInterrupt):
-        train(recipe, recipe.run_dir, workers, stop)
+        train(recipe, workers, stop)
     assert alive == [[]]

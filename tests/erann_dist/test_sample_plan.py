@@ -15,7 +15,7 @@ from erann_dist.folder import LocalFolder
 from erann_dist.manifest import Manifest, SetInfo, Tar
 from erann_dist.recipe import DataSource, OptimSection, Recipe
 from erann_dist.sampling import Sampler
-from erann_dist.training import deal, make_sampler
+from erann_dist.schedule import deal, make_sampler
 
 Mode = Literal["balanced", "uniform", "sequential"]
 MODES: list[Mode] = ["balanced", "uniform", "sequential"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from erann_dist.augment import clip_positions
 from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.recipe import Recipe
-from erann_dist.training import deal, make_sampler
+from erann_dist.schedule import deal, make_sampler
 from jobs.plan import Cluster, Reads, Setting, plan, reckon
 from jobs.simulation import NodeReads, Simulation
 from shards.listed import write_listed_set

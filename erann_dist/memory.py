@@ -1,0 +1,34 @@
+"""When a GPU's memory is too small for a micro-batch."""
+
+import torch
+
+from erann_dist.engine import AUTOCAST
+from erann_dist.errors import UserError
+from erann_dist.features import padded_frames
+from erann_dist.model import ERANN, MEL_BINS
+from erann_dist.recipe import OptimSection
+
+
+def too_small(model: ERANN, optim: OptimSection, crop_samples: int) -> UserError:
+    """What to say of it: the largest micro-batch that fits, which is tried out."""
+    sizes = [m for m in range(optim.micro_batch - 1, 0, -1) if optim.global_batch % m == 0]
+    fits = next((size for size in sizes if _fits(model, optim, size, padded_frames(crop_samples))), None)
+    advice = f"optim.micro_batch={fits} would fit" if fits else "not even one example fits; use a smaller model.variant"
+    return UserError(
+        f"the GPU's memory is too small for optim.micro_batch={optim.micro_batch} of {crop_samples} samples; {advice}"
+    )
+
+
+def _fits(model: ERANN, optim: OptimSection, size: int, frames: int) -> bool:
+    device = next(model.parameters()).device
+    autocast = AUTOCAST.get(optim.precision)
+    try:
+        inputs = torch.zeros(size, 1, MEL_BINS, frames, device=device)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            loss = model(inputs).float().sum()
+        torch.autograd.grad(loss, list(model.parameters()))  # no hooks of an engine's
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+    return True

@@ -1,0 +1,61 @@
+"""Adam that looks at the gradient before it steps, on the device: the host waits for nothing."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+BETAS = (0.9, 0.999)
+# As torch.amp.GradScaler: the scale is halved when a gradient overflows, and doubled after so many steps without.
+_FIRST_SCALE = 65536.0
+_GROWTH_INTERVAL = 2000
+
+
+class CheckedAdam(torch.optim.Adam):
+    """torch's fused Adam (no weight decay), which leaves weights and moments alone when the step is not finite.
+
+    Before `step`, `loss` is the step's loss over all workers. Behind it, `skipped` and `norm` say what came of it; each
+    is () on the device. The gradient is clipped to `clip_norm` and freed of the scale that the losses were given.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        clip_norm: float | None,
+        scaled: bool,
+        sum_of_parts: Callable[[Tensor], Tensor],
+    ) -> None:
+        """scaled: with a loss scale, for fp16. sum_of_parts: what adds up a number over those who each hold a part of
+        the gradient."""
+        super().__init__(parameters, lr, BETAS, fused=True)
+        device = self.param_groups[0]["params"][0].device
+        self._clip_norm = clip_norm
+        self._sum_of_parts = sum_of_parts
+        self.scaled = scaled
+        self.scale = torch.full((), _FIRST_SCALE if scaled else 1.0, device=device)
+        self.steps_at_scale = torch.zeros((), device=device)
+        self.loss = self.norm = self.skipped = torch.zeros((), device=device)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        square = self._sum_of_parts(nn.utils.get_total_norm(gradients).square())
+        self.norm = square.sqrt() / self.scale
+        self.skipped = (~(torch.isfinite(self.norm) & torch.isfinite(self.loss))).float()
+        # What torch's GradScaler hands to fused optimizers: they divide by the one, and do nothing if the other is 1.
+        self.found_inf = self.skipped
+        self.grad_scale = None
+        if self._clip_norm is not None:
+            self.grad_scale = self.scale * (self.norm / self._clip_norm).clamp(min=1)
+        elif self.scaled:
+            self.grad_scale = self.scale
+        super().step()
+        if self.scaled:
+            self._adjust_scale()
+
+    def _adjust_scale(self) -> None:
+        steps = (self.steps_at_scale + 1) * (1 - self.skipped)
+        grown = (steps >= _GROWTH_INTERVAL).float()
+        self.scale = self.scale * (1 - self.skipped / 2) * (1 + grown)
+        self.steps_at_scale = steps * (1 - grown)

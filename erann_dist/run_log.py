@@ -1,0 +1,267 @@
+"""A run's log: metrics.jsonl, the same for TensorBoard, and what they say of the time that counted.
+
+One JSON object a line, {"event": a class of events.py, "time": unix time, ...its fields}. A start of the run that goes
+on from a checkpoint takes the lines of later steps out, for it writes them anew. What happened stays: starts,
+incidents, the end, and a Discarded line for what was taken out. So the log reads as that of one undisturbed run, with
+its incidents, and tells how much time they cost.
+
+A command is what the user started; its workers may start several times. Time between commands is nobody's loss.
+"""
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from erann_dist import strict_json
+from erann_dist.errors import UserError
+from erann_dist.events import (
+    CheckpointSaved,
+    Discarded,
+    Evaluated,
+    EvaluationProgress,
+    Event,
+    Finished,
+    Incident,
+    Started,
+    Step,
+)
+from erann_dist.folder import Folder, LocalFolder
+
+LOG, TENSORBOARD = "metrics.jsonl", "tensorboard"
+UPLOAD_S = 30.0  # between uploads to S3
+
+Line = dict[str, Any]
+
+_WORK, _HISTORY = (Step, Evaluated, CheckpointSaved), (Started, Incident, Finished, Discarded)
+_KEYS = {  # that a line must have
+    kind.__name__: {"time", *(f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)}
+    for kind in (*_WORK, *_HISTORY)
+}
+_IS_WORK = {kind.__name__ for kind in _WORK}
+_ACCOUNTED = ("event", "time", "step", "steps", "seconds", "launched", "seconds_lost")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What a start of the run does again, and what it cost."""
+
+    steps: int  # that were computed before
+    seconds: float  # that commands ran since the last step that counts was done
+    last_step: int  # that was computed before
+
+
+class RunLog:
+    """The log of a run that goes on from a step: metrics.jsonl and TensorBoard's files. Close it at the end.
+
+    In a folder on a disk it is complete at every moment. To S3 it is uploaded in the background; an upload that fails
+    is tried again at the next one. A start of the run that another one has replaced no longer changes the log.
+
+    found: the lines that were there, for `lost`.
+    lines: those of them that count and what was logged since, for `goodput`: the keys that it needs.
+    """
+
+    def __init__(self, folder: Folder, from_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.found = read_log(folder)
+        kept = continued(self.found, from_step)
+        # Also when nothing changes: a process that was replaced holds the old file open, and writes there.
+        text = "".join(strict_json.dumps(line) + "\n" for line in kept)
+        folder.write(LOG, text.encode())
+        self.lines = [_accounted(line) for line in kept]
+        self._copy: _Copy | None = None
+        directory = Path(folder.url)
+        if not isinstance(folder, LocalFolder):
+            self._scratch = tempfile.TemporaryDirectory(prefix="erann-log-", ignore_cleanup_errors=True)
+            directory = Path(self._scratch.name)
+            (directory / LOG).write_text(text, encoding="utf-8")
+            self._copy = _Copy(directory, folder, self.lines)
+        self._file = (directory / LOG).open("a", buffering=1, encoding="utf-8")
+        self._tensorboard = SummaryWriter(str(directory / TENSORBOARD), purge_step=from_step + 1)
+
+    def log(self, event: Event) -> None:
+        if isinstance(event, EvaluationProgress):
+            return
+        line = as_line(event, time.time())
+        self._file.write(strict_json.dumps(line) + "\n")
+        self.lines.append(_accounted(line))
+        self._log_scalars(event)
+        if isinstance(event, Started | CheckpointSaved):
+            self.flush()
+
+    def _log_scalars(self, event: Event) -> None:
+        if isinstance(event, Step):
+            for name, value in asdict(event).items():
+                if name not in ("step", "steps", "seconds") and value is not None:
+                    self._tensorboard.add_scalar(f"train/{name}", value, event.step)
+        elif isinstance(event, Evaluated):
+            for name, value in event.metrics.items():
+                self._tensorboard.add_scalar(f"eval{'_averaged' * bool(event.averaged)}/{name}", value, event.step)
+        elif isinstance(event, Incident):
+            self._tensorboard.add_text("incidents", f"{event.kind}: {event.text}", event.step)
+        else:
+            return
+        self._tensorboard.flush()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last upload failed, if it did."""
+        return self._copy.problem if self._copy else None
+
+    def flush(self) -> None:
+        """Upload now; it does not wait for that."""
+        if self._copy:
+            self._copy.ask()
+
+    def close(self) -> None:
+        """Waits for the last upload."""
+        self._file.close()
+        self._tensorboard.close()
+        if self._copy:
+            self._copy.close()
+            self._scratch.cleanup()
+
+
+class _Copy:
+    """Uploads the log's files that changed, in a thread."""
+
+    def __init__(self, directory: Path, folder: Folder, lines: Sequence[Line]) -> None:
+        self.problem: str | None = None
+        self._directory = directory
+        self._folder = folder
+        self._lines = lines
+        self._sizes: dict[str, int] = {}  # of what was uploaded
+        self._version = folder.version(LOG)
+        self._replaced = False
+        self._asked = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="run-log", daemon=True)
+        self._thread.start()
+
+    def ask(self) -> None:
+        self._asked.set()
+
+    def close(self) -> None:
+        self._closing = True
+        self._asked.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            self._asked.wait(UPLOAD_S)
+            self._asked.clear()
+            closing = self._closing
+            try:
+                self._upload()
+                self.problem = None
+            except (UserError, OSError) as error:
+                self.problem = str(error)
+
+    def _upload(self) -> None:
+        for path in sorted(path for path in self._directory.rglob("*") if path.is_file()):
+            name = path.relative_to(self._directory).as_posix()
+            data = path.read_bytes()
+            if self._sizes.get(name) == len(data) or (name == LOG and not self._is_ours()):
+                continue
+            self._folder.write(name, data)
+            self._sizes[name] = len(data)
+            if name == LOG:
+                self._version = self._folder.version(LOG)
+
+    def _is_ours(self) -> bool:
+        """Whether the stored log is this start's, or one that this start went on from.
+
+        Its version tells, unless S3 stored it and its answer was lost.
+        """
+        if not self._replaced and self._folder.version(LOG) != self._version:
+            known = [line for line in self._lines if line["event"] == "Started"]
+            stored = [_accounted(line) for line in read_log(self._folder) if line["event"] == "Started"]
+            self._replaced = any(line not in known for line in stored)
+        return not self._replaced
+
+
+def as_line(event: Event, now: float) -> Line:
+    return {"event": type(event).__name__, "time": now, **asdict(event)}
+
+
+def read_log(folder: Folder) -> list[Line]:
+    """The lines of a run's log, none when it has none yet. A line that was cut short is left out."""
+    try:
+        text = folder.read(LOG).decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line for line in map(_parse, text.split("\n")) if line]
+
+
+def _parse(text: str) -> Line | None:
+    """A line, unless it was cut short or does not have what such an event has."""
+    try:
+        line = json.loads(text)
+        return line if line.keys() >= _KEYS[line["event"]] else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _accounted(line: Line) -> Line:
+    return {key: line[key] for key in _ACCOUNTED if key in line}
+
+
+def continued(lines: Sequence[Line], from_step: int) -> list[Line]:
+    """The lines that count when the run goes on from a step, with one for those that do not."""
+    kept = [line for line in lines if line["event"] not in _IS_WORK or line["step"] <= from_step]
+    if len(kept) < len(lines):
+        # It tells how long the command before ran, which the lines that are gone no longer do.
+        kept.append(as_line(Discarded(from_step, _last_step(lines, from_step)), lines[-1]["time"]))
+    return kept
+
+
+def lost(lines: Sequence[Line], from_step: int, launched: float, now: float) -> Lost:
+    """What the start of the run that goes on from a step does again; `lines` are those that it found.
+
+    launched: when its command was. Seconds that an earlier incident has counted are not counted again.
+    """
+    if not lines:
+        return Lost(0, 0.0, from_step)
+    reached = [line for line in lines if line["event"] in _IS_WORK and line["step"] <= from_step]
+    done = max([lines[0]["time"], *map(_done_at, reached)])
+    commands = _commands([*lines, {"event": "Started", "time": now, "launched": launched}])
+    running = sum(max(0.0, end - max(start, done)) for start, end in commands)
+    counted = sum(line.get("seconds_lost", 0.0) for line in lines if line["time"] > done)
+    last_step = _last_step(lines, from_step)
+    return Lost(last_step - from_step, max(0.0, running - counted), last_step)
+
+
+def goodput(lines: Sequence[Line], now: float) -> float:
+    """Share of the time that commands ran which steps that count took. The last command runs, or ran until now."""
+    running = sum(end - start for start, end in _commands([*lines, {"event": "", "time": now}]))
+    counted: float = sum(line["seconds"] for line in lines if line["event"] == "Step")
+    return min(1.0, counted / running) if running else 0.0  # clocks of several hosts may disagree
+
+
+def _last_step(lines: Sequence[Line], from_step: int) -> int:
+    return max([from_step, *(line["step"] for line in lines if line["event"] == "Step")])
+
+
+def _done_at(line: Line) -> float:
+    """When the step of a line was done: before a checkpoint of it was begun."""
+    return line["time"] - line["seconds"] if line["event"] == "CheckpointSaved" else line["time"]
+
+
+def _commands(lines: Sequence[Line]) -> list[tuple[float, float]]:
+    """When each command was started, and when it ended, as far as is known: with its last line."""
+    spans: list[tuple[float, float]] = []
+    launched = None
+    for line in lines:
+        if not spans or line.get("launched", launched) != launched:
+            launched = line.get("launched")
+            start = launched if launched is not None else line["time"]
+            spans.append((max(start, spans[-1][1]) if spans else start, start))
+        start, end = spans[-1]
+        spans[-1] = start, max(start, end, line["time"])
+    return spans

@@ -1,0 +1,85 @@
+"""Ends a worker that makes no progress, and leaves the stacks of its threads behind.
+
+A worker may hang where no Python runs, in a collective operation or in a driver; faulthandler's own thread, which needs
+no lock of Python's, watches it.
+"""
+
+import faulthandler
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_REARM_S = 1.0  # each costs a thread
+
+
+class Watchdog:
+    """Ends the process when `alive` is not called for `timeout` seconds."""
+
+    def __init__(self, run: str, rank: int, timeout: float) -> None:
+        """run: the run's folder or URL."""
+        self._timeout = timeout
+        path = _folder() / f"{_prefix(run)}rank{rank}-{os.getpid()}.txt"
+        self._file = path.open("w")
+        self._armed = 0.0
+
+    def alive(self) -> None:
+        """There is progress."""
+        if time.monotonic() - self._armed > min(_REARM_S, self._timeout / 4):
+            self._armed = time.monotonic()
+            faulthandler.dump_traceback_later(self._timeout, exit=True, file=self._file)
+
+    def stop(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._file.close()
+        Path(self._file.name).unlink(missing_ok=True)
+
+
+@contextmanager
+def watching(run: str, rank: int, timeout: float) -> Iterator[Watchdog]:
+    """A watchdog for the length of the context."""
+    watchdog = Watchdog(run, rank, timeout)
+    watchdog.alive()
+    try:
+        yield watchdog
+    finally:
+        watchdog.stop()
+
+
+def stacks_left(run: str) -> list[tuple[str, str]]:
+    """The stacks that hung workers of the run left on this node, each behind its rank, as in "rank0"; taken away."""
+    found = []
+    for path in sorted(_folder().glob(f"{_prefix(run)}*.txt")):
+        rank, pid = path.stem.removeprefix(_prefix(run)).split("-")
+        taken = path.with_suffix(f".{os.getpid()}")
+        try:
+            if path.stat().st_uid != os.getuid() or _is_alive(int(pid)):
+                continue
+            path.rename(taken)  # of several workers of the node, one gets it
+        except OSError:
+            continue
+        if text := taken.read_text():  # empty when it was killed
+            found.append((rank, text))
+        taken.unlink()
+    return found
+
+
+def _folder() -> Path:
+    return Path(tempfile.gettempdir())
+
+
+def _prefix(run: str) -> str:
+    return f"erann-stacks-{hashlib.sha256(os.path.abspath(run).encode()).hexdigest()[:16]}-"
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
