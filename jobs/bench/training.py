@@ -40,21 +40,27 @@ from torch.nn.parallel import DistributedDataParallel
 from cluster.environment import WORKER_ENVIRONMENT
 from cluster.launch import is_first_process, launch
 from erann_dist import augment, loader
-from erann_dist.augment import clip_positions, make_inputs
+from erann_dist.augment import clip_positions, draw_choices, make_inputs
 from erann_dist.batchnorm import RunningStatistics
 from erann_dist.data import load_sources
 from erann_dist.distributed import Workers, pick_device, process_group
+from erann_dist.engine import AUTOCAST
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import UserError
-from erann_dist.events import Emit, Event, MetricsFile, Step, TensorBoard
+from erann_dist.events import Emit, Event, Step
 from erann_dist.features import LogMel, padded_frames
+from erann_dist.feed import Fed
 from erann_dist.loader import Batch, Crops
 from erann_dist.manifest import Manifest
 from erann_dist.model import ERANN, MEL_BINS, Variant
+from erann_dist.outcomes import Outcomes
 from erann_dist.recipe import Recipe, parse_recipe
+from erann_dist.run_log import RunLog
 from erann_dist.sampling import BalancedSampler, SequentialSampler, UniformSampler
+from erann_dist.schedule import micro_batches_per_rank
 from erann_dist.storage import ClipReader
-from erann_dist.training import example_losses, micro_batches_per_rank, train
+from erann_dist.training import example_losses, train
+from erann_dist.watchdog import Watchdog
 from jobs.progress import console
 from jobs.show import console as out
 from jobs.show import facts_page
@@ -69,15 +75,16 @@ _JOB_STEPS = 40
 _NULL_STEPS = 20  # for each of a real turn
 _NULL_MICRO_BATCH = 32
 _POOL = 4  # synthetic batches
-_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _PARTS: list[tuple[str, type, str]] = [  # of the loop: what it takes in them is measured
     ("sampler", BalancedSampler, "draw"),
     ("sampler", UniformSampler, "draw"),
     ("sampler", SequentialSampler, "draw"),
     ("statistics", RunningStatistics, "add"),
     ("statistics", RunningStatistics, "update"),
-    ("events", MetricsFile, "__call__"),
-    ("events", TensorBoard, "__call__"),
+    ("outcomes", Outcomes, "add"),
+    ("outcomes", Outcomes, "known"),
+    ("watchdog", Watchdog, "alive"),
+    ("events", RunLog, "log"),
 ]
 
 
@@ -89,7 +96,6 @@ class Turn:
     recipe: Recipe
     warm_up: int  # steps
     steps: int
-    run_dir: str = ""
     null: bool = False  # with the null model
     timed: bool = False  # measure what parts of the loop take, which costs some time
 
@@ -120,9 +126,8 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
     engines = ["plain", *(f"deepspeed_{stage}" for stage in _STAGES)]
     launcher, engine = recipe.run.launcher, _engine_way(recipe)
     short, long = _endless(recipe, _WARM_UP), _endless(recipe, _LOG_EVERY)
-    null_recipe = _endless(
-        recipe,
-        _LOG_EVERY,
+    null_recipe = _changed(
+        long,
         data={"crop_s": 0.5},
         augment={"specaugment": False},
         optim={"micro_batch": _NULL_MICRO_BATCH, "global_batch": _NULL_MICRO_BATCH * recipe.run.max_workers},
@@ -211,13 +216,28 @@ def _engine_way(recipe: Recipe) -> str:
     return "plain" if recipe.run.engine == "torch" else f"deepspeed_{recipe.optim.zero_stage}"
 
 
-def _endless(recipe: Recipe, log_every: int, **sections: dict[str, Any]) -> Recipe:
-    """The recipe without an end, checkpoints and evaluations, and with other keys in some sections."""
+def _with_engine(recipe: Recipe, way: str) -> Recipe:
+    """The way's own engine; the job's and the bare loop's are as they are."""
+    if way in ("plain", "loader"):
+        return _changed(recipe, run={"engine": "torch"})
+    if way.startswith("deepspeed_"):
+        return _changed(recipe, run={"engine": "deepspeed"}, optim={"zero_stage": int(way.removeprefix("deepspeed_"))})
+    return recipe
+
+
+def _endless(recipe: Recipe, log_every: int) -> Recipe:
+    """Without an end, checkpoints and evaluations."""
+    return _changed(
+        recipe,
+        optim={"examples": 10**12, "epochs": None},
+        evaluate={"every": None},
+        checkpoint={"every": 10**9, "keep_best": 0},
+        run={"log_every": log_every},
+    )
+
+
+def _changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     tree = recipe.model_dump(mode="json")
-    tree["optim"] |= {"examples": 10**12, "epochs": None}
-    tree["evaluate"]["every"] = None
-    tree["checkpoint"]["every"] = 10**9
-    tree["run"]["log_every"] = log_every
     for section, keys in sections.items():
         tree[section] |= keys
     return parse_recipe(tree, "recipe")
@@ -244,7 +264,9 @@ class _Groups:
     def take(self, turn: Turn) -> Measured:
         """Let a way's workers take a turn, and wait for them."""
         self._number += 1
-        turn = dataclasses.replace(turn, run_dir=f"{self._scratch}/turn-{self._number}")
+        name = f"turn-{self._number}"
+        recipe = _changed(turn.recipe, run={"dir": self._scratch, "name": name})
+        turn = dataclasses.replace(turn, recipe=_with_engine(recipe, turn.way))
         if turn.way == "job":
             return self._job(turn)
         if turn.way not in self._pipes:
@@ -260,7 +282,9 @@ class _Groups:
         return answers[pipes[0]]
 
     def _start(self, way: str) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a server that has imported the most, and started with the environment of now.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["jobs.bench.training"])
         self._pipes[way] = []
         for rank in range(self._recipe.run.max_workers):
             ours, theirs = context.Pipe()
@@ -272,7 +296,7 @@ class _Groups:
             self._pipes[way].append(ours)
 
     def _job(self, turn: Turn) -> Measured:
-        path = Path(f"{turn.run_dir}.pickle")
+        path = Path(f"{turn.recipe.run_url}.pickle")
         path.write_bytes(pickle.dumps(turn))
         command = [sys.executable, "-m", "jobs.bench.training", str(path)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -363,7 +387,6 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
     optim, mixing, device = recipe.optim, recipe.augment, workers.device
     torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
-    torch.set_float32_matmul_precision("high" if optim.precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = optim.precision == "tf32"
     clips = load_sources(recipe.data.train)
     model = ERANN.from_name(recipe.model.variant, clips.num_classes).to(device)
@@ -372,7 +395,7 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if optim.compile:
         network.compile()
-    adam = torch.optim.Adam(model.parameters(), optim.lr, fused=device.type == "cuda")
+    adam = torch.optim.Adam(model.parameters(), optim.lr, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, optim.lr, 10**6, cycle_momentum=False)
     scaler = GradScaler(device.type, enabled=optim.precision == "fp16")
     log_mel = LogMel().to(device)
@@ -381,23 +404,26 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
     count = len(clip_positions(examples, mixing.mixup, mixing.partner))
     pool = _pool(count, recipe.data.crop_samples, device.type == "cuda")
     targets = torch.from_numpy(clips.targets(np.arange(count) % len(clips)))
+    frames = padded_frames(recipe.data.crop_samples)
     windows: list[Window] = []
     losses: list[Tensor] = []
     began = time.perf_counter()
     for step in range(turn.warm_up + turn.steps):
         for number in range(per_rank):
+            pcm = pool[(step * per_rank + number) % len(pool)]
+            choices = draw_choices(examples + step * optim.global_batch, frames, recipe.run.seed)
+            batch = Fed(pcm, targets, choices, 1.0).map(lambda tensor: tensor.to(device, non_blocking=True))
             inputs = make_inputs(
-                pool[(step * per_rank + number) % len(pool)].to(device, non_blocking=True),
-                targets.to(device, non_blocking=True),
-                examples + step * optim.global_batch,
+                batch.pcm,
+                batch.targets,
+                batch.choices,
                 log_mel,
                 mixup=mixing.mixup,
                 partner=mixing.partner,
                 spec_augment=mixing.specaugment,
-                seed=recipe.run.seed,
             )
             with nullcontext() if workers.world_size == 1 or number == per_rank - 1 else network.no_sync():
-                with torch.autocast(device.type, _HALF.get(optim.precision), enabled=optim.precision in _HALF):
+                with torch.autocast(device.type, AUTOCAST.get(optim.precision), enabled=optim.precision in AUTOCAST):
                     logits = network(inputs.log_mel, inputs.mask)
                 share = example_losses(logits, inputs.targets, clips.info.task).sum()
                 loss = share * (workers.world_size / optim.global_batch)  # DDP averages over the workers
@@ -425,7 +451,7 @@ class _EnoughError(Exception):
 def _train(turn: Turn, workers: Workers, emit: Emit) -> None:
     """Our loop, cut off by its loader behind the turn's steps: what follows a run's last step is not measured."""
     with _substitutes(turn, workers.world_size), suppress(_EnoughError):
-        train(turn.recipe, Path(turn.run_dir), workers, emit)
+        train(turn.recipe, workers, emit)
     gc.collect()  # DeepSpeed's engine refers to itself
 
 

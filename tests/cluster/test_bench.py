@@ -9,7 +9,7 @@ import torch
 from erann_dist.batchnorm import RunningStatistics
 from erann_dist.distributed import single_worker
 from erann_dist.model import ERANN
-from jobs.bench.training import Turn, _endless, _measure, _NullModel
+from jobs.bench.training import Turn, _endless, _measure, _NullModel, _with_engine
 from shards.sources.audioset import read_audioset
 from tests.commands import erann
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
@@ -84,7 +84,7 @@ def test_the_bare_loop_does_the_same_work(tmp_path: Path, tone_shards: Path, mon
         return forward(self, x, mask)
 
     def counted_step(self: torch.optim.Adam, *arguments: Any) -> Any:
-        done.append(("step", len(self.param_groups[0]["params"])))
+        done.append(("step", len(self.param_groups[0]["params"]), self.defaults["fused"]))
         return step(self, *arguments)
 
     monkeypatch.setattr(ERANN, "forward", counted_forward)
@@ -93,11 +93,18 @@ def test_the_bare_loop_does_the_same_work(tmp_path: Path, tone_shards: Path, mon
     for way in ("bare", "plain"):
         done.clear()
         with single_worker(torch.device("cpu")) as workers:
-            measured = _measure(Turn(way, recipe, 2, 4, str(tmp_path / way)), workers)
-        assert measured.step_s > 0
+            assert _measure(Turn(way, recipe, 2, 4), workers).step_s > 0
         work[way] = done[: 6 * 5]  # six steps of four micro-batches; ours takes one step more
     assert len(work["bare"]) == 6 * 5
     assert work["bare"] == work["plain"]
+
+
+def test_each_way_has_its_engine(tmp_path: Path, tone_shards: Path) -> None:
+    recipe = small_recipe(tone_shards, tmp_path / "run", run={"engine": "deepspeed"}, optim={"zero_stage": 2})
+    ways = ["plain", "loader", "deepspeed_0", "deepspeed_1", "deepspeed_2", "job"]
+    engines = {way: _with_engine(recipe, way) for way in ways}
+    assert [engines[way].run.engine for way in ways] == ["torch"] * 2 + ["deepspeed"] * 4
+    assert [engines[way].optim.zero_stage for way in ways[2:]] == [0, 1, 2, 2]
 
 
 def test_the_null_model_trains_in_as_many_tensors_as_the_real_one(tmp_path: Path) -> None:
