@@ -125,8 +125,8 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
     load_sources(recipe.data.train + recipe.data.eval)  # what is wrong with them shows here
     engines = ["plain", *(f"deepspeed_{stage}" for stage in _STAGES)]
     launcher, engine = recipe.run.launcher, _engine_way(recipe)
-    short, long = _endless(recipe, _WARM_UP), _endless(recipe, _LOG_EVERY)
-    null_recipe = _changed(
+    short, long = endless(recipe, _WARM_UP), endless(recipe, _LOG_EVERY)
+    null_recipe = changed(
         long,
         data={"crop_s": 0.5},
         augment={"specaugment": False},
@@ -216,18 +216,18 @@ def _engine_way(recipe: Recipe) -> str:
     return "plain" if recipe.run.engine == "torch" else f"deepspeed_{recipe.optim.zero_stage}"
 
 
-def _with_engine(recipe: Recipe, way: str) -> Recipe:
+def with_engine(recipe: Recipe, way: str) -> Recipe:
     """The way's own engine; the job's and the bare loop's are as they are."""
     if way in ("plain", "loader"):
-        return _changed(recipe, run={"engine": "torch"})
+        return changed(recipe, run={"engine": "torch"})
     if way.startswith("deepspeed_"):
-        return _changed(recipe, run={"engine": "deepspeed"}, optim={"zero_stage": int(way.removeprefix("deepspeed_"))})
+        return changed(recipe, run={"engine": "deepspeed"}, optim={"zero_stage": int(way.removeprefix("deepspeed_"))})
     return recipe
 
 
-def _endless(recipe: Recipe, log_every: int) -> Recipe:
+def endless(recipe: Recipe, log_every: int) -> Recipe:
     """Without an end, checkpoints and evaluations."""
-    return _changed(
+    return changed(
         recipe,
         optim={"examples": 10**12, "epochs": None},
         evaluate={"every": None},
@@ -236,7 +236,7 @@ def _endless(recipe: Recipe, log_every: int) -> Recipe:
     )
 
 
-def _changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     tree = recipe.model_dump(mode="json")
     for section, keys in sections.items():
         tree[section] |= keys
@@ -265,8 +265,8 @@ class _Groups:
         """Let a way's workers take a turn, and wait for them."""
         self._number += 1
         name = f"turn-{self._number}"
-        recipe = _changed(turn.recipe, run={"dir": self._scratch, "name": name})
-        turn = dataclasses.replace(turn, recipe=_with_engine(recipe, turn.way))
+        recipe = changed(turn.recipe, run={"dir": self._scratch, "name": name})
+        turn = dataclasses.replace(turn, recipe=with_engine(recipe, turn.way))
         if turn.way == "job":
             return self._job(turn)
         if turn.way not in self._pipes:
@@ -320,7 +320,7 @@ def _worker(rank: int, world_size: int, device: str, store: str, pipe: Connectio
         while True:
             turn: Turn = pipe.recv()
             try:
-                pipe.send(_measure(turn, workers))
+                pipe.send(measure(turn, workers))
             except UserError as error:
                 pipe.send(error)
 
@@ -351,7 +351,7 @@ def _job_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     _train(config["turn"], workers, emit)
 
 
-def _measure(turn: Turn, workers: Workers) -> Measured:
+def measure(turn: Turn, workers: Workers) -> Measured:
     """One turn of a way, on one of its workers."""
     windows: list[Window] = []
     if turn.way == _BARE:
@@ -465,7 +465,7 @@ def _substitutes(turn: Turn, world_size: int) -> Iterator[None]:
     with ExitStack() as patches:
         patches.enter_context(patch.object(loader, "load", load))
         if turn.null:
-            patches.enter_context(patch.object(ERANN, "from_name", _NullModel))
+            patches.enter_context(patch.object(ERANN, "from_name", NullModel))
             patches.enter_context(patch.object(LogMel, "forward", _no_log_mel))
             patches.enter_context(patch.object(ClipReader, "crop", lambda *_: None))
             for mix in ("mix_standard", "mix_modified"):
@@ -495,7 +495,7 @@ def _pool(count: int, length: int, pin_memory: bool) -> list[Tensor]:
     return [torch.from_numpy(each).pin_memory() if pin_memory else torch.from_numpy(each) for each in noise]
 
 
-class _NullModel(nn.Module):
+class NullModel(nn.Module):
     """Next to no computation in as many tensors as an ERANN has, with BatchNorms of ERANN-1-6's sizes."""
 
     def __init__(self, name: str, num_classes: int) -> None:

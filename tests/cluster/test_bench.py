@@ -1,5 +1,6 @@
 """The benchmarks run to their end and give the figures they promise; how fast is their matter."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 
 from erann_dist.batchnorm import RunningStatistics
 from erann_dist.distributed import single_worker
-from erann_dist.model import ERANN
-from jobs.bench.training import Turn, _endless, _measure, _NullModel, _with_engine
+from erann_dist.model import ERANN, Variant, count_macs
+from jobs.bench.training import NullModel, Turn, endless, measure, with_engine
+from jobs.bench.training_table import Setting, bench_table, settings
 from shards.sources.audioset import read_audioset
 from tests.commands import erann
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
@@ -75,7 +77,7 @@ def test_bench_train_says_what_is_wrong_with_the_data(tmp_path: Path, tone_shard
 
 def test_the_bare_loop_does_the_same_work(tmp_path: Path, tone_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many micro-batches of the same shape, as many steps of the optimizer."""
-    recipe = _endless(small_recipe(tone_shards, tmp_path / "run"), 2)
+    recipe = endless(small_recipe(tone_shards, tmp_path / "run"), 2)
     done: list[object] = []
     forward, step = ERANN.forward, torch.optim.Adam.step
 
@@ -93,7 +95,7 @@ def test_the_bare_loop_does_the_same_work(tmp_path: Path, tone_shards: Path, mon
     for way in ("bare", "plain"):
         done.clear()
         with single_worker(torch.device("cpu")) as workers:
-            assert _measure(Turn(way, recipe, 2, 4), workers).step_s > 0
+            assert measure(Turn(way, recipe, 2, 4), workers).step_s > 0
         work[way] = done[: 6 * 5]  # six steps of four micro-batches; ours takes one step more
     assert len(work["bare"]) == 6 * 5
     assert work["bare"] == work["plain"]
@@ -102,14 +104,41 @@ def test_the_bare_loop_does_the_same_work(tmp_path: Path, tone_shards: Path, mon
 def test_each_way_has_its_engine(tmp_path: Path, tone_shards: Path) -> None:
     recipe = small_recipe(tone_shards, tmp_path / "run", run={"engine": "deepspeed"}, optim={"zero_stage": 2})
     ways = ["plain", "loader", "deepspeed_0", "deepspeed_1", "deepspeed_2", "job"]
-    engines = {way: _with_engine(recipe, way) for way in ways}
+    engines = {way: with_engine(recipe, way) for way in ways}
     assert [engines[way].run.engine for way in ways] == ["torch"] * 2 + ["deepspeed"] * 4
     assert [engines[way].optim.zero_stage for way in ways[2:]] == [0, 1, 2, 2]
 
 
 def test_the_null_model_trains_in_as_many_tensors_as_the_real_one(tmp_path: Path) -> None:
-    null, real = _NullModel("ERANN-1-6", 3), ERANN.from_name("ERANN-1-6", 3)
+    null, real = NullModel("ERANN-1-6", 3), ERANN.from_name("ERANN-1-6", 3)
     assert len(list(null.parameters())) == len(list(real.parameters()))
     assert len(RunningStatistics(null)._running) == len(RunningStatistics(real)._running)
     null(torch.randn(4, 1, 128, 64)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in null.parameters())
+
+
+def test_bench_table(tmp_path: Path, tone_shards: Path) -> None:
+    """Tiny and on the CPU, where fp16 is refused and the rest goes on."""
+    recipe = small_recipe(tone_shards, tmp_path / "run", data={"crop_s": 0.5})
+    tiny = Setting("ERANN-3-1", micro_batch=2, precision="fp32")
+    lines = [tiny, replace(tiny, channels_last=False), replace(tiny, precision="bf16"), replace(tiny, precision="fp16")]
+    result = bench_table(recipe, lines, warm_up=1, steps=1)
+    *measured, refused = result["table"]
+    assert all(line["examples_per_s"] > 0 and line["mfu"] > 0 and line["problem"] is None for line in measured)
+    assert (refused["examples_per_s"], refused["mfu"]) == (None, None)
+    assert "needs a GPU" in refused["problem"]
+    frames = 64
+    flops = count_macs(Variant(3, 1), 3, frames) * 2 * 3
+    mfu = measured[0]["examples_per_s"] * flops / (result["peak_tflops"]["fp32"] * 1e12)
+    assert measured[0]["mfu"] == pytest.approx(mfu, rel=0.2)  # of rounded figures
+
+
+def test_the_table_has_each_setting_once() -> None:
+    lines = list(settings(["ERANN-1-6"], [8, 32], ["fp32", "bf16"]))
+    assert len(lines) == len(set(lines)) == 2 + 2 * 2 * 2 - 1
+    assert Setting("ERANN-1-6", 8) in lines
+    assert Setting("ERANN-1-6", 32, "fp32", compile=True, channels_last=False) in lines
+
+
+def test_the_table_needs_a_gpu(tmp_path: Path) -> None:
+    assert erann(tmp_path, "bench", "train", "--table", code=2) == "erann: --table needs an NVIDIA GPU"
