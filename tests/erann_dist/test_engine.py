@@ -1,0 +1,142 @@
+"""Each engine takes the same steps, as plain PyTorch would: clipped, scaled, skipped when they are not finite."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from erann_dist import engine as engines
+from erann_dist.distributed import Workers
+from erann_dist.engine import Engine, State, make_engine
+from erann_dist.model import ERANN
+from erann_dist.recipe import OptimSection
+from tests.workers import run_workers
+
+ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)]
+LR = 1e-5
+
+
+def new_model() -> ERANN:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    return ERANN.from_name("ERANN-3-1", 3)
+
+
+def new_engine(kind: str, stage: int, workers: Workers, **optim: object) -> Engine:
+    settings = OptimSection.model_validate({"examples": 1, "zero_stage": stage, **optim})
+    return make_engine(kind, new_model(), settings, 1, workers)
+
+
+def batch(number: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    return torch.randn(4, 1, 128, 64, generator=generator), torch.rand(4, 3, generator=generator)
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits - targets).square().sum()
+
+
+def take_step(engine: Engine, workers: Workers, number: int, factor: float = 1.0) -> None:
+    """Each worker has a batch of its own; a factor is the last one's alone."""
+    inputs, targets = batch(workers.world_size * number + workers.rank)
+    loss = loss_of(engine.forward(inputs, None), targets)
+    loss = loss * (factor if workers.rank == workers.world_size - 1 else 1.0)
+    engine.backward(loss)
+    engine.step(LR, workers.sum(loss.detach().clone()))
+
+
+def state_of(engine: Engine) -> State:
+    state: State = {}
+    engine.state(state)
+    return {name: value.clone() for name, value in state.items() if "running" not in name and "tracked" not in name}
+
+
+def check_clipping(workers: Workers, kind: str, stage: int) -> None:
+    for clip_norm in (None, 0.5, 1e9):
+        engine = new_engine(kind, stage, workers, clip_norm=clip_norm)
+        model = new_model()
+        adam = torch.optim.Adam(model.parameters(), LR)
+        for number in range(3):
+            for rank in range(workers.world_size):
+                inputs, targets = batch(workers.world_size * number + rank)
+                loss_of(model(inputs), targets).backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
+            take_step(engine, workers, number)
+            torch.testing.assert_close(engine.adam.norm, norm, rtol=1e-3, atol=0)
+            assert not engine.adam.skipped
+            adam.step()
+            adam.zero_grad()
+        found = state_of(engine)
+        expected = {f"exp_avg.{name}": adam.state[p]["exp_avg"] for name, p in model.named_parameters()}
+        rounding = 1e-3 * max(float(value.abs().max()) for value in expected.values())
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-2, atol=rounding, msg=name)
+
+
+def check_not_finite(workers: Workers, kind: str, stage: int) -> None:
+    for factor in (float("nan"), float("inf")):
+        engine, undisturbed = (new_engine(kind, stage, workers) for _ in range(2))
+        take_step(engine, workers, 0)
+        before = state_of(engine)
+        take_step(engine, workers, 1, factor)
+        assert engine.adam.skipped
+        after = state_of(engine)
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        take_step(engine, workers, 2)
+        assert not engine.adam.skipped
+        take_step(undisturbed, workers, 0)
+        take_step(undisturbed, workers, 2)
+        expected, found = state_of(undisturbed), state_of(engine)
+        assert found["adam.step"] == 2
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def check_loss_scale(workers: Workers, kind: str, stage: int) -> None:
+    """fp16's loss scale with fp32's arithmetic, for CPUs have no fp16."""
+    engines.AUTOCAST = {}  # in a process of its own
+    plain = new_engine(kind, stage, workers, clip_norm=0.5)
+    scaled = new_engine(kind, stage, workers, clip_norm=0.5, precision="fp16")
+    for number in range(3):
+        take_step(plain, workers, number)
+        take_step(scaled, workers, number)
+    assert scaled.adam.scale == 65536
+    torch.testing.assert_close(scaled.adam.norm, plain.adam.norm)
+    expected, found = state_of(plain), state_of(scaled)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+    before = state_of(scaled)["model.fc1.weight"]
+    take_step(scaled, workers, 3, 1e35)
+    assert (scaled.adam.skipped, scaled.adam.scale) == (1, 32768)
+    assert torch.equal(state_of(scaled)["model.fc1.weight"], before)
+    scaled.adam.steps_at_scale = torch.tensor(1998.0)
+    take_step(scaled, workers, 4)
+    assert scaled.adam.scale == 32768
+    again = new_engine(kind, stage, workers, clip_norm=0.5, precision="fp16")
+    state: State = {}
+    scaled.state(state)
+    again.load_state(state)
+    for each in (scaled, again):
+        take_step(each, workers, 5)
+        assert (each.adam.scale, each.adam.steps_at_scale) == (65536, 0)
+
+
+def check_bf16(workers: Workers, kind: str, stage: int) -> None:
+    engine = new_engine(kind, stage, workers, precision="bf16")
+    take_step(engine, workers, 0)
+    assert engine.forward(batch(1)[0], None).dtype == torch.bfloat16
+    state: State = {}
+    engine.state(state)
+    assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("kind", "stage"), ENGINES)
+@pytest.mark.parametrize("check", [check_clipping, check_not_finite, check_loss_scale, check_bf16])
+def test_on_two_workers(check: Callable[[Workers, str, int], None], kind: str, stage: int) -> None:
+    """check_clipping: steps are Adam's behind torch's clipping, and the norm is that of the whole gradient.
+    check_not_finite: a step that is not finite on one worker leaves everything as it was on both.
+    check_loss_scale: it does not show in the weights, is halved by an overflow, doubled after 2000 steps, and saved.
+    check_bf16: weights, moments and statistics stay in fp32.
+    """
+    run_workers(check, 2, kind, stage)
