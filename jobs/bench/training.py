@@ -42,7 +42,7 @@ from cluster.launch import is_first_process, launch
 from erann_dist import augment, loader
 from erann_dist.augment import clip_positions, draw_choices, make_inputs
 from erann_dist.batchnorm import RunningStatistics
-from erann_dist.data import load_sources
+from erann_dist.data import load_sources, load_train_and_eval
 from erann_dist.distributed import Workers, pick_device, process_group
 from erann_dist.engine import AUTOCAST
 from erann_dist.environment import end_with_parent
@@ -122,7 +122,7 @@ class Measured:
 def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dict[str, Any]:
     """Each way against the bare loop, first with the recipe's model, then with the null model."""
     os.environ.update(WORKER_ENVIRONMENT)
-    load_sources(recipe.data.train + recipe.data.eval)  # what is wrong with them shows here
+    load_train_and_eval(recipe.data)  # what is wrong with them shows here
     engines = ["plain", *(f"deepspeed_{stage}" for stage in _STAGES)]
     launcher, engine = recipe.run.launcher, _engine_way(recipe)
     short, long = endless(recipe, _WARM_UP), endless(recipe, _LOG_EVERY)
@@ -144,8 +144,9 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
         def null(way: str) -> Measured:
             return groups.take(Turn(way, null_recipe, 2 * _LOG_EVERY, _NULL_STEPS * steps, null=True))
 
-        pairs = _in_turns(engines, rounds, real) | _in_turns(["job"], job_rounds, job)
-        null_pairs = _in_turns([*engines, "loader"], job_rounds, null) | _in_turns(["job"], job_rounds, null)
+        job_pairs = _in_turns(["job"], job_rounds, job)  # first: what is wrong with the clips shows here
+        pairs = _in_turns(engines, rounds, real) | job_pairs
+        null_pairs = _in_turns([*engines, "loader"], rounds, null) | _in_turns(["job"], job_rounds, null)
         timed = groups.take(Turn("plain", null_recipe, 2 * _LOG_EVERY, _NULL_STEPS * steps, null=True, timed=True))
 
     ratios = {way: [bare.step_s / own.step_s for own, bare in each] for way, each in pairs.items()}
@@ -315,6 +316,7 @@ def _result(answer: Measured | UserError) -> Measured:
 def _worker(rank: int, world_size: int, device: str, store: str, pipe: Connection) -> None:
     """A worker process of one way."""
     end_with_parent()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the command's answer alone goes there; DeepSpeed says much
     os.environ["LOCAL_RANK"] = str(rank)
     with process_group(pick_device(device, rank), rank, world_size, FileStore(store, world_size)) as workers:
         while True:
