@@ -10,6 +10,11 @@ from contextlib import contextmanager
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+# A fault is to be noticed soon: Ray Train asks its workers, and for preempted nodes, every second.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+# It is started where there is room. Should that be gone: how soon it is looked for anew.
+os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 
 import ray
 
@@ -25,17 +30,18 @@ def _require_listening(address: str) -> None:
 
 
 @contextmanager
-def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[None]:
-    """Connected to the cluster at `address` (or at RAY_ADDRESS), else to a new one with at least `cpus` CPUs.
+def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
+    """Connected to the cluster at `address` (or at RAY_ADDRESS), else to a new one with at least `cpus` CPUs: True.
 
     A cluster started here is gone at the end of the context. A connection that exists already is used and kept.
     Raises UserError when there is no cluster at the address.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    runtime_env = {"env_vars": WORKER_ENVIRONMENT}
+    # A worker that hangs does not leave its process group in time; it is killed.
+    runtime_env = {"env_vars": WORKER_ENVIRONMENT | {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"}}
     try:
         if address:
             _require_listening(address)
@@ -53,6 +59,6 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from error
     try:
-        yield
+        yield not address
     finally:
         ray.shutdown()

@@ -1,25 +1,25 @@
 """Start a run's workers: in this process, under torchrun, or by Ray Train. Their function is the same for all."""
 
 import os
-import signal
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
 from cluster.environment import WORKER_ENVIRONMENT
+from cluster.notice import Notice, no_notice, signals_as_notice
 from erann_dist.distributed import Workers, pick_device, process_group_backend, single_worker
 from erann_dist.environment import end_with_parent
-from erann_dist.errors import UsageError, UserError
-from erann_dist.events import Emit, Event
+from erann_dist.errors import UsageError
+from erann_dist.events import Emit
 
 # Called on every worker with the configuration. The first worker's events reach the caller of `launch`.
 WorkerFunction = Callable[[dict[str, Any], Workers, Emit], None]
+_LAUNCHED = "ERANN_LAUNCHED"  # when the user's command was started, for the same command on torchrun's workers
 
 
 def launch(
@@ -31,22 +31,49 @@ def launch(
     device: str,
     on_event: Emit,
     address: str | None = None,
+    min_workers: int | None = None,
+    heeds_notice: bool = False,
+    max_failures: int = 0,
+    wait_for_workers: float = 0,
+    hang_timeout: float = 600,
 ) -> None:
     """Run `function(config, workers, emit)` on every worker and wait for all of them.
 
     function: importable by name on the workers. launcher: none, torchrun or ray. device: auto, cpu or cuda.
-    address: the Ray cluster's; none starts an embedded one. Raises the worker's UserError, or UserError for a worker
-    that was lost.
+    heeds_notice: the function looks at workers.notice; SIGTERM and SIGUSR1 then come to it as one.
+    Raises the worker's UserError, or UserError for a worker that was lost.
+
+    Ray only. address: the cluster's; none starts an embedded one. min_workers: run on fewer than num_workers, down to
+    so many, while the cluster has no room for more. max_failures: how many failed starts in a row, without a new
+    checkpoint, are followed by another; a Stopped, by which the function follows a notice, is no failure.
+    wait_for_workers: seconds that the cluster gets to have room. hang_timeout: seconds that a worker's process may take
+    to answer.
     """
     if launcher == "ray":
-        _launch_on_ray(function, config, num_workers, device, on_event, address)
-    elif launcher == "torchrun":
-        _launch_under_torchrun(function, config, num_workers, device, on_event)
-    else:
-        if num_workers != 1:
+        from cluster.ray_train import run_on_ray
+
+        run_on_ray(
+            function,
+            config,
+            least=min_workers or num_workers,
+            most=num_workers,
+            device=device,
+            on_event=on_event,
+            address=address,
+            heeds_notice=heeds_notice,
+            max_failures=max_failures,
+            wait_for_workers=wait_for_workers,
+            hang_timeout=hang_timeout,
+        )
+        return
+    with signals_as_notice() if heeds_notice else nullcontext(no_notice) as notice:
+        if launcher == "torchrun":
+            _launch_under_torchrun(function, config, num_workers, device, on_event, notice)
+        elif num_workers != 1:
             raise UsageError(f"launcher none runs 1 worker, not {num_workers}; use launcher ray or torchrun")
-        with single_worker(pick_device(device)) as workers:
-            function(config, workers, on_event)
+        else:
+            with single_worker(pick_device(device)) as workers:
+                function(config, replace(workers, notice=notice), on_event)
 
 
 def is_first_process() -> bool:
@@ -55,115 +82,20 @@ def is_first_process() -> bool:
 
 
 def _launch_under_torchrun(
-    function: WorkerFunction, config: dict[str, Any], num_workers: int, device: str, on_event: Emit
+    function: WorkerFunction, config: dict[str, Any], num_workers: int, device: str, on_event: Emit, notice: Notice
 ) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         # This is the user's own command: it becomes torchrun, which runs the same command on each worker.
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers)]
-        os.execve(sys.executable, [*command, *sys.argv], os.environ | WORKER_ENVIRONMENT)
+        signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # they are passed on to the workers
+        environment = WORKER_ENVIRONMENT | {_LAUNCHED: str(time.time())}
+        os.execve(sys.executable, [*command, *signals, *sys.argv], os.environ | environment)
     end_with_parent()  # torchrun's workers would train on beside the next start of the run
     local_device = pick_device(device, int(os.environ["LOCAL_RANK"]))
+    launched = float(os.environ.get(_LAUNCHED, time.time()))
     dist.init_process_group(process_group_backend(local_device))
     try:
-        function(config, Workers(dist.get_rank(), dist.get_world_size(), local_device), on_event)
+        workers = Workers(dist.get_rank(), dist.get_world_size(), local_device, launched, notice=notice)
+        function(config, workers, on_event)
     finally:
         dist.destroy_process_group()
-
-
-def _launch_on_ray(
-    function: WorkerFunction,
-    config: dict[str, Any],
-    num_workers: int,
-    device: str,
-    on_event: Emit,
-    address: str | None,
-) -> None:
-    from cluster.embedded import ray_cluster
-
-    scratch = tempfile.TemporaryDirectory(prefix="erann-ray-", ignore_cleanup_errors=True)
-    with scratch as storage, ray_cluster(address, num_workers):
-        import ray
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-        from ray.train.v2.api.exceptions import TrainingFailedError
-        from ray.util.queue import Queue
-
-        resources = ray.cluster_resources()
-        use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= num_workers)
-        kind = "GPU" if use_gpu else "CPU"
-        if resources.get(kind, 0) < num_workers:
-            raise UserError(f"the cluster has {resources.get(kind, 0):g} {kind}s, {num_workers} workers need one each")
-        events = Queue(actor_options={"num_cpus": 0})
-        trainer = TorchTrainer(
-            _ray_worker,
-            train_loop_config={"function": function, "config": config, "events": events, "cwd": str(Path.cwd())},
-            torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=num_workers,
-                use_gpu=use_gpu,
-                resources_per_worker={"CPU": 1, **({"GPU": 1} if use_gpu else {})},
-            ),
-            # Ray keeps nothing of ours: checkpoints are the run folder's. A name used twice would resume silently.
-            run_config=RunConfig(
-                name=f"run-{os.getpid()}-{time.time_ns()}",
-                storage_path=storage,
-                failure_config=FailureConfig(max_failures=0),
-            ),
-        )
-        finished = threading.Event()
-        listener = threading.Thread(target=_listen, args=(events, on_event, finished), daemon=True)
-        listener.start()
-        before = signal.getsignal(signal.SIGINT)
-        try:
-            trainer.fit()
-        except SystemExit as stop:  # what Ray Train makes of Ctrl-C
-            raise KeyboardInterrupt from stop
-        except (TrainingFailedError, ray.exceptions.RayError) as error:
-            raise _user_error(error) from error
-        finally:
-            signal.signal(signal.SIGINT, before)
-            finished.set()
-            listener.join(timeout=10)
-            events.shutdown()
-
-
-def _ray_worker(settings: dict[str, Any]) -> None:
-    """The function that Ray Train runs on each worker."""
-    import ray.train.torch
-
-    os.chdir(settings["cwd"])
-    context = ray.train.get_context()
-    workers = Workers(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
-
-    def emit(event: Event) -> None:
-        settings["events"].put(event)
-
-    settings["function"](settings["config"], workers, emit)
-
-
-def _listen(events: Any, on_event: Emit, finished: threading.Event) -> None:
-    from ray.util.queue import Empty
-
-    while True:
-        last_round = finished.is_set()
-        try:
-            while True:
-                on_event(events.get(timeout=0.2))
-        except Empty:
-            if last_round:
-                return
-
-
-def _user_error(error: Any) -> UserError:
-    """What a failed Ray run says to the user: the worker's own UserError if there is one."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
-    for failure in failures:
-        cause: BaseException | None = failure
-        while cause is not None:
-            if isinstance(cause, UserError):
-                return cause
-            cause = getattr(cause, "cause", None) or cause.__cause__
-    # A fault of this program or of the machine: what the worker said in full, for whoever is to find it.
-    print(failures[0], file=sys.stderr)
-    lines = str(failures[0]).strip().splitlines() or [repr(failures[0])]
-    return UserError(f"a worker failed: {lines[-1]}; run the same command again to go on from the last checkpoint")

@@ -98,7 +98,7 @@ def _read(run: Folder, name: str) -> dict[str, bytes]:
     except (ValueError, AttributeError) as error:
         raise _Damaged(f"its {_MARKER} is damaged") from error
     if damaged:
-        raise _Damaged(f"its {damaged[0]} is damaged")
+        raise _Damaged(f"its {damaged[0]} is not what its {_MARKER} says")
     return contents
 
 

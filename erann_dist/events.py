@@ -90,10 +90,9 @@ class Finished:
 
 @dataclass(frozen=True)
 class Discarded:
-    """In metrics.jsonl, for lines that were taken out because their steps are computed again; the last one's time."""
+    """In metrics.jsonl, in place of the last lines of a start whose steps are computed again: until when it ran."""
 
-    step: int  # from which the run goes on
-    last_step: int  # that was computed before
+    step: int  # of the last of them
 
 
 Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished | Discarded

@@ -138,7 +138,7 @@ Folder = Union[LocalFolder, "S3Folder"]
 def open_folder(url: str, endpoint: str | None = None) -> Folder:
     """The folder at a path or at s3://bucket/prefix; nothing is asked yet. Raises UsageError for any other URL."""
     if not url:
-        raise UsageError("a shard set's folder is needed, and the path given is empty")
+        raise UsageError("a folder is needed, and the path given is empty")
     scheme, separator, rest = url.partition("://")
     if not separator:
         return LocalFolder(url.rstrip("/") or url[:1])

@@ -2,8 +2,7 @@
 
 One JSON object a line, {"event": a class of events.py, "time": unix time, ...its fields}. A start of the run that goes
 on from a checkpoint takes the lines of later steps out, for it writes them anew. What happened stays: starts,
-incidents, the end, and a Discarded line for what was taken out. So the log reads as that of one undisturbed run, with
-its incidents, and tells how much time they cost.
+incidents, the end. So the log reads as that of one undisturbed run, with its incidents, and tells what time they cost.
 
 A command is what the user started; its workers may start several times. Time between commands is nobody's loss.
 """
@@ -14,6 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -213,11 +213,14 @@ def _accounted(line: Line) -> Line:
 
 
 def continued(lines: Sequence[Line], from_step: int) -> list[Line]:
-    """The lines that count when the run goes on from a step, with one for those that do not."""
-    kept = [line for line in lines if line["event"] not in _IS_WORK or line["step"] <= from_step]
-    if len(kept) < len(lines):
-        # It tells how long the command before ran, which the lines that are gone no longer do.
-        kept.append(as_line(Discarded(from_step, _last_step(lines, from_step)), lines[-1]["time"]))
+    """The lines that count when the run goes on from a step."""
+    kept = []
+    for line, following in zip_longest(lines, lines[1:]):
+        if line["event"] not in _IS_WORK or line["step"] <= from_step:
+            kept.append(line)
+        elif following is None or following["event"] == "Started":
+            # How long a command ran is told by its last line.
+            kept.append(as_line(Discarded(line["step"]), line["time"]))
     return kept
 
 
@@ -233,7 +236,7 @@ def lost(lines: Sequence[Line], from_step: int, launched: float, now: float) -> 
     commands = _commands([*lines, {"event": "Started", "time": now, "launched": launched}])
     running = sum(max(0.0, end - max(start, done)) for start, end in commands)
     counted = sum(line.get("seconds_lost", 0.0) for line in lines if line["time"] > done)
-    last_step = _last_step(lines, from_step)
+    last_step = max([from_step, *(line["step"] for line in lines if line["event"] == "Step")])
     return Lost(last_step - from_step, max(0.0, running - counted), last_step)
 
 
@@ -244,8 +247,25 @@ def goodput(lines: Sequence[Line], now: float) -> float:
     return min(1.0, counted / running) if running else 0.0  # clocks of several hosts may disagree
 
 
-def _last_step(lines: Sequence[Line], from_step: int) -> int:
-    return max([from_step, *(line["step"] for line in lines if line["event"] == "Step")])
+class CommandGoodput:
+    """The goodput of a command from its events, for those that watch it; the log knows of the commands before too."""
+
+    def __init__(self) -> None:
+        self._launched = 0.0
+        self._counted: list[Step] = []
+        self._seconds = 0.0
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._launched = event.launched
+            while self._counted and self._counted[-1].step > event.step:
+                self._seconds -= self._counted.pop().seconds
+        elif isinstance(event, Step):
+            self._counted.append(event)
+            self._seconds += event.seconds
+
+    def at(self, now: float) -> float:
+        return min(1.0, self._seconds / (now - self._launched)) if now > self._launched else 0.0
 
 
 def _done_at(line: Line) -> float:

@@ -51,6 +51,8 @@ from erann_dist.shared_clips import shared_clips
 from erann_dist.watchdog import Watchdog, stacks_left, watching
 
 _KEYS_TOLD = 8  # of a bad step's clips, in its line
+# By the first word of what launch says of the workers before.
+_KINDS: dict[str, IncidentKind] = {"preempted": "preemption", "resized": "resize"}
 
 
 def example_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
@@ -257,6 +259,7 @@ class _Training:
         some = ", ".join(keys[:_KEYS_TOLD]) + (", …" if len(keys) > _KEYS_TOLD else "")
         text = f"the {value}; clips {some}"
         if len(self.bad_steps) > allowed:
+            self._tell_saved(wait=True)
             last = self.saver.last if self.saver else None
             told = f"last checkpoint {self.run_folder}/{last or self.resumed_from}" if last or self.resumed_from else ""
             raise UserError(
@@ -438,17 +441,6 @@ class _Training:
         stacks = [stack for each in workers.gather_all(stacks_left(self.recipe.run_url)) for stack in each]
         if not (self.log and self.saver):
             return
-        for problem in self.damaged:
-            self.say(Incident(step, "checkpoint", problem))
-        if self.log.found:
-            gone = lost(self.log.found, step, workers.launched, time.time())
-            text = workers.failure or f"the command before this one ended at step {gone.last_step}"
-            if stacks:
-                name = f"stacks/start-{self.saver.start.number:04d}.txt"
-                self.run_folder.write(name, "".join(f"{rank}\n{stack}\n" for rank, stack in stacks).encode())
-                text += f"; the stacks of {', '.join(rank for rank, _ in stacks)} are in {self.run_folder}/{name}"
-            kind: IncidentKind = "preemption" if text.startswith("preempted") else "failure"
-            self.say(Incident(step, kind, text, gone.steps, gone.seconds))
         self.say(
             Started(
                 step=step,
@@ -462,6 +454,17 @@ class _Training:
                 hosts=hosts,
             )
         )
+        for problem in self.damaged:
+            self.say(Incident(step, "checkpoint", problem))
+        if self.log.found:
+            gone = lost(self.log.found, step, workers.launched, time.time())
+            text = workers.failure or f"the command before this one ended at step {gone.last_step}"
+            if stacks:
+                name = f"stacks/start-{self.saver.start.number:04d}.txt"
+                self.run_folder.write(name, "".join(f"{rank}\n{stack}\n" for rank, stack in stacks).encode())
+                text += f"; the stacks of {', '.join(rank for rank, _ in stacks)} are in {self.run_folder}/{name}"
+            kind = _KINDS.get(text.split(" ")[0].rstrip(":"), "failure")
+            self.say(Incident(step, kind, text, gone.steps, gone.seconds))
 
 
 class _Window:

@@ -9,7 +9,7 @@ import typer
 
 from erann_dist.errors import UsageError, UserError
 from jobs import shard_commands
-from jobs.options import EXAMPLE, Address, Json, Launcher
+from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher
 from jobs.progress import RunView, console
 from jobs.show import demo_page, evaluation_page, facts_page, show, tagged_page, tags_page
 
@@ -133,6 +133,30 @@ def tag(
         result = jobs.tag_set(model, sets[0], out, launcher, workers, device or "auto", view)
     if is_first_process():
         show(result, as_json, tagged_page)
+
+
+@app.command(
+    help="How the runs below a folder stand; or of one run its starts, incidents and evaluations, and its curves."
+    + EXAMPLE
+    + "erann runs runs"
+    + "\n\n    erann runs s3://bucket/runs audioset --plot audioset.png",
+)
+def runs(
+    url: Annotated[str, typer.Argument(help="Folder of runs, or a run's own: a path or s3://bucket/prefix.")],
+    name: Annotated[str | None, typer.Argument(help="The run, as the list names it.", show_default=False)] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the run's curves to this PNG file.")] = None,
+    endpoint: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    from jobs.runs import find_run, list_runs, show_run
+    from jobs.runs_page import run_page, runs_page
+
+    if run := find_run(url, name, endpoint):
+        show(show_run(*run, endpoint, plot), as_json, run_page)
+    elif plot:
+        raise UsageError(f"{url}: --plot draws one run; give its name too")
+    else:
+        show(list_runs(url, endpoint), as_json, runs_page)
 
 
 @app.command(

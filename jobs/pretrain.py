@@ -1,6 +1,10 @@
 """A training run: check that it can be started or resumed, launch its workers, say what came of it."""
 
+import fcntl
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -11,7 +15,7 @@ from erann_dist.data import load_train_and_eval
 from erann_dist.distributed import Workers
 from erann_dist.errors import UserError
 from erann_dist.events import Emit
-from erann_dist.folder import Folder, open_folder
+from erann_dist.folder import Folder, LocalFolder, open_folder
 from erann_dist.recipe import Recipe, differences, parse_recipe
 from erann_dist.training import train
 
@@ -31,18 +35,42 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
         if is_first_process():
             # What is wrong with the data shows here, before a cluster is started or a folder made.
             load_train_and_eval(recipe.data)
-            settings = recipe.model_dump(mode="json", exclude_none=True)
-            run.write(_RECIPE, yaml.safe_dump(settings, sort_keys=False).encode())
-        launch(
-            train_worker,
-            {"recipe": recipe.model_dump(mode="json")},
-            launcher=recipe.run.launcher,
-            num_workers=recipe.run.max_workers,
-            device=recipe.run.device,
-            on_event=on_event,
-            address=address,
-        )
+        with _only_one(run) if is_first_process() else nullcontext():
+            if is_first_process():
+                settings = recipe.model_dump(mode="json", exclude_none=True)
+                run.write(_RECIPE, yaml.safe_dump(settings, sort_keys=False).encode())
+            launch(
+                train_worker,
+                {"recipe": recipe.model_dump(mode="json")},
+                launcher=recipe.run.launcher,
+                num_workers=recipe.run.max_workers,
+                min_workers=recipe.run.min_workers,
+                device=recipe.run.device,
+                on_event=on_event,
+                address=address,
+                heeds_notice=True,
+                max_failures=recipe.run.max_failures,
+                wait_for_workers=recipe.run.wait_for_workers,
+                hang_timeout=recipe.run.hang_timeout,
+            )
     return outcome(run)
+
+
+@contextmanager
+def _only_one(run: Folder) -> Iterator[None]:
+    """Hold a local run folder for this command. Elsewhere, only the fencing of the checkpoints keeps two apart."""
+    if not isinstance(run, LocalFolder):
+        yield
+        return
+    Path(run.url).mkdir(parents=True, exist_ok=True)
+    with Path(run.url, ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{run}: this run is being trained by another process; stop that first") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:

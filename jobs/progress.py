@@ -6,9 +6,22 @@ from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 
-from erann_dist.events import Evaluated, EvaluationProgress, Event, Incident, Started, Step
+from erann_dist.events import (
+    CheckpointSaved,
+    Evaluated,
+    EvaluationProgress,
+    Event,
+    Finished,
+    Incident,
+    Started,
+    Step,
+)
+from erann_dist.run_log import CommandGoodput
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 10.0
@@ -30,15 +43,13 @@ class Bar:
             self._progress.update(self._task, completed=done, note=note)
         elif done == self._total or time.monotonic() - self._last_line >= _PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            console.print(f"{self._title}  {done}/{self._total}  {note}  {self._left(done)}".rstrip())
+            _say(f"{self._title}  {done}/{self._total}  {note}  {self._left(done)}".rstrip())
 
     def _left(self, done: int) -> str:
         """The time left, at the speed since the first update; the live bar has a column of its own for it."""
         now = time.monotonic()
-        first, began = self._first = self._first or (done, now)
-        if done <= first or done >= self._total:
-            return ""
-        return f"{timedelta(seconds=round((self._total - done) * (now - began) / (done - first)))} left"
+        self._first = self._first or (done, now)
+        return _time_left(done, self._total, self._first, now)
 
 
 @contextmanager
@@ -61,45 +72,176 @@ def bar(title: str, total: int) -> Iterator[Bar]:
 
 
 class RunView:
-    """Shows a run's events. Use as a context, and call it with each event."""
+    """Shows a run's events: what happened in lines, and below them, on a terminal, how things stand.
+
+    Use as a context, and call it with each event.
+    """
 
     def __init__(self) -> None:
         self._open = ExitStack()
         self._bar: Bar | None = None
         self._title = ""
         self._steps = 0
+        self._status = _Status()
+        self._is_live = False
 
     def __enter__(self) -> "RunView":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self._open.close()
 
     def __call__(self, event: Event) -> None:
+        self._status.update(event)
         if isinstance(event, Started):
-            self._steps = event.steps
-            where = f"{event.workers} worker{'s' if event.workers > 1 else ''} on {event.device}"
-            console.print(f"training on {event.train_clips} clips, evaluating on {event.eval_clips}, {where}")
-            if event.resumed_from:
-                console.print(f"going on from step {event.step} of {event.steps} ({event.resumed_from})")
-        elif isinstance(event, Step):
-            note = f"loss {event.loss:.4f}  lr {event.lr:.2e}  {event.examples_per_s:.1f} examples/s"
-            self._show("train", self._steps, event.step, f"{note}  waiting for data {event.data_wait:.0%}")
+            self._start(event)
         elif isinstance(event, Incident):
-            console.print(f"step {event.step}: {event.text}", markup=False)
-        elif isinstance(event, EvaluationProgress):
-            self._show("score", event.total, event.done)
+            _say(f"step {event.step}: {event.text}{losses(event.steps_lost, event.seconds_lost)}")
         elif isinstance(event, Evaluated):
-            self._close()
-            figures = "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
-            console.print(f"step {event.step}: {figures}  on {event.clips} clips")
+            self._close_bar()
+            _say(f"{_evaluation(event)}  on {event.clips} clips")
+        elif isinstance(event, Finished):
+            _say(f"finished after {duration(event.seconds)}, goodput of the whole run {event.goodput:.1%}")
+        elif not self._is_live:
+            self._show_bar(event)
 
-    def _show(self, title: str, total: int, done: int, note: str = "") -> None:
+    def _start(self, event: Started) -> None:
+        where = f"{event.workers} worker{'s' * (event.workers > 1)} on {event.device}"
+        if (hosts := len(set(event.hosts))) > 1:
+            where += f", {hosts} hosts"
+        _say(f"training on {event.train_clips} clips, evaluating on {event.eval_clips}, {where}")
+        if event.resumed_from:
+            _say(f"going on from step {event.step} of {event.steps} ({event.resumed_from})")
+        self._steps = event.steps
+        self._close_bar()
+        if console.is_terminal and not self._is_live:
+            self._is_live = True
+            self._open.enter_context(Live(get_renderable=self._status.page, console=console, refresh_per_second=2))
+
+    def _show_bar(self, event: Event) -> None:
+        if isinstance(event, Step):
+            note = f"loss {event.loss:.4f}  lr {event.lr:.2e}  {event.examples_per_s:.1f} examples/s"
+            title, done, total = "train", event.step, self._steps
+            note += f"  {event.clips_per_s:.1f} clips/s  waiting for data {event.data_wait:.1%}"
+        elif isinstance(event, EvaluationProgress):
+            title, done, total, note = "score", event.done, event.total, ""
+        else:
+            return
         if self._bar is None or self._title != title:
-            self._close()
+            self._close_bar()
             self._bar, self._title = self._open.enter_context(bar(title, total)), title
         self._bar.update(done, note)
 
-    def _close(self) -> None:
-        self._open.close()
-        self._bar = None
+    def _close_bar(self) -> None:
+        if self._bar:
+            self._open.close()
+            self._bar = None
+
+
+class _Status:
+    """How a run stands, as a page once it has started."""
+
+    def __init__(self) -> None:
+        self._started: Started | None = None
+        self._first: tuple[int, float] | None = None  # step of these workers that was told of, and when that was
+        self._step: tuple[Step, float] | None = None
+        self._scoring: EvaluationProgress | None = None
+        self._goodput = CommandGoodput()
+        self._incidents = 0
+        self._checkpoint: tuple[CheckpointSaved, float] | None = None  # the last, and when it was told
+        self._evaluations: list[Evaluated] = []  # of the run's own weights
+
+    def update(self, event: Event) -> None:
+        now = time.time()
+        self._goodput.add(event)
+        if isinstance(event, Started):
+            self._started = event
+            self._first = self._step = self._scoring = None
+        elif isinstance(event, Step):
+            self._step = event, now
+            self._first = self._first or (event.step, now)
+        elif isinstance(event, CheckpointSaved):
+            self._checkpoint = event, now
+        elif isinstance(event, EvaluationProgress):
+            self._scoring = event
+        elif isinstance(event, Evaluated):
+            self._scoring = None
+            if event.averaged is None:
+                self._evaluations.append(event)
+        elif isinstance(event, Incident):
+            self._incidents += 1
+
+    def page(self) -> Table:
+        assert self._started
+        latest, scoring = self._step, self._scoring  # the terminal is painted by a thread, while events come
+        now = time.time()
+        page = Table.grid(padding=(0, 2, 0, 0))
+        page.add_column(style="dim", min_width=len("checkpoint"))
+        page.add_column(no_wrap=True, overflow="ellipsis")
+        steps, done = self._started.steps, latest[0].step if latest else self._started.step
+        left = _time_left(done, steps, self._first, now)
+        page.add_row("step", _with_bar(done, steps, f", {left}" if left else ""))
+        if latest:
+            step, told = latest
+            page.add_row(
+                "loss",
+                f"{step.loss:.4f}  learning rate {step.lr:.2e}  gradient norm {step.grad_norm:.3g}  "
+                f"({duration(now - told)} ago)",
+            )
+            page.add_row(
+                "speed",
+                f"{step.examples_per_s:,.1f} examples/s  {step.clips_per_s:,.1f} clips/s  "
+                f"waiting for data {step.data_wait:.1%}",
+            )
+        if scoring:
+            page.add_row("scoring", _with_bar(scoring.done, scoring.total, " clips"))
+        if self._evaluations:
+            last, best = self._evaluations[-1], max(self._evaluations, key=score)
+            name = next(iter(last.metrics))
+            page.add_row(
+                "evaluation",
+                f"{name} {score(last):.4f} at step {last.step}, best {score(best):.4f} at step {best.step}",
+            )
+        if self._checkpoint:
+            saved, told = self._checkpoint
+            page.add_row("checkpoint", f"step {saved.step}  ({duration(now - told)} ago)")
+        incidents = f"{self._incidents} incident{'s' * (self._incidents != 1)}" if self._incidents else "no incidents"
+        page.add_row("goodput", f"{self._goodput.at(now):.1%} since this command was started, {incidents}")
+        return page
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False)
+
+
+def _with_bar(done: int, total: int, words: str) -> Table:
+    line = Table.grid(padding=(0, 1, 0, 0))
+    line.add_row(ProgressBar(total=total, completed=done, width=24), f"{done:,} of {total:,}{words}")
+    return line
+
+
+def _time_left(done: int, total: int, first: tuple[int, float] | None, now: float) -> str:
+    """At the speed since the first of what is done that was told of, and when that was."""
+    if first is None or done <= first[0] or done >= total:
+        return ""
+    return f"{duration((total - done) * (now - first[1]) / (done - first[0]))} left"
+
+
+def duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _evaluation(event: Evaluated) -> str:
+    of = f" (mean weights of {event.averaged} checkpoints)" if event.averaged else ""
+    return f"step {event.step}{of}: " + "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
+
+
+def score(event: Evaluated) -> float:
+    """By the first metric the best evaluation is found."""
+    return next(iter(event.metrics.values()))
+
+
+def losses(steps: int, seconds: float) -> str:
+    """What an incident cost, to be put behind it."""
+    parts = [f"{steps} step{'s' * (steps > 1)}"] * bool(steps) + [duration(seconds)] * (seconds >= 0.5)
+    return f"; lost: {', '.join(parts)}" if parts else ""

@@ -1,63 +1,282 @@
+"""Checkpoints: what is committed is whole, what is damaged is named, who was replaced writes nothing that counts."""
+
+import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from erann_dist import checkpoint
-from erann_dist.checkpoint import Facts
+from erann_dist.checkpoint import Facts, Start, Superseded
 from erann_dist.errors import UserError
+from erann_dist.events import CheckpointSaved, Incident
+from erann_dist.folder import LocalFolder
+from erann_dist.recipe import CheckpointSection
+from erann_dist.saving import Saver
 
 
-def save(folder: Path, step: int, keep_last: int = 9) -> Path:
-    facts = Facts(step, "recipe", "data", "ERANN-0-1", 1, ["bad"], {"torch": "x"})
-    return checkpoint.save(folder, facts, {"model.w": torch.full((2, 3), float(step))}, keep_last)
+@pytest.fixture
+def run(tmp_path: Path) -> LocalFolder:
+    return LocalFolder(str(tmp_path / "run"))
 
 
-def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
-    path = save(tmp_path, 7)
-    assert checkpoint.latest(tmp_path) == path
-    assert checkpoint.load_facts(path).step == 7
-    assert torch.equal(checkpoint.load_state(path, {"model.w": torch.zeros(2, 3)})["model.w"], torch.full((2, 3), 7.0))
+@pytest.fixture
+def start(run: LocalFolder) -> Start:
+    return checkpoint.begin(run)
 
 
-def test_keeps_the_last_ones(tmp_path: Path) -> None:
+def facts_of(step: int) -> Facts:
+    return Facts(step, "recipe", "data", "ERANN-0-1", 1, ["bad"], [3], {"torch": "x"})
+
+
+def save(start: Start, step: int, keep_last: int = 9, keep_best: int = 0) -> str:
+    state = {"model.w": torch.full((2, 3), float(step))}
+    return checkpoint.save(start, facts_of(step), state, keep_last, keep_best)
+
+
+def steps(run: LocalFolder) -> list[int]:
+    return [int(name.split("-")[1]) for name in checkpoint.committed(run)]
+
+
+def test_what_was_saved_is_loaded(run: LocalFolder, start: Start) -> None:
+    name = save(start, 7)
+    assert name == "checkpoints/step-00000007-0001"
+    assert checkpoint.latest(run) == (name, [])
+    facts, state = checkpoint.load(run, name)
+    assert facts == facts_of(7)
+    assert torch.equal(state["model.w"], torch.full((2, 3), 7.0))
+
+
+def test_the_same_state_gives_the_same_bytes(run: LocalFolder, start: Start) -> None:
+    one, other = save(start, 7), save(checkpoint.begin(run), 7)
+    assert one != other
+    for file in ("state.safetensors", "state.json", "COMMITTED"):
+        assert run.read(f"{one}/{file}") == run.read(f"{other}/{file}")
+
+
+def test_keeps_the_last_ones(run: LocalFolder, start: Start) -> None:
     for step in (5, 10, 100):
-        save(tmp_path, step, keep_last=2)
-    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000010", "step-00000100"]
+        save(start, step, keep_last=2)
+    assert steps(run) == [10, 100]
     # A run that went back behind a damaged checkpoint replaces it.
-    save(tmp_path, 20, keep_last=2)
-    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000010", "step-00000020"]
-    save(tmp_path, 5, keep_last=1)
-    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000005"]
+    again = checkpoint.begin(run)
+    save(again, 20, keep_last=2)
+    assert steps(run) == [10, 20]
+    save(again, 5, keep_last=1)
+    assert steps(run) == [5]
+    assert {path.name for path in Path(run.url, "checkpoints").iterdir()} == {"step-00000005-0002"}
+
+
+def test_keeps_the_best_ones_besides(run: LocalFolder, start: Start) -> None:
+    for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.9), (5, None)):
+        name = save(start, step, keep_last=1, keep_best=2)
+        if accuracy is not None:
+            checkpoint.record(start, name, {"accuracy": accuracy, "loss": 9.0})
+    assert steps(run) == [2, 4, 5]
+    assert [name[-7:] for name in checkpoint.best(run, checkpoint.committed(run))] == ["02-0001", "04-0001"]
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json", "COMMITTED"])
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
-def test_a_damaged_checkpoint_does_not_count(tmp_path: Path, file: str, damage: str) -> None:
-    good, bad = save(tmp_path, 1), save(tmp_path, 2)
-    data = bytearray((bad / file).read_bytes())
-    if damage == "cut":
-        (bad / file).write_bytes(data[:-3])
-    elif damage == "flipped":
-        data[len(data) // 2] ^= 4
-        (bad / file).write_bytes(data)
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    run: LocalFolder, start: Start, file: str, damage: str
+) -> None:
+    first, second = save(start, 1), save(start, 2)
+    path = Path(run.url, second, file)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    contents = {"cut": bytes(data[:-3]), "flipped": bytes(data), "empty": b""}
+    if damage == "gone":
+        path.unlink()
     else:
-        (bad / file).unlink()
-    assert checkpoint.latest(tmp_path) == good
-    (good / "state.safetensors").write_bytes(b"")
-    if file == "COMMITTED" and damage == "gone":
-        bad.rename(tmp_path / "gone")
-    with pytest.raises(UserError, match="damaged, and no other checkpoint is whole"):
-        checkpoint.latest(tmp_path)
+        path.write_bytes(contents[damage])
+    found, problems = checkpoint.latest(run)
+    assert found == first
+    if (file, damage) == ("COMMITTED", "gone"):  # then it never was one
+        assert problems == []
+    else:
+        (problem,) = problems
+        assert problem.startswith(f"{run}/{second}: ")
+        assert file in problem or damage == "gone"
+        assert problem.endswith("the checkpoint before it is used")
+        with pytest.raises(UserError, match="step-00000002-0001: "):
+            checkpoint.load(run, second)
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path) is None
+def test_no_whole_checkpoint_is_an_error(run: LocalFolder, start: Start) -> None:
+    assert checkpoint.latest(run) == (None, [])
+    name = save(start, 1)
+    Path(run.url, name, "state.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=f"{name}: damaged, and no other checkpoint is whole"):
+        checkpoint.latest(run)
 
 
-def test_other_shapes_are_named(tmp_path: Path) -> None:
-    path = save(tmp_path, 1)
-    with pytest.raises(UserError, match=r"model\.w is \(2, 3\) in the file, \(3, 2\) in the model"):
-        checkpoint.load_state(path, {"model.w": torch.zeros(3, 2)})
-    with pytest.raises(UserError, match=r"model\.v is missing in the file, \(1,\) in the model"):
-        checkpoint.load_state(path, {"model.w": torch.zeros(2, 3), "model.v": torch.zeros(1)})
+def test_a_file_that_is_missing_before_the_marker_does_not_count(run: LocalFolder, start: Start) -> None:
+    """As a kill leaves it at any moment: files first, the marker last."""
+    name = save(start, 1)
+    whole = {file: run.read(f"{name}/{file}") for file in ("state.safetensors", "state.json", "COMMITTED")}
+    for number in range(3):
+        late = checkpoint.begin(run)
+        part = f"checkpoints/step-00000002-{late.number:04d}"
+        for file in list(whole)[:number]:
+            run.write(f"{part}/{file}", whole[file])
+        assert checkpoint.latest(run) == (name, [])
+    save(late, 3, keep_last=1)  # and what lay about is gone
+    assert len(list(Path(run.url, "checkpoints").iterdir())) == 1
+
+
+def test_a_start_that_was_replaced_writes_no_more(run: LocalFolder, start: Start) -> None:
+    save(start, 1)
+    later = checkpoint.begin(run)
+    assert (start.number, later.number) == (1, 2)
+    with pytest.raises(Superseded, match="this run was started again"):
+        save(start, 2)
+    assert steps(run) == [1]
+    save(later, 2)
+    with pytest.raises(Superseded):
+        checkpoint.record(start, "checkpoints/step-00000001-0001", {"mAP": 1.0})
+
+
+class CutOff(LocalFolder):
+    """A folder whose writer is held up before one file, while the world goes on."""
+
+    def write(self, name: str, data: bytes) -> None:
+        if name.endswith(HOLDS["before"]):
+            HOLDS["held"]()
+        super().write(name, data)
+
+
+HOLDS: dict[str, object] = {}
+
+
+@pytest.mark.parametrize("before", ["state.safetensors", "state.json", "COMMITTED"])
+def test_a_writer_that_was_cut_off_comes_too_late_to_do_harm(run: LocalFolder, start: Start, before: str) -> None:
+    """While it stands still, the next start goes on, saves more steps and deletes what is old."""
+    save(start, 1)
+
+    def next_start() -> None:
+        HOLDS["before"] = "nothing"
+        later = checkpoint.begin(run)
+        for step in (2, 3, 4):
+            save(later, step, keep_last=2)
+
+    HOLDS.update(before=before, held=next_start)
+    cut_off = Start(CutOff(run.url), start.name)
+    if before == "COMMITTED":  # it had looked just before, so what it commits is whole, and its own
+        assert save(cut_off, 2, keep_last=1).endswith("-0001")
+    else:
+        with pytest.raises(Superseded):
+            save(cut_off, 2, keep_last=1)
+    assert {3, 4} <= set(steps(run))
+    name, problems = checkpoint.latest(run)
+    assert (name, problems) == ("checkpoints/step-00000004-0002", [])
+    assert torch.equal(checkpoint.load(run, name)[1]["model.w"], torch.full((2, 3), 4.0))
+
+
+def in_background(start: Start, **settings: int) -> Saver:
+    saver = Saver(start, CheckpointSection(**settings))
+    saver.state["model.w"] = torch.zeros(2, 3)
+    return saver
+
+
+def nothing() -> None:
+    pass
+
+
+def test_saves_in_the_background(run: LocalFolder, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, waits = threading.Event(), []
+    save_now: Callable[..., str] = checkpoint.save
+
+    def slow_save(*arguments: object) -> str:
+        assert go_on.wait(60)
+        return save_now(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slow_save)
+    saver = in_background(start)
+    saver.begin(facts_of(5), stall_s=0.25)
+    assert saver.is_busy
+    assert saver.finish(False, nothing) is None
+    assert steps(run) == []
+
+    def meanwhile() -> None:
+        waits.append(1)
+        go_on.set()
+
+    event = saver.finish(True, meanwhile)
+    assert isinstance(event, CheckpointSaved)
+    assert (event.step, event.stall_s, event.path) == (5, 0.25, f"{run}/checkpoints/step-00000005-0001")
+    assert waits
+    assert event.seconds > 0
+    assert steps(run) == [5]
+    assert not saver.is_busy
+    saver.close()
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """A disk that is full for so many files: change `left`."""
+    faults = {"left": 0}
+    write = LocalFolder.write
+
+    def fail(self: LocalFolder, name: str, data: bytes) -> None:
+        if faults["left"]:
+            faults["left"] -= 1
+            raise OSError(28, "No space left on device", name)
+        write(self, name, data)
+
+    monkeypatch.setattr(LocalFolder, "write", fail)
+    return faults
+
+
+def test_a_failed_checkpoint_is_told_and_the_next_one_tried(
+    run: LocalFolder, start: Start, full_disk: dict[str, int]
+) -> None:
+    saver = in_background(start, max_failed=2)
+    for step, full in ((1, False), (2, True), (3, True), (4, False), (5, True), (6, True)):
+        full_disk["left"] = int(full)
+        saver.begin(facts_of(step), 0.0)
+        event = saver.finish(True, nothing)
+        if full:
+            assert event == Incident(
+                step,
+                "checkpoint",
+                f"{run}: the checkpoint of step {step} could not be written (No space left on device); "
+                "the next one is tried",
+            )
+        else:
+            assert isinstance(event, CheckpointSaved)
+    full_disk["left"] = 1
+    saver.begin(facts_of(7), 0.0)
+    with pytest.raises(UserError, match=r"No space left on device\); 3 in a row, checkpoint.max_failed is 2"):
+        saver.finish(True, nothing)
+    assert steps(run) == [1, 4]
+    saver.close()
+
+
+def test_the_last_checkpoint_is_tried_until_it_is_there(start: Start, full_disk: dict[str, int]) -> None:
+    saver = in_background(start, max_failed=3)
+    full_disk["left"] = 2
+    saver.begin(facts_of(9), 0.0)
+    events = saver.finish_surely(nothing)
+    assert [type(event) for event in events] == [Incident, Incident, CheckpointSaved]
+    saver.close()
+
+
+def test_a_replaced_start_is_told(run: LocalFolder, start: Start) -> None:
+    saver = in_background(start)
+    checkpoint.begin(run)
+    saver.begin(facts_of(1), 0.0)
+    with pytest.raises(Superseded):
+        saver.finish(True, nothing)
+    saver.close()
+
+
+def test_a_checkpoint_holds_no_code(run: LocalFolder, start: Start) -> None:
+    name = save(start, 1)
+    files = {path.name for path in Path(run.url, name).iterdir()}
+    assert files == {"state.safetensors", "state.json", "COMMITTED"}
+    json.loads(run.read(f"{name}/state.json"))
+    header = run.read(f"{name}/state.safetensors")
+    json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])

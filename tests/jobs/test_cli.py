@@ -1,9 +1,12 @@
 """The command as a user meets it: help, exit codes, and one clear line for everything that can be wrong."""
 
+import errno
+import fcntl
 import json
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -33,6 +36,7 @@ COMMANDS = [
     "pretrain",
     "evaluate",
     "tag",
+    "runs",
     "demo",
 ]
 
@@ -193,6 +197,24 @@ def test_a_run_is_not_run_again_nor_with_another_recipe(erann, recipe: Path, tmp
     )
     assert_refused(erann("pretrain", recipe, "--resume", "never"), 1, "this run exists")
     assert erann("pretrain", recipe, "run.threads=2", "checkpoint.every=7").code == 0
+
+
+def test_one_run_is_trained_by_one_command_at_a_time(
+    erann, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    with (run / ".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert_refused(erann("pretrain", recipe), 1, "mine: this run is being trained by another process; stop that")
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    locks = SimpleNamespace(flock=no_locks, LOCK_EX=fcntl.LOCK_EX, LOCK_NB=fcntl.LOCK_NB)
+    monkeypatch.setattr("jobs.pretrain.fcntl", locks)
+    assert erann("pretrain", recipe).code == 0
 
 
 def test_evaluate_and_tag(erann, trained: Path, tone_shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,295 @@
+"""A run's workers under Ray Train: started on as many as there is room for, and again after each fault.
+
+Every start is a `fit()` of its own. Ray Train places the workers, joins them to a process group, watches them and ends
+them all when one fails; what follows is decided here. Its own restarts would lose the steps since the last checkpoint
+whenever the number of workers changes, and give the run up when a worker is lost while the process group is set up.
+"""
+
+import datetime
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.embedded import ray_cluster  # before Ray, whose environment it sets
+
+# isort: split
+import ray
+import ray.train.torch
+from ray.exceptions import RayActorError, RayError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
+
+# Private, as the preemption notice that a worker has got is nowhere else to be read: the public get_preemption_info()
+# is a collective call through an actor. The test of a drained node fails when it moves.
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from cluster.board import Place, Watch, open_board
+from cluster.notice import Notice, first_of, no_notice, signals_as_notice
+from cluster.room import Bundle, count, room_for, wait_for_room
+from erann_dist.distributed import Workers
+from erann_dist.errors import Stopped, UserError
+from erann_dist.events import Emit, Event, Incident
+
+_BLAME_S = 3.0  # in which the loss of a worker is known to Ray
+_AGAIN = "run the same command again to go on from the last checkpoint"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What each worker of one start is given."""
+
+    number: int  # 1, 2, …
+    workers: int
+    failure: str | None  # why those before ended
+    function: Any
+    config: dict[str, Any]
+    launched: float
+    cwd: str
+    board: Any
+
+
+def run_on_ray(
+    function: Any,
+    config: dict[str, Any],
+    *,
+    least: int,
+    most: int,
+    device: str,
+    on_event: Emit,
+    address: str | None,
+    heeds_notice: bool,
+    max_failures: int,
+    wait_for_workers: float,
+    hang_timeout: float,
+) -> None:
+    """Run the function on the cluster's workers until it has returned on all of them. See `launch`."""
+    launched = time.time()
+    # A worker whose process does not answer, as on a frozen machine, is taken for lost.
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(hang_timeout))
+    scratch = tempfile.TemporaryDirectory(prefix="erann-ray-", ignore_cleanup_errors=True)
+    notices = signals_as_notice() if heeds_notice else nullcontext(no_notice)
+    with (
+        _lost_cluster_in_one_line(),
+        redirect_stdout(sys.stderr),  # Ray writes of lost workers there, where only the command's result belongs
+        scratch as storage,
+        ray_cluster(address, least) as embedded,
+        open_board() as board,
+        notices as stop,  # behind Ray's start, which handles SIGTERM itself
+    ):
+        resources = ray.cluster_resources()
+        use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= least)
+        bundle: Bundle = {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}
+        if embedded and any(resources.get(kind, 0) < least for kind in bundle):
+            wait_for_workers = 0  # it does not grow
+        number = failures = step = 0
+        failure: str | None = None
+        places: dict[int, Place] = {}
+        while True:
+            workers = wait_for_room(
+                bundle,
+                least,
+                most,
+                seconds=wait_for_workers,
+                say=lambda line: on_event(Incident(step, "resize", line)),  # noqa: B023 - called in this round
+                stop=stop,
+            )
+            failure = _why_again(failure, places, workers)
+            number += 1
+            start = Start(number, workers, failure, function, config, launched, os.getcwd(), board)
+            with (
+                _growth(board, workers, bundle, most - workers) as growth,
+                Watch(board, number, on_event, first_of(stop, growth), step) as watch,
+            ):
+                error = _fit(start, use_gpu, bundle, storage, hang_timeout)
+            if error is None:
+                return
+            step, failures = watch.step, 0 if watch.saved else failures
+            places, notice = ray.get(board.facts.remote())
+            stopped, failure = _explain(error, places)
+            if stopped and stop():
+                raise stopped
+            if stopped and notice:
+                failure = notice
+                continue
+            failures += 1
+            if failures > max_failures:
+                # A fault of this program or of the machine: in full, for whoever is to find it.
+                print(error, file=sys.stderr)
+                times = f" {failures} times in a row without a new checkpoint, at last" if max_failures else ""
+                raise UserError(f"the workers failed{times}: {failure}; {_AGAIN}")
+
+
+@contextmanager
+def _lost_cluster_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except RayError as error:
+        raise UserError(f"the Ray cluster is lost ({type(error).__name__}); {_AGAIN}") from error
+
+
+def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout: float) -> Exception | None:
+    """One start of the workers; what ended them, if they did not come to their end."""
+    trainer = TorchTrainer(
+        _ray_worker,
+        train_loop_config={"start": start},
+        # The loop's own watchdog is to see a hang first.
+        torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=round(2 * hang_timeout)),
+        scaling_config=ScalingConfig(num_workers=start.workers, use_gpu=use_gpu, resources_per_worker=bundle),
+        # Ray keeps nothing of ours: checkpoints are the run folder's. A name used twice would resume silently.
+        run_config=RunConfig(
+            name=f"run-{os.getpid()}-{time.time_ns()}",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+        ),
+    )
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit as end:  # what Ray Train makes of Ctrl-C
+        raise KeyboardInterrupt from end
+    except (TrainingFailedError, RayError) as error:
+        return error
+    finally:
+        signal.signal(signal.SIGINT, before)
+    return None
+
+
+@contextmanager
+def _growth(board: Any, workers: int, bundle: Bundle, more: int) -> Iterator[Notice]:
+    """The notice that there is room for more workers than run, once no more comes: a node's is found bit by bit."""
+    with ExitStack() as stack:
+        spare: Callable[[], int] | None = None
+        found = 0
+
+        def notice() -> str | None:
+            nonlocal spare, found
+            if spare is None:  # The room that the workers are to start in is theirs.
+                if more and len(ray.get(board.facts.remote())[0]) == workers:
+                    spare = stack.enter_context(room_for(bundle, more))
+                return None
+            before = found
+            with suppress(RayError):  # a cluster that loses a node may fail to say what room it has
+                found = spare()
+            return f"resized from {workers} to {count(workers + found, 'worker')}" if 0 < found == before else None
+
+        yield notice
+
+
+def _ray_worker(settings: dict[str, Any]) -> None:
+    """The function that Ray Train runs on each worker."""
+    start: Start = settings["start"]
+    os.chdir(start.cwd)
+    context, board = ray.train.get_context(), start.board
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    place = Place(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id())
+    sent = [board.join.remote(start.number, rank, place)]
+
+    def emit(event: Event) -> None:
+        sent.append(board.put.remote(start.number, event))
+        del sent[:-1]
+
+    notice = _worker_notice(start)
+    workers = Workers(rank, world_size, ray.train.torch.get_device(), start.launched, start.failure, notice)
+    try:
+        start.function(start.config, workers, emit)
+    except UserError:
+        raise
+    except Exception:
+        # When a worker is lost, the others see a broken connection, and often before Ray sees the loss.
+        time.sleep(_BLAME_S)
+        raise
+    finally:
+        ray.get(sent)
+
+
+def _worker_notice(start: Start) -> Notice:
+    """Why this worker is to stop: Ray's word that a node of the run is about to go, or the command's own."""
+    train_context = get_train_context()
+    told: list[str] = []
+
+    def listen() -> None:
+        with suppress(RayError):  # the command has ended
+            if text := ray.get(start.board.notice.remote(start.number)):
+                told.append(text)
+
+    threading.Thread(target=listen, daemon=True).start()
+
+    def notice() -> str | None:
+        info = train_context.preemption_context.preemption_info
+        if info and not told:
+            ips = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+            nodes = ", ".join(ips[node_id] for node_id in info.preempted_node_ids)
+            until = datetime.datetime.fromtimestamp(info.deadline_ms / 1000) if info.deadline_ms else None
+            told.append(f"preempted: node {nodes} goes{f' at {until:%H:%M:%S}' if until else ''}")
+            start.board.tell.remote(start.number, told[0])
+        return told[0] if told else None
+
+    return notice
+
+
+def _explain(error: Exception, places: dict[int, Place]) -> tuple[Stopped | None, str]:
+    """Whether the workers stopped as they were told to, and why they ended. Raises the UserError of one that did."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    raised = [cause for failure in failures.values() for cause in _causes(failure) if isinstance(cause, UserError)]
+    for cause in raised:
+        if not isinstance(cause, Stopped):
+            raise cause
+    # Of several the one that was lost: it is why the others failed.
+    first = min(failures, key=lambda rank: (not isinstance(failures[rank], _LOST), rank), default=None)
+    if first is None:
+        text = _line(getattr(error, "controller_failure", error))
+    elif lost := _lost_nodes(places):
+        text = f"node {', '.join(lost)} lost"
+    else:
+        where = f" on {places[first].ip}" if first in places else ""
+        text = f"worker {first}{where}: {_line(failures[first])}"
+    return next((cause for cause in raised if isinstance(cause, Stopped)), None), text
+
+
+_LOST = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    """The error and what led to it."""
+    return [] if error is None else [error, *_causes(getattr(error, "cause", None) or error.__cause__)]
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, WorkerHealthCheckTimeoutError):
+        return "its process does not answer"
+    if isinstance(error, WorkerHealthCheckFailedError):
+        error = error.health_check_failure
+    if isinstance(error, RayActorError):
+        return "its process was lost: killed, crashed, out of memory, or ended by the watchdog of a hang"
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+
+
+def _why_again(failure: str | None, places: dict[int, Place], workers: int) -> str | None:
+    """Why the workers are started again, now that it is known on how many."""
+    if failure is not None and len(places) not in (0, workers) and not failure.startswith("resized"):
+        failure = f"{failure}; resized from {len(places)} to {count(workers, 'worker')}"
+    return failure
+
+
+def _lost_nodes(places: dict[int, Place]) -> list[str]:
+    """The addresses of the workers' nodes that are gone. Ray itself knows some of them only half a minute later."""
+    nodes = {node["NodeID"]: node for node in ray.nodes()}
+    return sorted({place.ip for place in places.values() if not _answers(nodes[place.node_id])})
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=1).close()
+    except OSError:
+        return False
+    return bool(node["Alive"])

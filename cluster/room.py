@@ -1,0 +1,73 @@
+"""Room for workers on a cluster: placement groups of one worker each, those that stand and those that wait.
+
+They count what is free for this run now, whoever else works there; nodes that are about to go give none; and a cluster
+that can grow sees by them what is wanted.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+from cluster.notice import Notice
+from erann_dist.errors import Stopped, UserError
+
+Bundle = dict[str, float]
+_SETTLE_S = 2.0  # without more room; what workers before held comes back in less
+
+
+@contextmanager
+def room_for(bundle: Bundle, most: int) -> Iterator[Callable[[], int]]:
+    """Ask for room for so many workers, which is kept until the context ends; how many there is room for."""
+    groups = [placement_group([bundle]) for _ in range(most)]
+    try:
+        yield lambda: sum(placement_group_table(group)["state"] == "CREATED" for group in groups)
+    finally:
+        for group in groups:
+            remove_placement_group(group)
+
+
+def wait_for_room(
+    bundle: Bundle, least: int, most: int, *, seconds: float, say: Callable[[str], None], stop: Notice
+) -> int:
+    """How many workers there is room for, as soon as it is enough. Raises UserError when it is not in so many seconds.
+
+    say: is told once what is waited for.
+    """
+    began = changed = time.monotonic()
+    found, said = 0, False
+    with room_for(bundle, most) as room:
+        while True:
+            found, before = room(), found
+            now = time.monotonic()
+            changed = now if found != before else changed
+            settled = now - changed >= _SETTLE_S
+            if found == most or (found >= least and settled):
+                return found
+            if found < least and settled:
+                missing = _missing(bundle, least, found)
+                if now - began >= seconds:
+                    waited = f" after {seconds:g} s" if seconds else ""
+                    raise UserError(f"{missing}{waited}; start fewer (run.workers) or add nodes")
+                if not said:
+                    say(f"{missing}; waiting up to {seconds:g} s for more")
+                    said = True
+            if reason := stop():
+                raise Stopped(reason)
+            time.sleep(0.2)
+
+
+def _missing(bundle: Bundle, least: int, found: int) -> str:
+    each = " and ".join(count(amount, kind) for kind, amount in bundle.items())
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    there = " and ".join(count(sum(node["Resources"].get(kind, 0) for node in nodes), kind) for kind in bundle)
+    return (
+        f"{count(least, 'worker')} with {each} each asked for, but there is room for {found}: "
+        f"the cluster has {count(len(nodes), 'node')} with {there}"
+    )
+
+
+def count(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"

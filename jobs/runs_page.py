@@ -1,0 +1,114 @@
+"""Runs on the terminal."""
+
+from datetime import datetime
+from typing import Any
+
+from rich.table import Table
+
+from jobs.progress import duration
+from jobs.show import console
+
+
+def runs_page(result: dict[str, Any]) -> None:
+    """A line for each run, that of the last sign of life last."""
+    table = _table("run", "state", "step", "best", "goodput", "incidents", "last event")
+    for run in sorted(result["runs"], key=lambda run: run["last_event"] or 0):
+        table.add_row(
+            run["run"],
+            run["state"],
+            _step(run),
+            _best(run),
+            "" if run["goodput"] is None else f"{run['goodput']:.1%}",
+            str(run["incidents"]),
+            _ago(run),
+        )
+    console.print(table)
+
+
+def run_page(result: dict[str, Any]) -> None:
+    """How the run stands, then its starts, incidents and evaluations."""
+    steps = sum(line.get("steps_lost", 0) for line in result["incident_list"])
+    seconds = sum(line.get("seconds_lost", 0.0) for line in result["incident_list"])
+    console.print(f"run      {result['folder'].rstrip('/')}/{result['run']}")
+    console.print(f"state    {result['state']}, step {_step(result)}, last event {_ago(result)}")
+    if result["best"]:
+        console.print(f"best     {_best(result)} at step {result['best']['step']:,}")
+    console.print(f"goodput  {result['goodput']:.1%}; lost: {steps:,} steps, {duration(seconds)}")
+    if result["plot"]:
+        console.print(f"curves   {result['plot']}")
+    _print("started", _starts(result["starts"]))
+    _print("incidents", _incidents(result["incident_list"]))
+    _print("evaluations", _evaluations(result["evaluations"]))
+
+
+def _print(title: str, table: Table) -> None:
+    if table.row_count:
+        console.print(f"\n{title}")
+        console.print(table)
+
+
+def _starts(lines: list[dict[str, Any]]) -> Table:
+    table = _table("time", "from step", "workers", "device", "hosts")
+    for line in lines:
+        hosts = list(dict.fromkeys(line["hosts"]))
+        names = ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
+        table.add_row(_when(line), f"{line['step']:,}", str(line["workers"]), line["device"], names)
+    return table
+
+
+def _incidents(lines: list[dict[str, Any]]) -> Table:
+    table = _table("time", "step", "steps lost", "time lost", "kind", "")
+    for line in lines:
+        steps, seconds = line.get("steps_lost", 0), line.get("seconds_lost", 0.0)
+        lost = [str(steps) if steps else "", duration(seconds) if seconds >= 0.5 else ""]
+        table.add_row(_when(line), f"{line['step']:,}", *lost, line["kind"], line["text"])
+    return table
+
+
+def _evaluations(lines: list[dict[str, Any]]) -> Table:
+    names = list(dict.fromkeys(name for line in lines for name in line["metrics"]))
+    table = _table("time", "step", *names, "weights")
+    for line in lines:
+        values = [line["metrics"].get(name) for name in names]
+        averaged = line.get("averaged")
+        table.add_row(
+            _when(line),
+            f"{line['step']:,}",
+            *("" if value is None else f"{value:.4f}" for value in values),
+            f"mean of {averaged}" if averaged else "",
+        )
+    return table
+
+
+_UNITS = (("days", 86400), ("h", 3600), ("min", 60))
+_WORDS = ("run", "state", "time", "kind", "device", "hosts", "weights", "")
+
+
+def _table(*names: str) -> Table:
+    """Columns of words and of numbers; only the last one is ever broken into lines."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in names:
+        last = name == names[-1]
+        table.add_column(name, justify="left" if name in _WORDS else "right", no_wrap=not last, min_width=8 * last)
+    return table
+
+
+def _when(line: dict[str, Any]) -> str:
+    return datetime.fromtimestamp(line["time"]).strftime("%m-%d %H:%M:%S")
+
+
+def _step(run: dict[str, Any]) -> str:
+    if run["step"] is None:
+        return ""
+    return f"{run['step']:,}" + (f"/{run['steps']:,}" if run["steps"] is not None else "")
+
+
+def _best(run: dict[str, Any]) -> str:
+    return f"{run['best']['metric']} {run['best']['value']:.4f}" if run["best"] else ""
+
+
+def _ago(run: dict[str, Any]) -> str:
+    if run["silent_s"] is None:
+        return ""
+    unit, seconds = next((each for each in _UNITS if run["silent_s"] >= 2 * each[1]), ("s", 1))
+    return f"{run['silent_s'] / seconds:.0f} {unit} ago"

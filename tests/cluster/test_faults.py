@@ -1,0 +1,439 @@
+"""Workers that are lost, hang, are told to go or are joined by others: on real Ray clusters of several nodes.
+
+Most workers are a small stand-in for the training: a step is an all-reduce, its checkpoint a file with a number.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
+
+from erann_dist.distributed import Workers
+from erann_dist.errors import Stopped, UserError
+from erann_dist.events import CheckpointSaved, Emit
+from erann_dist.recipe import Recipe
+from erann_dist.storage import write_text
+from shards.sources.audioset import read_audioset
+from tests.commands import Running
+from tests.conftest import pack_here, small_recipe, write_tone_set
+from tests.workers import train_on
+
+SECONDS = 180.0
+STEPS = 60  # of the real training
+
+
+def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
+    """Counts to config["steps"], a checkpoint every config["every"] steps and when told to stop.
+
+    Each worker of each start notes itself in a file in config["place"].
+    """
+    place, saved = Path(config["place"]), Path(config["place"]) / "saved"
+    first = int(saved.read_text()) if saved.exists() else 0
+    own = {"pid": os.getpid(), "rank": workers.rank, "world_size": workers.world_size, "from": first}
+    own |= {"failure": workers.failure, "launched": workers.launched}
+    write_text(place / f"worker-{time.time_ns()}-{workers.rank}", json.dumps(own))
+
+    def save(step: int) -> None:
+        if workers.is_first:
+            write_text(saved, str(step))
+            emit(CheckpointSaved(step, str(saved), 0.0, 0.0))
+        workers.wait_for_all()
+
+    for step in range(first, config["steps"]):
+        if "watchdog_s" in config:
+            faulthandler.dump_traceback_later(config["watchdog_s"], exit=True)
+        notice = workers.notice()
+        told = torch.tensor([float(notice is not None)])
+        dist.all_reduce(told)
+        if told.item():
+            save(step)
+            raise Stopped(f"stopped at step {step}: {notice}")
+        if step == config.get("fault_step") and workers.rank == workers.world_size - 1:
+            if config["fault"] == "user error":
+                raise UserError("clip 7 is bad")
+            if config["fault"] == "exception":
+                raise RuntimeError("no such device")
+            if not (place / "stuck").exists():
+                (place / "stuck").touch()
+                time.sleep(SECONDS)
+        if workers.is_first:
+            write_text(place / "step", str(step + 1))
+        time.sleep(config["step_s"])
+        if (step + 1) % config["every"] == 0:
+            save(step + 1)
+    write_text(place / f"done-{workers.rank}", str(config["steps"]))
+
+
+COMMAND = """
+import json, sys
+from cluster.launch import launch
+from erann_dist.errors import UserError
+from tests.cluster.test_faults import count_steps
+config, options = json.loads(sys.argv[1])
+try:
+    launch(count_steps, config, heeds_notice=True, on_event=lambda event: print(event, file=sys.stderr), **options)
+except UserError as error:
+    print(f"erann: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+"""
+
+
+class Command:
+    """A process that launches `count_steps` on workers, as `erann pretrain` launches a training."""
+
+    def __init__(self, place: Path, config: dict[str, Any], **options: Any) -> None:
+        self.place = place
+        config = {"place": str(place), "steps": 40, "every": 10, "step_s": 0.1} | config
+        options = {"launcher": "ray", "device": "cpu", "num_workers": 2, "max_failures": 2} | options
+        options = {"wait_for_workers": SECONDS} | options
+        self.log = place / "log"
+        (place / "command.py").write_text(COMMAND)
+        arguments = [sys.executable, str(place / "command.py"), json.dumps([config, options])]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        with self.log.open("w") as log, (place / "stdout").open("w") as out:
+            self.process = subprocess.Popen(arguments, env=environment, cwd=place, stdout=out, stderr=log)
+
+    def wait_until(self, condition: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + SECONDS
+        while not (answer := condition()):
+            assert time.monotonic() < deadline, self.log.read_text()
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        return answer
+
+    def wait_for_step(self, step: int) -> None:
+        self.wait_until(lambda: (self.place / "step").exists() and int((self.place / "step").read_text()) >= step)
+
+    def starts(self) -> list[list[dict[str, Any]]]:
+        """What the workers of each start noted of themselves, by rank."""
+        starts: list[list[dict[str, Any]]] = []
+        for path in sorted(self.place.glob("worker-*")):
+            note = json.loads(path.read_text())
+            if not starts or len(starts[-1]) == starts[-1][0]["world_size"]:
+                starts.append([])
+            starts[-1].append(note)
+        return [sorted(start, key=lambda note: note["rank"]) for start in starts]
+
+    def end(self, code: int = 0) -> list[list[dict[str, Any]]]:
+        assert self.process.wait(SECONDS) == code, self.log.read_text()
+        return self.starts()
+
+
+@contextmanager
+def running(*arguments: Any, **options: Any) -> Iterator[Command]:
+    command = Command(*arguments, **options)
+    try:
+        yield command
+    finally:
+        command.process.kill()
+        command.process.wait()
+
+
+class Nodes:
+    """A Ray cluster of a head without CPUs, where the command is, and nodes of one CPU each."""
+
+    def __init__(self, count: int) -> None:
+        from ray.cluster_utils import Cluster
+
+        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+        self.address = self._cluster.address
+        self.head = self._cluster.head_node
+        self.nodes = [self.add() for _ in range(count)]
+
+    def add(self) -> Any:
+        return self._cluster.add_node(num_cpus=1)
+
+    def remove(self, node: Any) -> None:
+        self._cluster.remove_node(node, allow_graceful=False)
+
+    def drain(self, node: Any, seconds: int = 120) -> None:
+        ray = str(Path(sys.executable).parent / "ray")
+        reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        deadline = ["--deadline-remaining-seconds", str(seconds)]
+        command = [ray, "drain-node", "--address", self.address, "--node-id", node.node_id, *reason, *deadline]
+        subprocess.run(command, check=True, capture_output=True)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[Nodes]:
+    """For the tests that leave the nodes as they are."""
+    nodes = Nodes(2)
+    yield nodes
+    nodes.close()
+
+
+@pytest.fixture
+def own_nodes() -> Iterator[Callable[[int], Nodes]]:
+    """Clusters that a test may damage."""
+    made: list[Nodes] = []
+
+    def make(count: int) -> Nodes:
+        made.append(Nodes(count))
+        return made[-1]
+
+    yield make
+    for nodes in made:
+        nodes.close()
+
+
+def gone(pids: list[int]) -> bool:
+    return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+
+
+def test_a_worker_that_is_killed(two_nodes: Nodes, tmp_path: Path) -> None:
+    with running(tmp_path, {}, address=two_nodes.address) as command:
+        command.wait_for_step(15)
+        os.kill(command.starts()[0][1]["pid"], signal.SIGKILL)
+        first, second = command.end()
+    assert [worker["failure"] for worker in first] == [None, None]
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert second[0]["failure"] == second[1]["failure"]
+    assert second[0]["failure"].startswith("worker 1 on ")
+    assert "killed" in second[0]["failure"]
+    assert first[0]["launched"] == second[1]["launched"] <= time.time()
+    assert (tmp_path / "stdout").read_text() == ""
+
+
+def test_all_workers_killed(two_nodes: Nodes, tmp_path: Path) -> None:
+    with running(tmp_path, {}, address=two_nodes.address) as command:
+        command.wait_for_step(15)
+        for worker in command.starts()[0]:
+            os.kill(worker["pid"], signal.SIGKILL)
+        _, second = command.end()
+    assert [worker["from"] for worker in second] == [10, 10]
+
+
+def test_a_worker_that_is_stopped(two_nodes: Nodes, tmp_path: Path) -> None:
+    """It answers nobody; nothing is left of it."""
+    with running(tmp_path, {}, address=two_nodes.address, hang_timeout=15) as command:
+        command.wait_for_step(15)
+        pids = [worker["pid"] for worker in command.starts()[0]]
+        os.kill(pids[1], signal.SIGSTOP)
+        _, second = command.end()
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert second[0]["failure"].startswith("worker 1 on ")
+    assert "does not answer" in second[0]["failure"]
+    deadline = time.monotonic() + SECONDS
+    while not gone(pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_worker_that_is_stuck(two_nodes: Nodes, tmp_path: Path) -> None:
+    """The watchdogs end it, and the one that waits for it."""
+    stuck = {"fault": "stuck", "fault_step": 15, "watchdog_s": 15}
+    with running(tmp_path, stuck, address=two_nodes.address) as command:
+        _, second = command.end()
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert "watchdog" in second[0]["failure"]
+
+
+def test_a_node_that_is_lost_and_one_that_joins(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
+    nodes = own_nodes(2)
+    with running(tmp_path, {"steps": 200}, num_workers=2, min_workers=1, address=nodes.address) as command:
+        command.wait_for_step(15)
+        nodes.remove(nodes.nodes[1])
+        command.wait_until(lambda: len(command.starts()) == 2)
+        ((alone,),) = command.starts()[1:]
+        command.wait_for_step(25)
+        nodes.add()
+        third = command.end()[2]
+    assert alone["from"] == 10
+    assert alone["failure"].startswith("node ")
+    assert alone["failure"].endswith(" lost; resized from 2 to 1 worker")
+    assert [worker["failure"] for worker in third] == ["resized from 1 to 2 workers"] * 2
+    # No step is lost to those that join.
+    assert third[0]["from"] > 20
+    assert "Traceback" not in command.log.read_text()
+
+
+def test_a_node_that_is_preempted(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
+    """No step is lost, nobody waits for the end of the notice, and the node is not taken again while it lasts."""
+    nodes = own_nodes(2)
+    with running(
+        tmp_path, {"steps": 100}, num_workers=2, min_workers=1, address=nodes.address, max_failures=0
+    ) as command:
+        command.wait_for_step(15)
+        nodes.drain(nodes.nodes[1])
+        _, second = command.end()
+    assert len(second) == 1
+    assert second[0]["from"] > 10
+    assert second[0]["failure"].startswith("preempted: node ")
+    assert second[0]["failure"].endswith("; resized from 2 to 1 worker")
+
+
+def test_a_failure_at_the_same_step_again_and_again_ends_the_run(two_nodes: Nodes, tmp_path: Path) -> None:
+    fault = {"fault": "exception", "fault_step": 15}
+    with running(tmp_path, fault, address=two_nodes.address) as command:
+        starts = command.end(1)
+    # The first one came after a checkpoint; then two times in a row without one, and one more.
+    assert [start[0]["from"] for start in starts] == [0, 10, 10]
+    line = command.log.read_text().splitlines()[-1]
+    assert line.startswith("erann: the workers failed 3 times in a row without a new checkpoint, at last: worker 1 on ")
+    assert "RuntimeError: no such device; run the same command again" in line
+
+
+def test_a_users_error_ends_the_run_at_once(two_nodes: Nodes, tmp_path: Path) -> None:
+    with running(tmp_path, {"fault": "user error", "fault_step": 3}, address=two_nodes.address) as command:
+        assert len(command.end(1)) == 1
+    assert command.log.read_text().splitlines()[-1] == "erann: clip 7 is bad"
+
+
+def test_the_command_is_told_to_stop(two_nodes: Nodes, tmp_path: Path) -> None:
+    with running(tmp_path, {"steps": 400}, address=two_nodes.address) as command:
+        command.wait_for_step(15)
+        command.process.terminate()
+        assert len(command.end(143)) == 1
+    assert "told to stop by SIGTERM" in command.log.read_text().splitlines()[-1]
+    assert int((tmp_path / "saved").read_text()) >= int((tmp_path / "step").read_text())
+
+
+def test_the_command_is_killed_and_run_again(two_nodes: Nodes, tmp_path: Path) -> None:
+    with running(tmp_path, {"steps": 400}, address=two_nodes.address) as command:
+        command.wait_for_step(15)
+        pids = [worker["pid"] for worker in command.starts()[0]]
+    with running(tmp_path, {}, address=two_nodes.address) as command:
+        _, second = command.end()
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert second[0]["failure"] is None
+    assert gone(pids)
+
+
+def test_the_head_is_lost_and_the_command_run_again(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
+    nodes = own_nodes(1)
+    with running(tmp_path, {"steps": 400}, num_workers=1, address=nodes.address) as command:
+        command.wait_for_step(15)
+        nodes.remove(nodes.head)
+        command.end(1)
+    assert "the Ray cluster is lost" in command.log.read_text().splitlines()[-1]
+    nodes = own_nodes(1)
+    with running(tmp_path, {}, num_workers=1, address=nodes.address) as command:
+        _, second = command.end()
+    assert second[0]["from"] >= 10
+
+
+def test_more_workers_than_the_cluster_has(two_nodes: Nodes, tmp_path: Path) -> None:
+    options = {"num_workers": 4, "min_workers": 3, "address": two_nodes.address, "wait_for_workers": 3}
+    with running(tmp_path, {}, **options) as command:
+        assert command.end(1) == []
+    text = command.log.read_text()
+    missing = "3 workers with 1 CPU each asked for, but there is room for 2: the cluster has 3 nodes with 2 CPUs"
+    assert f"{missing}; waiting up to 3 s for more" in text
+    assert text.splitlines()[-1] == f"erann: {missing} after 3 s; start fewer (run.workers) or add nodes"
+
+
+def test_more_workers_than_an_embedded_cluster_has(tmp_path: Path) -> None:
+    """It does not grow: nothing is waited for."""
+    with running(tmp_path, {}, device="cuda") as command:
+        assert command.end(1) == []
+    line = command.log.read_text().splitlines()[-1]
+    assert line.startswith("erann: 2 workers with 1 CPU and 1 GPU each asked for, but there is room for 0: the cluster")
+    assert line.endswith(" and 0 GPUs; start fewer (run.workers) or add nodes")
+    assert "waiting" not in command.log.read_text()
+
+
+def test_waits_for_a_cluster_that_grows(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
+    nodes = own_nodes(1)
+    with running(tmp_path, {}, address=nodes.address) as command:
+        command.wait_until(lambda: "waiting up to 180 s for more" in command.log.read_text())
+        nodes.add()
+        (start,) = command.end()
+    assert len(start) == 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2)])
+def test_signals_without_ray(tmp_path: Path, launcher: str, workers: int, how: signal.Signals) -> None:
+    """SIGTERM, and SIGUSR1 as Slurm sends it: a checkpoint is taken, no step is lost."""
+    with running(tmp_path, {"steps": 400}, launcher=launcher, num_workers=workers) as command:
+        command.wait_for_step(15)
+        command.process.send_signal(how)
+        (start,) = command.end(143 if launcher == "none" else 1)  # torchrun has an exit code of its own
+    assert len(start) == workers
+    assert f"told to stop by {how.name}" in command.log.read_text()
+    assert (tmp_path / "saved").read_text() == (tmp_path / "step").read_text()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a shard set and the real training on it: `expected`, on two workers, undisturbed."""
+    place = tmp_path_factory.mktemp("place")
+    pack_here(read_audioset(*write_tone_set(place / "set", 40)), place / "shards")
+    train_on(2, recipe(place, "expected"))
+    return place
+
+
+def recipe(place: Path, name: str, **run: Any) -> Recipe:
+    run = {"launcher": "ray", "workers": 2, "max_failures": 2} | run
+    optim = {"examples": STEPS * 16}
+    return small_recipe(place / "shards", place / "runs" / name, run=run, optim=optim, checkpoint={"every": 5})
+
+
+@contextmanager
+def pretraining(place: Path, name: str, nodes: Nodes, **run: Any) -> Iterator[Running]:
+    (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe(place, name, **run).model_dump()))
+    command = Running(place, "pretrain", place / f"{name}.yaml", "--address", nodes.address)
+    try:
+        yield command
+    finally:
+        command.process.kill()
+        command.process.wait()
+
+
+def lines(place: Path, name: str, event: str) -> list[dict[str, Any]]:
+    log = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, log) if line["event"] == event]
+
+
+def test_training_goes_on_bit_for_bit_when_a_worker_is_killed(two_nodes: Nodes, place: Path) -> None:
+    with pretraining(place, "killed", two_nodes) as command:
+        command.wait_for(place / "runs/killed/checkpoints/step-00000010-0001/COMMITTED", SECONDS)
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
+        assert len(workers) == 2
+        workers[0].kill()
+        assert command.process.wait(SECONDS) == 0, command.text()
+    (incident,) = lines(place, "killed", "Incident")
+    assert incident["kind"] == "failure"
+    assert incident["text"].startswith("worker ")
+    assert incident["step"] >= 10
+    expected, found = lines(place, "expected", "Step"), lines(place, "killed", "Step")
+    assert [line["loss"] for line in found] == [line["loss"] for line in expected]
+    models = [load_file(place / "runs" / name / "model" / "model.safetensors") for name in ("expected", "killed")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_training_goes_on_without_a_node_and_takes_another_in(own_nodes: Callable[[int], Nodes], place: Path) -> None:
+    nodes = own_nodes(2)
+    with pretraining(place, "moved", nodes, workers={"min": 1, "max": 2}) as command:
+        checkpoints = place / "runs/moved/checkpoints"
+        command.wait_for(checkpoints / "step-00000010-0001/COMMITTED", SECONDS)
+        nodes.remove(nodes.nodes[1])
+        command.wait_for(checkpoints / "step-00000020-0002/COMMITTED", SECONDS)
+        nodes.add()
+        assert command.process.wait(SECONDS) == 0, command.text()
+    lost, resized = lines(place, "moved", "Incident")
+    assert lost["text"].startswith("node ")
+    assert lost["text"].endswith(" lost; resized from 2 to 1 worker")
+    assert (resized["text"], resized["steps_lost"]) == ("resized from 1 to 2 workers", 0)
+    # Numbers of workers differ in the order of summation only; what that does grows from step to step.
+    assert [line["step"] for line in lines(place, "moved", "Step")] == list(range(1, STEPS + 1))
+    expected, found = ([line["loss"] for line in lines(place, name, "Step")] for name in ("expected", "moved"))
+    assert found[:10] == expected[:10]
+    assert found[10:14] == pytest.approx(expected[10:14], rel=1e-3)
