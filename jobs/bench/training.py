@@ -132,7 +132,7 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
         augment={"specaugment": False},
         optim={"micro_batch": _NULL_MICRO_BATCH, "global_batch": _NULL_MICRO_BATCH * recipe.run.max_workers},
     )
-    with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, _Groups(recipe, scratch) as groups:
+    with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, Groups(recipe, scratch) as groups:
 
         def real(way: str) -> Measured:
             return groups.take(Turn(way, short, warm_up=_WARM_UP, steps=steps))
@@ -244,7 +244,7 @@ def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
     return parse_recipe(tree, "recipe")
 
 
-class _Groups:
+class Groups:
     """The ways' worker processes, started when a way has its first turn."""
 
     def __init__(self, recipe: Recipe, scratch: str) -> None:
@@ -254,7 +254,7 @@ class _Groups:
         self._pipes: dict[str, list[Connection]] = {}
         self._processes: list[Any] = []
 
-    def __enter__(self) -> "_Groups":
+    def __enter__(self) -> "Groups":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -341,6 +341,9 @@ def run_job(path: Path) -> None:
             num_workers=run.max_workers,
             device=run.device,
             on_event=lambda event: windows.extend(_windows(event)),
+            heeds_notice=True,
+            wait_for_workers=run.wait_for_workers,
+            hang_timeout=run.hang_timeout,
         )
         answer = _measured(turn, windows)
     except UserError as error:
