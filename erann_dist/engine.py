@@ -198,7 +198,7 @@ class _Network(nn.Module):
 
 def _import_deepspeed(device: torch.device) -> Any:
     assert dist.is_initialized()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout, where a command's JSON goes
     os.environ.setdefault("LOCAL_RANK", "0")  # asked for although a process group exists
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
