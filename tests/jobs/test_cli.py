@@ -31,6 +31,7 @@ COMMANDS = [
     "bench plan",
     "bench loader",
     "bench sampler",
+    "bench train",
     "plan",
     "pretrain",
     "evaluate",
