@@ -40,8 +40,11 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
         yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
-    # A worker that hangs does not leave its process group in time; it is killed.
-    runtime_env = {"env_vars": WORKER_ENVIRONMENT | {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"}}
+    runtime_env = {
+        # A worker that hangs does not leave its process group in time; it is killed.
+        "env_vars": WORKER_ENVIRONMENT | {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"},
+        "worker_process_setup_hook": "cluster.environment.use_interface_of_node",
+    }
     try:
         if address:
             _require_listening(address)

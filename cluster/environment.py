@@ -1,5 +1,22 @@
 """The environment of worker processes, whoever starts them."""
 
+import os
+
+import psutil
+
 from erann_dist.environment import KEEP_MEMORY
 
 WORKER_ENVIRONMENT = KEEP_MEMORY | {"OMP_NUM_THREADS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+
+
+def use_interface_of_node() -> None:
+    """Let gloo meet the other hosts on the network interface whose address is Ray's for this node.
+
+    By itself it takes the address that the host's name has, which is loopback on many. A GLOO_SOCKET_IFNAME stays.
+    """
+    from ray.util import get_node_ip_address
+
+    address = get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

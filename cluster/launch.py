@@ -36,6 +36,7 @@ def launch(
     max_failures: int = 0,
     wait_for_workers: float = 0,
     hang_timeout: float = 600,
+    run: str | None = None,
 ) -> None:
     """Run `function(config, workers, emit)` on every worker and wait for all of them.
 
@@ -47,7 +48,7 @@ def launch(
     so many, while the cluster has no room for more. max_failures: how many failed starts in a row, without a new
     checkpoint, are followed by another; a Stopped, by which the function follows a notice, is no failure.
     wait_for_workers: seconds that the cluster gets to have room. hang_timeout: seconds that a worker's process may take
-    to answer.
+    to answer. run: its name among the cluster's metrics.
     """
     if launcher == "ray":
         from cluster.ray_train import run_on_ray
@@ -64,6 +65,7 @@ def launch(
             max_failures=max_failures,
             wait_for_workers=wait_for_workers,
             hang_timeout=hang_timeout,
+            run=run,
         )
         return
     with signals_as_notice() if heeds_notice else nullcontext(no_notice) as notice:

@@ -34,6 +34,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from cluster.board import Place, Watch, open_board
+from cluster.gauges import with_gauges
 from cluster.notice import Notice, first_of, no_notice, signals_as_notice
 from cluster.room import Bundle, count, room_for, wait_for_room
 from erann_dist.distributed import Workers
@@ -71,6 +72,7 @@ def run_on_ray(
     max_failures: int,
     wait_for_workers: float,
     hang_timeout: float,
+    run: str | None,
 ) -> None:
     """Run the function on the cluster's workers until it has returned on all of them. See `launch`."""
     launched = time.time()
@@ -86,6 +88,8 @@ def run_on_ray(
         open_board() as board,
         notices as stop,  # behind Ray's start, which handles SIGTERM itself
     ):
+        if run:
+            on_event = with_gauges(on_event, run)
         resources = ray.cluster_resources()
         use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= least)
         bundle: Bundle = {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}

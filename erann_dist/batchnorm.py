@@ -24,6 +24,7 @@ class RunningStatistics:
             layer.momentum = 1.0
         self._buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
         self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
+        self._count = self._counters[0].clone()  # of steps; forward passes count themselves in the buffers
         self._running = self._collect()
         self._sum = torch.zeros_like(self._running)
 
@@ -47,4 +48,5 @@ class RunningStatistics:
         self._sum.zero_()
         # Few launches for many small tensors.
         torch._foreach_copy_(self._buffers, list(self._running.split([len(buffer) for buffer in self._buffers])))
-        torch._foreach_add_(self._counters, 1)
+        self._count += 1
+        torch._foreach_copy_(self._counters, [self._count] * len(self._counters))

@@ -146,6 +146,7 @@ def save(start: Start, facts: Facts, state: dict[str, Tensor], keep_last: int, k
     start.require_last()
     marker = {file: _sha256(data) for file, data in contents.items()}
     run.write(f"{name}/{_MARKER}", json.dumps(marker).encode())
+    start.require_last()  # a later start may be reading what would be deleted
     _delete_all_but(start, name, keep_last, keep_best)
     return name
 

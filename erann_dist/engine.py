@@ -6,11 +6,13 @@ workers and of the ZeRO stage.
 
 import logging
 import os
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from erann_dist.distributed import Workers
 from erann_dist.model import ERANN
@@ -57,36 +59,44 @@ def make_engine(kind: str, model: ERANN, optim: OptimSection, micro_batches: int
     """kind: deepspeed or torch. micro_batches: how many each worker computes per step."""
     torch.backends.cudnn.allow_tf32 = optim.precision == "tf32"  # of convolutions; the front end keeps its precision
     if kind == "torch":
-        return TorchEngine(model, optim, workers)
+        return TorchEngine(model, optim, micro_batches, workers)
     return DeepSpeedEngine(model, optim, micro_batches, workers)
 
 
 class TorchEngine:
-    """Plain PyTorch: gradients summed over the workers in one all-reduce."""
+    """Plain PyTorch, with DistributedDataParallel for several workers."""
 
-    def __init__(self, model: ERANN, optim: OptimSection, workers: Workers) -> None:
+    def __init__(self, model: ERANN, optim: OptimSection, micro_batches: int, workers: Workers) -> None:
         self.model = model
         self.adam = CheckedAdam(model.parameters(), optim.lr, optim.clip_norm, optim.precision == "fp16", _whole)
-        self._workers = workers
-        self._network = _Network(model, optim)
+        self._micro_batches = micro_batches
+        self._left = micro_batches  # of the step
+        self._world_size = workers.world_size
+        self._network: _Network | DistributedDataParallel = _Network(model, optim)
+        if self._world_size > 1:
+            self._network = DistributedDataParallel(
+                self._network, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
 
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
-        logits: Tensor = self._network(log_mel, mask)
+        self._left -= 1
+        network = self._network
+        # Gradients go to the other workers with those of the last micro-batch.
+        alone = network.no_sync() if isinstance(network, DistributedDataParallel) and self._left else nullcontext()
+        with alone:
+            logits: Tensor = network(log_mel, mask)
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        (loss * self.adam.scale if self.adam.scaled else loss).backward()
+        # DistributedDataParallel averages over the workers; the shares of the loss are to be added.
+        _scaled(loss, self.adam, self._world_size).backward()
 
     def step(self, lr: float, loss: Tensor) -> None:
-        if self._workers.world_size > 1:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            total = self._workers.sum(torch.cat([g.flatten() for g in gradients]))
-            for gradient, value in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(value.view_as(gradient))
         _set_lr(self.adam, lr)
         self.adam.loss = loss
         self.adam.step()
         self.adam.zero_grad()
+        self._left = self._micro_batches
 
     def state(self, into: State | None) -> None:
         if into is not None:
@@ -125,9 +135,8 @@ class DeepSpeedEngine:
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed averages over the workers; the shares of the loss are to be added.
-        scale = self.adam.scale * self._workers.world_size if self.adam.scaled else self._workers.world_size
-        self._engine.backward(loss * scale, scale_wrt_gas=False)
+        # DeepSpeed averages too.
+        self._engine.backward(_scaled(loss, self.adam, self._workers.world_size), scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 
@@ -198,7 +207,7 @@ class _Network(nn.Module):
 
 def _import_deepspeed(device: torch.device) -> Any:
     assert dist.is_initialized()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout, where a command's JSON goes
     os.environ.setdefault("LOCAL_RANK", "0")  # asked for although a process group exists
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -208,6 +217,11 @@ def _import_deepspeed(device: torch.device) -> Any:
     # the next one for ever. The results are the same without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _scaled(loss: Tensor, adam: CheckedAdam, world_size: int) -> Tensor:
+    loss = loss * world_size
+    return loss * adam.scale if adam.scaled else loss
 
 
 def _whole(square: Tensor) -> Tensor:

@@ -13,7 +13,9 @@ from pydantic import (
     BeforeValidator,
     ByteSize,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -144,10 +146,17 @@ class Elastic(_Section):
         return self
 
 
+_KINDS_OF_WORKERS = {"number", "elastic"}
+WorkersNumber = Annotated[
+    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Elastic, Tag("elastic")],
+    Discriminator(lambda value: "elastic" if isinstance(value, dict | Elastic) else "number"),
+]
+
+
 class RunSection(_Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: str = Field("runs", min_length=1)  # a path, or s3://bucket/prefix
-    workers: Annotated[int, Field(ge=1)] | Elastic = 1
+    workers: WorkersNumber = 1
     launcher: Literal["ray", "torchrun", "none"] = "ray"
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -284,6 +293,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any) -> str:
+    error = {**error, "loc": [part for part in error["loc"] if part not in _KINDS_OF_WORKERS]}
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         names = _names_beside(error["loc"])
@@ -310,8 +320,13 @@ def _names_beside(location: tuple[Any, ...]) -> list[str]:
             section = DataSource
         else:
             annotation = section.model_fields[part].annotation
-            section = next((kind for kind in (annotation, *get_args(annotation)) if _is_section(kind)), section)
+            section = next((kind for kind in _kinds(annotation) if _is_section(kind)), section)
     return list(section.model_fields)
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types of which a type is made."""
+    return [annotation, *(kind for part in get_args(annotation) for kind in _kinds(part))]
 
 
 def _is_section(kind: Any) -> bool:

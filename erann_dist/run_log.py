@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -43,6 +44,7 @@ _KEYS = {  # that a line must have
     for kind in (*_WORK, *_HISTORY)
 }
 _IS_WORK = {kind.__name__ for kind in _WORK}
+_FOUND_AGAIN = {"bad_clip", "bad_step"}  # kinds of incidents, which are told again when their steps are computed
 _ACCOUNTED = ("event", "time", "step", "steps", "seconds", "launched", "seconds_lost")
 
 
@@ -58,8 +60,9 @@ class Lost:
 class RunLog:
     """The log of a run that goes on from a step: metrics.jsonl and TensorBoard's files. Close it at the end.
 
-    In a folder on a disk it is complete at every moment. To S3 it is uploaded in the background; an upload that fails
-    is tried again at the next one. A start of the run that another one has replaced no longer changes the log.
+    In a folder on a disk it is complete at every moment; lines for which the disk has no room follow when it has some.
+    To S3 it is uploaded in the background; an upload that fails is tried again at the next one. A start of the run that
+    another one has replaced no longer changes the log.
 
     found: the lines that were there, for `lost`.
     lines: those of them that count and what was logged since, for `goodput`: the keys that it needs.
@@ -81,18 +84,26 @@ class RunLog:
             directory = Path(self._scratch.name)
             (directory / LOG).write_text(text, encoding="utf-8")
             self._copy = _Copy(directory, folder, self.lines)
-        self._file = (directory / LOG).open("a", buffering=1, encoding="utf-8")
+        self._file = (directory / LOG).open("ab", buffering=0)
+        self._unwritten = b""
         self._tensorboard = SummaryWriter(str(directory / TENSORBOARD), purge_step=from_step + 1)
 
     def log(self, event: Event) -> None:
         if isinstance(event, EvaluationProgress):
             return
         line = as_line(event, time.time())
-        self._file.write(strict_json.dumps(line) + "\n")
+        self._unwritten += f"{strict_json.dumps(line)}\n".encode()
+        self._write()
         self.lines.append(_accounted(line))
-        self._log_scalars(event)
+        with suppress(OSError):  # on a full disk TensorBoard's writer ends
+            self._log_scalars(event)
         if isinstance(event, Started | CheckpointSaved):
             self.flush()
+
+    def _write(self) -> None:
+        with suppress(OSError):
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def _log_scalars(self, event: Event) -> None:
         if isinstance(event, Step):
@@ -120,8 +131,10 @@ class RunLog:
 
     def close(self) -> None:
         """Waits for the last upload."""
+        self._write()
         self._file.close()
-        self._tensorboard.close()
+        with suppress(OSError):
+            self._tensorboard.close()
         if self._copy:
             self._copy.close()
             self._scratch.cleanup()
@@ -216,7 +229,7 @@ def continued(lines: Sequence[Line], from_step: int) -> list[Line]:
     """The lines that count when the run goes on from a step."""
     kept = []
     for line, following in zip_longest(lines, lines[1:]):
-        if line["event"] not in _IS_WORK or line["step"] <= from_step:
+        if line["step"] <= from_step or not (line["event"] in _IS_WORK or line.get("kind") in _FOUND_AGAIN):
             kept.append(line)
         elif following is None or following["event"] == "Started":
             # How long a command ran is told by its last line.

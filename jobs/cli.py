@@ -27,7 +27,10 @@ app.add_typer(bench_app, name="bench")
 
 
 @app.command(
-    help="Train by a recipe, from the run's last checkpoint if there is one. Keys of the recipe are set behind it."
+    help="Train by a recipe, from the run's last checkpoint if there is one. Keys of the recipe are set behind it. "
+    "From one start to the next these may change: run.* but run.seed, checkpoint.*, evaluate.*, data.loader_threads, "
+    "data.cache, data.max_bad_clips, optim.zero_stage, optim.compile, optim.max_bad_steps, optim.small_micro_batch; "
+    "with any other change it is another run, and needs another run.name."
     + EXAMPLE
     + "erann pretrain esc10.yaml run.name=esc10-short optim.epochs=2",
 )
@@ -304,6 +307,51 @@ def bench_kills(
     from jobs.bench.kills import kills_page
 
     show(run(shards, kills, seed, steps, every), as_json, kills_page)
+
+
+@bench_app.command(
+    "train",
+    help="The training loop, DeepSpeed and the whole job under Ray or torchrun against a bare PyTorch loop, in turns, "
+    "with a recipe's model and with a null model that shows what each layer costs."
+    + EXAMPLE
+    + "erann bench train demo.yaml run.workers=2"
+    + "\n\n    erann bench train audioset.yaml --table",
+)
+def bench_train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")] = (
+        Path("demo.yaml")
+    ),
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
+    launcher: Annotated[
+        Launcher | None, typer.Option(help="Who starts the whole job: run.launcher of the recipe. none: 1 worker.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of a turn that count, in threes.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 5,
+    job_rounds: Annotated[int, typer.Option(min=1, help="Of the whole job, which starts anew in each.")] = 3,
+    table: Annotated[
+        bool,
+        typer.Option(
+            "--table",
+            help="Instead, on an NVIDIA GPU: speed and FLOP utilisation of ERANN-1-6 and ERANN-2-5 by micro-batch, "
+            "precision, compilation and memory format, on the recipe's data and crops.",
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    from erann_dist.recipe import load_recipe
+    from jobs.bench import training, training_table
+    from jobs.recipes import find_recipe
+
+    alone = ["run.workers=1"] if launcher == "none" else []
+    settings = [*alone, *(overrides or []), *([f"run.launcher={launcher}"] if launcher else [])]
+    loaded = load_recipe(find_recipe(recipe), settings)
+    if table:
+        training_table.require_gpu()
+        names = training_table.VARIANTS, training_table.MICRO_BATCHES, training_table.PRECISIONS
+        lines = list(training_table.settings(*names))
+        show(training_table.bench_table(loaded, lines), as_json, training_table.table_page)
+    else:
+        show(training.bench_train(loaded, steps, rounds, job_rounds), as_json, training.training_page)
 
 
 def main() -> None:

@@ -52,6 +52,7 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
                 max_failures=recipe.run.max_failures,
                 wait_for_workers=recipe.run.wait_for_workers,
                 hang_timeout=recipe.run.hang_timeout,
+                run=recipe.run.name,
             )
     return outcome(run)
 

@@ -27,7 +27,7 @@ from erann_dist.environment import end_with_parent
 from erann_dist.errors import UserError
 from erann_dist.folder import LocalFolder
 from erann_dist.manifest import load_manifest
-from erann_dist.run_log import Line, read_log
+from erann_dist.run_log import LOG, Line, read_log
 from jobs.progress import console
 from jobs.show import console as page
 from jobs.show import facts_page
@@ -54,6 +54,7 @@ class Fault:
 @dataclass(frozen=True)
 class Killed:
     what: What
+    rank: int | None  # of the one worker that was killed
     at: float  # unix time
 
 
@@ -64,6 +65,7 @@ class Row:
     kill: int
     run: int
     what: What
+    rank: int | None  # of the one worker that was killed
     step: int  # that had been done
     resumed_from: int
     steps_lost: int
@@ -130,7 +132,9 @@ def kills_page(result: dict[str, Any]) -> None:
     for name in names:
         table.add_column(name.replace("_", " "), justify="left" if name == "what" else "right")
     for row in result["table"]:
-        table.add_row(*(("no", "yes")[row[name]] if name == "bit_identical" else str(row[name]) for name in names))
+        what = row["what"] if row["rank"] is None else f"worker {row['rank']}"
+        shown = row | {"what": what, "bit_identical": "yes" if row["bit_identical"] else "no"}
+        table.add_row(*(str(shown[name]) for name in names))
     page.print(table)
     facts_page(result)
 
@@ -180,9 +184,11 @@ class _Run:
                     if not (step := self._wait_for(fault, starts=len(killed), process=process)):
                         break
                     time.sleep(rng.random() * step["seconds"])  # anywhere in a step
-                    console.print(f"  {fault.what} killed after step {step['step']}")
-                    killed.append(Killed(fault.what, time.time()))
-                    self._kill(fault.what, process, nodes, rng)
+                    rank = rng.randrange(_WORKERS) if fault.what == "worker" else None
+                    name = fault.what if rank is None else f"worker {rank}"
+                    console.print(f"  {name} killed after step {step['step']}")
+                    killed.append(Killed(fault.what, rank, time.time()))
+                    self._kill(fault.what, rank, process, nodes, rng)
                 if process.wait() not in (0, -signal.SIGKILL):
                     raise UserError(f"the training failed: {self._output.read_text().strip().splitlines()[-1]}")
             if (self.folder / "model" / "config.json").exists():
@@ -219,7 +225,14 @@ class _Run:
             time.sleep(0.2)
         return None
 
-    def _kill(self, what: What, command: subprocess.Popen[bytes], nodes: "_Nodes | None", rng: random.Random) -> None:
+    def _kill(
+        self,
+        what: What,
+        rank: int | None,
+        command: subprocess.Popen[bytes],
+        nodes: "_Nodes | None",
+        rng: random.Random,
+    ) -> None:
         processes = self._family.look()
         if what == "driver":
             command.kill()
@@ -230,8 +243,13 @@ class _Run:
             workers = [process for process in processes if _is_worker(process)]
             if len(workers) != _WORKERS:
                 raise UserError(f"{len(workers)} workers found, not {_WORKERS}")
-            for process in workers if what == "workers" else [rng.choice(workers)]:
+            workers.sort(key=lambda process: not self._is_first(process))
+            for process in workers if rank is None else [workers[rank]]:
                 process.kill()
+
+    def _is_first(self, worker: psutil.Process) -> bool:
+        """Only the first worker writes the run's log."""
+        return str(self.folder / LOG) in [file.path for file in worker.open_files()]
 
     def weights(self) -> bytes:
         return (self.folder / "model" / "model.safetensors").read_bytes()
@@ -315,6 +333,7 @@ def _row(killed: Killed, number: int, run: int, lines: list[Line], identical: bo
         kill=number,
         run=run,
         what=killed.what,
+        rank=killed.rank,
         step=start["step"] + incident["steps_lost"],
         resumed_from=start["step"],
         steps_lost=incident["steps_lost"],

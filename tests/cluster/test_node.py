@@ -10,7 +10,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +19,15 @@ import torch
 from safetensors.torch import load_file
 
 from erann_dist.cache import ClipCache
-from erann_dist.distributed import Workers
+from erann_dist.checkpoint import committed
+from erann_dist.distributed import Workers, single_worker
+from erann_dist.errors import UserError
 from erann_dist.events import Event, Incident, Step
+from erann_dist.folder import LocalFolder
 from erann_dist.recipe import DataSource, Recipe
+from erann_dist.run_log import read_log
 from erann_dist.shared_clips import shared_clips
+from erann_dist.training import train
 from tests.conftest import small_recipe
 from tests.erann_dist.test_cache import MB, clip, hits
 from tests.workers import CPU, run_workers, train_alone, train_events
@@ -150,6 +155,46 @@ def test_a_run_goes_on_when_the_caches_disk_is_full(tone_shards: Path, tmp_path:
     first, *_ = [event for event in events if isinstance(event, Step)]
     assert first.cache_hits is not None
     assert 0 < first.cache_hits < 1
+
+
+def test_a_run_folder_whose_disk_is_full(tone_shards: Path, tmp_path: Path) -> None:
+    """There is room for one checkpoint, but not for the next one beside it: told, tried again, and then the end."""
+    with small_disk(tmp_path / "disk", 30 * MB) as disk:
+        recipe = small_recipe(tone_shards, disk / "run", checkpoint={"every": 1, "keep_last": 1, "max_failed": 2})
+        events: list[Event] = []
+        with pytest.raises(UserError) as error, single_worker(CPU) as workers:
+            train(recipe, workers, events.append)
+        assert str(error.value) == (
+            f"{disk}/run: the checkpoint of step 4 could not be written (No space left on device); "
+            "3 in a row, checkpoint.max_failed is 2"
+        )
+        incidents = [event for event in events if isinstance(event, Incident)]
+        assert [(each.step, each.kind) for each in incidents] == [(2, "checkpoint"), (3, "checkpoint")]
+        assert [int(name.split("-")[1]) for name in committed(LocalFolder(str(disk / "run")))] == [1]
+        lines = read_log(LocalFolder(str(disk / "run")))
+        assert [line["step"] for line in lines if line["event"] == "Step"] == [1, 2, 3, 4]
+
+
+def test_a_run_folder_whose_disk_is_full_to_the_last_byte(tone_shards: Path, tmp_path: Path) -> None:
+    """The log's lines come when there is room again, and the run goes on all the while."""
+    with small_disk(tmp_path / "disk", 200 * MB) as disk:
+        recipe = small_recipe(tone_shards, disk / "run", checkpoint={"every": 2})
+        filler = disk / "filler"
+
+        def fill(event: Event) -> None:
+            if isinstance(event, Step) and event.step == 1:
+                with filler.open("wb", buffering=0) as file, suppress(OSError):
+                    while True:
+                        file.write(bytes(4096))
+            elif isinstance(event, Incident):
+                filler.unlink()
+
+        with single_worker(CPU) as workers:
+            train(recipe, workers, fill)
+        lines = read_log(LocalFolder(str(disk / "run")))
+        assert [line["step"] for line in lines if line["event"] == "Step"] == [1, 2, 3, 4]
+        assert [line["kind"] for line in lines if line["event"] == "Incident"] == ["checkpoint"]
+        assert lines[-1]["event"] == "Finished"
 
 
 def come_and_go(folder: str, shards: str) -> None:

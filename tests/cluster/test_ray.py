@@ -82,7 +82,7 @@ def test_stopped_and_run_again(place: Path, undisturbed: str, how: signal.Signal
     name = f"stopped-{how.name}"
     recipe = write_recipe(place, name)
     running = Running(place, "pretrain", recipe)
-    running.wait_for(place / "runs" / name / "checkpoints" / "step-00000004")
+    running.wait_for(place / "runs" / name / "checkpoints" / "step-00000004-0001" / "COMMITTED")
     code = running.end(how)
     assert running.survivors() == []
     assert "Traceback" not in running.text()
@@ -99,7 +99,7 @@ def test_stopped_and_run_again(place: Path, undisturbed: str, how: signal.Signal
 def test_resumed_on_another_number_of_workers(place: Path, undisturbed: str) -> None:
     recipe = write_recipe(place, "fewer")
     running = Running(place, "pretrain", recipe)
-    running.wait_for(place / "runs" / "fewer" / "checkpoints" / "step-00000002")
+    running.wait_for(place / "runs" / "fewer" / "checkpoints" / "step-00000002-0001" / "COMMITTED")
     running.end(signal.SIGKILL)
     assert running.survivors() == []
     erann(place, "pretrain", recipe, "run.workers=3")

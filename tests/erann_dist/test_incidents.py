@@ -1,6 +1,5 @@
 """A run that meets damage and goes on: bad clips within the budget, caches that are full; and what it says of them."""
 
-import json
 import shutil
 import threading
 from pathlib import Path
@@ -16,8 +15,10 @@ from erann_dist.cache import ClipCache
 from erann_dist.distributed import single_worker
 from erann_dist.errors import UserError
 from erann_dist.events import Event, Incident, Step
+from erann_dist.folder import LocalFolder
 from erann_dist.manifest import load_manifest
 from erann_dist.recipe import Recipe
+from erann_dist.run_log import read_log
 from erann_dist.training import train
 from tests.conftest import copy_tree, small_recipe
 from tests.workers import CPU, train_alone, train_on
@@ -58,13 +59,13 @@ def losses(events: list[Event]) -> list[float]:
 
 
 def incidents(events: list[Event]) -> list[str]:
-    return [event.text for event in events if isinstance(event, Incident)]
+    return [event.text for event in events if isinstance(event, Incident) and event.kind != "failure"]
 
 
 def logged(recipe: Recipe) -> list[str]:
-    """The incidents in the run's metrics.jsonl."""
-    found = map(json.loads, (Path(recipe.run_url) / "metrics.jsonl").read_text().splitlines())
-    return [event["text"] for event in found if event["event"] == "Incident"]
+    """The incidents in the run's log, but for those of a new start."""
+    found = read_log(LocalFolder(recipe.run_url))
+    return [line["text"] for line in found if line["event"] == "Incident" and line["kind"] != "failure"]
 
 
 def assert_same_weights(one: Recipe, other: Recipe) -> None:
@@ -77,7 +78,7 @@ def test_without_a_budget_the_first_bad_clip_ends_the_run(damaged: Path, tmp_pat
     with pytest.raises(UserError) as error:
         train_alone(tolerant(damaged, tmp_path / "run", 0))
     assert str(error.value) in lines(damaged)
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints") is None
+    assert checkpoint.committed(LocalFolder(str(tmp_path / "run"))) == []
 
 
 def test_one_bad_clip_too_many_ends_the_run(damaged: Path, tmp_path: Path) -> None:
@@ -90,7 +91,8 @@ def test_bad_clips_are_replaced_and_told_alike_on_one_and_two_workers(damaged: P
     for world_size in (1, 2):
         recipe = tolerant(damaged, tmp_path / f"run{world_size}", 3)
         events = train_on(world_size, recipe)
-        facts = checkpoint.load_facts(checkpoint.latest(Path(recipe.run_url) / "checkpoints"))
+        run = LocalFolder(recipe.run_url)
+        facts = checkpoint.load_facts(run, checkpoint.committed(run)[-1])
         assert facts.bad_clips == sorted((tmp_path / "bad").read_text().split())
         assert sorted(incidents(events)) == sorted(lines(damaged))
         assert logged(recipe) == incidents(events)
@@ -103,7 +105,9 @@ def test_a_run_with_bad_clips_goes_on_as_it_was(damaged: Path, tmp_path: Path) -
     every = {"checkpoint": {"every": 2, "keep_last": 9}, "optim": {"examples": 64}}
     whole, cut = (tolerant(damaged, tmp_path / name, 3, **every) for name in ("whole", "cut"))
     expected = train_alone(whole)
-    shutil.copytree(Path(whole.run_url), Path(cut.run_url), ignore=shutil.ignore_patterns("model", "step-00000004"))
+    shutil.copytree(
+        Path(whole.run_url), Path(cut.run_url), ignore=shutil.ignore_patterns("model", "step-00000004-0001")
+    )
     events = train_alone(cut)
     assert losses(events) == losses(expected)[2:]
     assert_same_weights(whole, cut)

@@ -49,7 +49,7 @@ def recipe_of(mode: Mode, seed: int, optim: OptimSection | None = None, **augmen
         {
             "model": {"variant": "ERANN-3-1"},
             "data": {"train": "x", "eval": "x", "sampling": mode},
-            "optim": optim.model_dump() if optim else {"examples": 1},
+            "optim": (optim.model_dump() if optim else {"examples": 1}) | {"small_micro_batch": True},
             "augment": augment,
             "run": {"name": "x", "seed": seed, "launcher": "none"},
         }

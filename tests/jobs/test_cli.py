@@ -31,6 +31,7 @@ COMMANDS = [
     "bench plan",
     "bench loader",
     "bench sampler",
+    "bench train",
     "plan",
     "pretrain",
     "evaluate",
@@ -182,6 +183,7 @@ def test_a_run_is_not_run_again_nor_with_another_recipe(erann, recipe: Path, tmp
         "model",
         "predictions.parquet",
         "recipe.yaml",
+        "starts",
         "tensorboard",
         ".lock",
     }

@@ -1,0 +1,572 @@
+"""The training loop, DeepSpeed and Ray against a bare PyTorch loop, on the same machine and data.
+
+The ways take turns: bare, x, bare, y, bare, … and each turn is compared with the mean of the bare ones before and
+behind it. Each way has worker processes of its own, with the same number, threads and allocator settings, which live as
+long as the measurement; only the whole job is started anew for each of its turns, as a user starts it.
+
+Bare, plain and DeepSpeed are fed with the same synthetic int16 batches, which lie in memory: `loader.load` is
+substituted in their processes, all else of `training.train` is as it is. The whole job reads real shards.
+"""
+
+import dataclasses
+import gc
+import multiprocessing
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import islice
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch._C._distributed_c10d import FileStore
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from cluster.environment import WORKER_ENVIRONMENT
+from cluster.launch import is_first_process, launch
+from erann_dist import augment, loader
+from erann_dist.augment import clip_positions, draw_choices, make_inputs
+from erann_dist.batchnorm import RunningStatistics
+from erann_dist.data import load_sources, load_train_and_eval
+from erann_dist.distributed import Workers, pick_device, process_group
+from erann_dist.engine import AUTOCAST
+from erann_dist.environment import end_with_parent
+from erann_dist.errors import UserError
+from erann_dist.events import Emit, Event, Step
+from erann_dist.features import LogMel, padded_frames
+from erann_dist.feed import Fed
+from erann_dist.loader import Batch, Crops
+from erann_dist.manifest import Manifest
+from erann_dist.model import ERANN, MEL_BINS, Variant
+from erann_dist.outcomes import Outcomes
+from erann_dist.recipe import Recipe, parse_recipe
+from erann_dist.run_log import RunLog
+from erann_dist.sampling import BalancedSampler, SequentialSampler, UniformSampler
+from erann_dist.schedule import micro_batches_per_rank
+from erann_dist.storage import ClipReader
+from erann_dist.training import example_losses, train
+from erann_dist.watchdog import Watchdog
+from jobs.progress import console
+from jobs.show import console as out
+from jobs.show import facts_page
+
+_BARE = "bare"
+_STAGES = (0, 1, 2)
+_GPU_STEP = 0.038  # seconds: 32 examples at the 850 a second that are expected of an H200 with ERANN-1-6
+_LOG_EVERY = 10  # the recipe's default
+_WARM_UP = 3  # steps of a turn that are not counted
+_JOB_WARM_UP = 30  # of the whole job: its loader fills its queue
+_JOB_STEPS = 40
+_NULL_STEPS = 20  # for each of a real turn
+_NULL_MICRO_BATCH = 32
+_POOL = 4  # synthetic batches
+_PARTS: list[tuple[str, type, str]] = [  # of the loop: what it takes in them is measured
+    ("sampler", BalancedSampler, "draw"),
+    ("sampler", UniformSampler, "draw"),
+    ("sampler", SequentialSampler, "draw"),
+    ("statistics", RunningStatistics, "add"),
+    ("statistics", RunningStatistics, "update"),
+    ("outcomes", Outcomes, "add"),
+    ("outcomes", Outcomes, "known"),
+    ("watchdog", Watchdog, "alive"),
+    ("events", RunLog, "log"),
+]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A stretch of training; the steps behind the warm-up are counted."""
+
+    way: str  # bare, plain, deepspeed_<stage>, loader (plain behind the real loader) or job
+    recipe: Recipe
+    warm_up: int  # steps
+    steps: int
+    null: bool = False  # with the null model
+    timed: bool = False  # measure what parts of the loop take, which costs some time
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some steps of a turn."""
+
+    step: int  # the last of them
+    steps: int
+    seconds: float
+    data_wait: float = 0.0  # share of the seconds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a turn came to, on the first worker."""
+
+    step_s: float  # seconds of a step
+    data_wait: float = 0.0  # share of them
+    parts_s: dict[str, float] = field(default_factory=dict)  # seconds of a step in parts of the loop, if timed
+
+
+def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dict[str, Any]:
+    """Each way against the bare loop, first with the recipe's model, then with the null model."""
+    os.environ.update(WORKER_ENVIRONMENT)
+    load_train_and_eval(recipe.data)  # what is wrong with them shows here
+    engines = ["plain", *(f"deepspeed_{stage}" for stage in _STAGES)]
+    launcher, engine = recipe.run.launcher, _engine_way(recipe)
+    short, long = endless(recipe, _WARM_UP), endless(recipe, _LOG_EVERY)
+    null_recipe = changed(
+        long,
+        data={"crop_s": 0.5},
+        augment={"specaugment": False},
+        optim={"micro_batch": _NULL_MICRO_BATCH, "global_batch": _NULL_MICRO_BATCH * recipe.run.max_workers},
+    )
+    with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, Groups(recipe, scratch) as groups:
+
+        def real(way: str) -> Measured:
+            return groups.take(Turn(way, short, warm_up=_WARM_UP, steps=steps))
+
+        def job(way: str) -> Measured:
+            warm_up, steps = (_JOB_WARM_UP, _JOB_STEPS) if way == "job" else (_LOG_EVERY, 2 * _LOG_EVERY)
+            return groups.take(Turn(way, long, warm_up, steps))
+
+        def null(way: str) -> Measured:
+            return groups.take(Turn(way, null_recipe, 2 * _LOG_EVERY, _NULL_STEPS * steps, null=True))
+
+        job_pairs = _in_turns(["job"], job_rounds, job)  # first: what is wrong with the clips shows here
+        pairs = _in_turns(engines, rounds, real) | job_pairs
+        null_pairs = _in_turns([*engines, "loader"], rounds, null) | _in_turns(["job"], job_rounds, null)
+        timed = groups.take(Turn("plain", null_recipe, 2 * _LOG_EVERY, _NULL_STEPS * steps, null=True, timed=True))
+
+    ratios = {way: [bare.step_s / own.step_s for own, bare in each] for way, each in pairs.items()}
+    medians = {way: round(statistics.median(each), 4) for way, each in ratios.items()}
+    layers = _layers(null_pairs, engine, launcher) | {f"loop: {k}": v for k, v in timed.parts_s.items()}
+    bare_s = statistics.median(bare.step_s for each in pairs.values() for _, bare in each)
+    return {
+        "variant": recipe.model.variant,
+        "device": str(pick_device(recipe.run.device)),
+        "workers": recipe.run.max_workers,
+        "threads": recipe.run.threads,
+        "precision": recipe.optim.precision,
+        "global_batch": recipe.optim.global_batch,
+        "micro_batch": recipe.optim.micro_batch,
+        "crop_s": recipe.data.crop_s,
+        "bare_step_ms": round(1000 * bare_s, 2),
+        "bare_examples_per_s": round(recipe.optim.global_batch / bare_s, 2),
+        "plain_ratio": medians["plain"],
+        "deepspeed_ratio": medians[f"deepspeed_{recipe.optim.zero_stage}"],
+        **{f"deepspeed_{stage}_ratio": medians[f"deepspeed_{stage}"] for stage in _STAGES},
+        f"{launcher}_ratio": medians["job"],
+        "data_wait": round(statistics.median(own.data_wait for own, _ in pairs["job"]), 4),
+        "ways": {
+            way: {
+                "examples_per_s": round(recipe.optim.global_batch / statistics.median(o.step_s for o, _ in each), 2),
+                "ratio": medians[way],
+                "rounds": [round(ratio, 4) for ratio in ratios[way]],
+            }
+            for way, each in pairs.items()
+        },
+        "null_step_us": round(1e6 * statistics.median(bare.step_s for each in null_pairs.values() for _, bare in each)),
+        "us_per_step": {layer: round(1e6 * seconds) for layer, seconds in layers.items()},
+        "share_of_gpu_step": {layer: round(seconds / _GPU_STEP, 5) for layer, seconds in layers.items()},
+    }
+
+
+Pair = tuple[Measured, Measured]  # a way's turn, and the mean of the bare loop's before and behind it
+
+
+def _in_turns(ways: list[str], rounds: int, take: Callable[[str], Measured]) -> dict[str, list[Pair]]:
+    pairs: dict[str, list[Pair]] = {way: [] for way in ways}
+    before = take(_BARE)
+    for number in range(rounds):
+        for way in ways:
+            own, behind = take(way), take(_BARE)
+            bare = Measured((before.step_s + behind.step_s) / 2)
+            pairs[way].append((own, bare))
+            figures = f"{1000 * own.step_s:9.2f} ms a step, bare {1000 * bare.step_s:.2f}"
+            console.print(f"round {number + 1} of {rounds}  {way:12} {figures}")
+            before = behind
+    return pairs
+
+
+def _layers(pairs: dict[str, list[Pair]], engine: str, launcher: str) -> dict[str, float]:
+    """Seconds that each layer adds to a step: each is what its way takes beyond the way without it."""
+    beyond = {way: statistics.median(own.step_s - bare.step_s for own, bare in each) for way, each in pairs.items()}
+    loader_s = beyond["loader"] - beyond["plain"]
+    return {
+        "loop": beyond["plain"],
+        **{f"deepspeed_{stage}": beyond[f"deepspeed_{stage}"] - beyond["plain"] for stage in _STAGES},
+        "loader": loader_s,
+        launcher: beyond["job"] - beyond[engine] - loader_s,
+        "all together": beyond["job"],
+    }
+
+
+def _engine_way(recipe: Recipe) -> str:
+    return "plain" if recipe.run.engine == "torch" else f"deepspeed_{recipe.optim.zero_stage}"
+
+
+def with_engine(recipe: Recipe, way: str) -> Recipe:
+    """The way's own engine; the job's and the bare loop's are as they are."""
+    if way in ("plain", "loader"):
+        return changed(recipe, run={"engine": "torch"})
+    if way.startswith("deepspeed_"):
+        return changed(recipe, run={"engine": "deepspeed"}, optim={"zero_stage": int(way.removeprefix("deepspeed_"))})
+    return recipe
+
+
+def endless(recipe: Recipe, log_every: int) -> Recipe:
+    """Without an end, checkpoints and evaluations."""
+    return changed(
+        recipe,
+        optim={"examples": 10**12, "epochs": None},
+        evaluate={"every": None},
+        checkpoint={"every": 10**9, "keep_best": 0},
+        run={"log_every": log_every},
+    )
+
+
+def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
+    tree = recipe.model_dump(mode="json")
+    for section, keys in sections.items():
+        tree[section] |= keys
+    return parse_recipe(tree, "recipe")
+
+
+class Groups:
+    """The ways' worker processes, started when a way has its first turn."""
+
+    def __init__(self, recipe: Recipe, scratch: str) -> None:
+        self._recipe = recipe
+        self._scratch = scratch
+        self._number = 0  # of turns
+        self._pipes: dict[str, list[Connection]] = {}
+        self._processes: list[Any] = []
+
+    def __enter__(self) -> "Groups":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def take(self, turn: Turn) -> Measured:
+        """Let a way's workers take a turn, and wait for them."""
+        self._number += 1
+        name = f"turn-{self._number}"
+        recipe = changed(turn.recipe, run={"dir": self._scratch, "name": name})
+        turn = dataclasses.replace(turn, recipe=with_engine(recipe, turn.way))
+        if turn.way == "job":
+            return self._job(turn)
+        if turn.way not in self._pipes:
+            self._start(turn.way)
+        pipes = self._pipes[turn.way]
+        for pipe in pipes:
+            pipe.send(turn)
+        answers: dict[Any, Measured] = {}
+        while len(answers) < len(pipes):  # one that failed answers while the others wait for it
+            for ready in wait([pipe for pipe in pipes if pipe not in answers]):
+                assert isinstance(ready, Connection)
+                answers[ready] = _result(ready.recv())
+        return answers[pipes[0]]
+
+    def _start(self, way: str) -> None:
+        # Forked from a server that has imported the most, and started with the environment of now.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["jobs.bench.training"])
+        self._pipes[way] = []
+        for rank in range(self._recipe.run.max_workers):
+            ours, theirs = context.Pipe()
+            arguments = (rank, self._recipe.run.max_workers, self._recipe.run.device, f"{self._scratch}/{way}", theirs)
+            process = context.Process(target=_worker, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes[way].append(ours)
+
+    def _job(self, turn: Turn) -> Measured:
+        path = Path(f"{turn.recipe.run_url}.pickle")
+        path.write_bytes(pickle.dumps(turn))
+        command = [sys.executable, "-m", "jobs.bench.training", str(path)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            console.print(done.stdout, markup=False)
+            raise UserError(f"the job ended with exit code {done.returncode}; what it said is above")
+        return _result(pickle.loads(path.with_suffix(".measured").read_bytes()))
+
+
+def _result(answer: Measured | UserError) -> Measured:
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def _worker(rank: int, world_size: int, device: str, store: str, pipe: Connection) -> None:
+    """A worker process of one way."""
+    end_with_parent()
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the command's answer alone goes there; DeepSpeed says much
+    os.environ["LOCAL_RANK"] = str(rank)
+    with process_group(pick_device(device, rank), rank, world_size, FileStore(store, world_size)) as workers:
+        while True:
+            turn: Turn = pipe.recv()
+            try:
+                pipe.send(measure(turn, workers))
+            except UserError as error:
+                pipe.send(error)
+
+
+def run_job(path: Path) -> None:
+    """The whole job: the workers are started by the recipe's launcher, as `erann pretrain` does."""
+    turn: Turn = pickle.loads(path.read_bytes())
+    run = turn.recipe.run
+    windows: list[Window] = []
+    answer: Measured | UserError
+    try:
+        launch(
+            _job_worker,
+            {"turn": turn},
+            launcher=run.launcher,
+            num_workers=run.max_workers,
+            device=run.device,
+            on_event=lambda event: windows.extend(_windows(event)),
+            heeds_notice=True,
+            wait_for_workers=run.wait_for_workers,
+            hang_timeout=run.hang_timeout,
+        )
+        answer = _measured(turn, windows)
+    except UserError as error:
+        answer = error
+    if is_first_process():
+        path.with_suffix(".measured").write_bytes(pickle.dumps(answer))
+
+
+def _job_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
+    _train(config["turn"], workers, emit)
+
+
+def measure(turn: Turn, workers: Workers) -> Measured:
+    """One turn of a way, on one of its workers."""
+    windows: list[Window] = []
+    if turn.way == _BARE:
+        with _substitutes(turn, workers.world_size):
+            return _measured(turn, _bare(turn, workers))
+    parts: dict[str, float] = defaultdict(float)
+
+    def emit(event: Event) -> None:
+        windows.extend(_windows(event))
+        if windows and windows[-1].step == turn.warm_up:
+            parts.clear()
+
+    with _timers(parts) if turn.timed else nullcontext():
+        _train(turn, workers, emit)
+    return dataclasses.replace(_measured(turn, windows), parts_s={k: s / turn.steps for k, s in parts.items()})
+
+
+def _windows(event: Event) -> list[Window]:
+    return [Window(event.step, event.steps, event.seconds, event.data_wait)] if isinstance(event, Step) else []
+
+
+def _measured(turn: Turn, windows: list[Window]) -> Measured:
+    counted = [w for w in windows if turn.warm_up < w.step <= turn.warm_up + turn.steps]
+    if not counted:  # events are the first worker's
+        return Measured(0.0)
+    seconds = sum(w.seconds for w in counted)
+    return Measured(seconds / sum(w.steps for w in counted), sum(w.data_wait * w.seconds for w in counted) / seconds)
+
+
+def _bare(turn: Turn, workers: Workers) -> list[Window]:
+    """What one would write by hand: the same front end and augmentation, DDP, Adam, autocast, one-cycle."""
+    recipe = turn.recipe
+    optim, mixing, device = recipe.optim, recipe.augment, workers.device
+    torch.set_num_threads(recipe.run.threads)
+    torch.manual_seed(recipe.run.seed)
+    torch.backends.cudnn.allow_tf32 = optim.precision == "tf32"
+    clips = load_sources(recipe.data.train)
+    model = ERANN.from_name(recipe.model.variant, clips.num_classes).to(device)
+    network: Any = model
+    if workers.world_size > 1:
+        network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if optim.compile:
+        network.compile()
+    adam = torch.optim.Adam(model.parameters(), optim.lr, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, optim.lr, 10**6, cycle_momentum=False)
+    scaler = GradScaler(device.type, enabled=optim.precision == "fp16")
+    log_mel = LogMel().to(device)
+    per_rank = micro_batches_per_rank(optim, workers.world_size)
+    examples = np.arange(optim.micro_batch)
+    count = len(clip_positions(examples, mixing.mixup, mixing.partner))
+    pool = _pool(count, recipe.data.crop_samples, device.type == "cuda")
+    targets = torch.from_numpy(clips.targets(np.arange(count) % len(clips)))
+    frames = padded_frames(recipe.data.crop_samples)
+    windows: list[Window] = []
+    losses: list[Tensor] = []
+    began = time.perf_counter()
+    for step in range(turn.warm_up + turn.steps):
+        for number in range(per_rank):
+            pcm = pool[(step * per_rank + number) % len(pool)]
+            choices = draw_choices(examples + step * optim.global_batch, frames, recipe.run.seed)
+            batch = Fed(pcm, targets, choices, 1.0).map(lambda tensor: tensor.to(device, non_blocking=True))
+            inputs = make_inputs(
+                batch.pcm,
+                batch.targets,
+                batch.choices,
+                log_mel,
+                mixup=mixing.mixup,
+                partner=mixing.partner,
+                spec_augment=mixing.specaugment,
+            )
+            with nullcontext() if workers.world_size == 1 or number == per_rank - 1 else network.no_sync():
+                with torch.autocast(device.type, AUTOCAST.get(optim.precision), enabled=optim.precision in AUTOCAST):
+                    logits = network(inputs.log_mel, inputs.mask)
+                share = example_losses(logits, inputs.targets, clips.info.task).sum()
+                loss = share * (workers.world_size / optim.global_batch)  # DDP averages over the workers
+                scaler.scale(loss).backward()
+            losses.append(loss.detach())
+        if optim.clip_norm:
+            scaler.unscale_(adam)
+            nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
+        scaler.step(adam)
+        scaler.update()
+        adam.zero_grad()
+        schedule.step()
+        if (step + 1) % recipe.run.log_every == 0:
+            float(torch.stack(losses).sum())  # as one would print it; waits for the device
+            windows.append(Window(step + 1, recipe.run.log_every, time.perf_counter() - began))
+            losses.clear()
+            began = time.perf_counter()
+    return windows
+
+
+class _EnoughError(Exception):
+    """The turn's steps are done."""
+
+
+def _train(turn: Turn, workers: Workers, emit: Emit) -> None:
+    """Our loop, cut off by its loader behind the turn's steps: what follows a run's last step is not measured."""
+    with _substitutes(turn, workers.world_size), suppress(_EnoughError):
+        train(turn.recipe, workers, emit)
+    gc.collect()  # DeepSpeed's engine refers to itself
+
+
+@contextmanager
+def _substitutes(turn: Turn, world_size: int) -> Iterator[None]:
+    """What is not the program's own in a turn."""
+    real_loader = turn.way in ("loader", "job")
+    # One step more than is counted: a loop may ask for batches ahead.
+    batches = (turn.warm_up + turn.steps + 1) * micro_batches_per_rank(turn.recipe.optim, world_size)
+    load = partial(_load_so_many, loader.load if real_loader else _load_synthetic, batches)
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(loader, "load", load))
+        if turn.null:
+            patches.enter_context(patch.object(ERANN, "from_name", NullModel))
+            patches.enter_context(patch.object(LogMel, "forward", _no_log_mel))
+            patches.enter_context(patch.object(ClipReader, "crop", lambda *_: None))
+            for mix in ("mix_standard", "mix_modified"):
+                patches.enter_context(patch.object(augment, mix, lambda one, other, share: one))
+        yield
+
+
+def _load_so_many(
+    load: Callable[..., Generator[Batch, None, None]], batches: int, *arguments: Any, **settings: Any
+) -> Iterator[Batch]:
+    with closing(load(*arguments, **settings)) as loaded:
+        yield from islice(loaded, batches)
+    raise _EnoughError
+
+
+def _load_synthetic(
+    manifest: Manifest, batches: Iterable[Crops], *, pin_memory: bool = False, **_: Any
+) -> Generator[Batch, None, None]:
+    """In place of loader.load: the crops are drawn as ever, their samples lie in memory."""
+    for number, crops in enumerate(batches):
+        yield Batch(crops, _pool(len(crops.rows), crops.length, pin_memory)[number % _POOL])
+
+
+@lru_cache(2)
+def _pool(count: int, length: int, pin_memory: bool) -> list[Tensor]:
+    noise = np.random.default_rng(0).integers(-8192, 8192, (_POOL, count, length), np.int16)
+    return [torch.from_numpy(each).pin_memory() if pin_memory else torch.from_numpy(each) for each in noise]
+
+
+class NullModel(nn.Module):
+    """Next to no computation in as many tensors as an ERANN has, with BatchNorms of ERANN-1-6's sizes."""
+
+    def __init__(self, name: str, num_classes: int) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            real = ERANN(Variant(1, 6), num_classes)
+        norms = [layer for layer in real.modules() if isinstance(layer, nn.BatchNorm2d)]
+        self.norms = nn.ModuleList(nn.BatchNorm2d(layer.num_features) for layer in norms)
+        others = len(list(real.parameters())) - len(list(self.parameters()))
+        self.others = nn.ParameterList(torch.zeros(16) for _ in range(others))
+        self.num_classes = num_classes
+        self._all = list(self.parameters())
+
+    def forward(self, log_mel: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.norms[0](log_mel[:, 0, :, :1, None]).mean(dim=(1, 2, 3))
+        everything = torch.cat([p.flatten() for p in self._all]).mean()
+        return (x + everything)[:, None].expand(-1, self.num_classes)
+
+
+def _no_log_mel(self: LogMel, waveform: Tensor) -> Tensor:
+    return waveform.new_zeros(len(waveform), 1, MEL_BINS, padded_frames(waveform.shape[-1]))
+
+
+@contextmanager
+def _timers(parts: dict[str, float]) -> Iterator[None]:
+    """Counts the seconds in parts of the loop."""
+
+    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **settings: Any) -> Any:
+            began = time.perf_counter()
+            answer = function(*arguments, **settings)
+            parts[part] += time.perf_counter() - began
+            return answer
+
+        return run
+
+    with ExitStack() as patches:
+        for part, kind, name in _PARTS:
+            patches.enter_context(patch.object(kind, name, timed(part, getattr(kind, name))))
+        yield
+
+
+def training_page(result: dict[str, Any]) -> None:
+    """The facts, then the ways, then the layers."""
+    facts_page(result)
+    ways = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("", "examples/s", "ratio to bare", "of the rounds"):
+        ways.add_column(title, justify="left" if not title else "right")
+    for name, figures in result["ways"].items():
+        rounds = figures["rounds"]
+        ways.add_row(name, f"{figures['examples_per_s']:.1f}", f"{figures['ratio']:.3f}", _spread(rounds))
+    layers = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("with the null model", "µs a step", "of a 38 ms step"):
+        layers.add_column(title, justify="left" if title.startswith("with") else "right")
+    for name, microseconds in result["us_per_step"].items():
+        layers.add_row(name, str(microseconds), f"{result['share_of_gpu_step'][name]:.2%}")
+    out.print(ways)
+    out.print(layers)
+
+
+def _spread(ratios: list[float]) -> str:
+    return f"{min(ratios):.3f} to {max(ratios):.3f}"
+
+
+if __name__ == "__main__":
+    # Under its real name, which workers in other processes import.
+    from jobs.bench.training import run_job
+
+    run_job(Path(sys.argv[1]))

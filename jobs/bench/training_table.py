@@ -1,0 +1,131 @@
+"""What one GPU reaches in training, by variant, micro-batch, precision, compilation and memory format."""
+
+import itertools
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from rich.table import Table
+
+from erann_dist.data import load_sources
+from erann_dist.distributed import pick_device, single_worker
+from erann_dist.errors import UsageError, UserError
+from erann_dist.features import padded_frames
+from erann_dist.model import Variant, count_macs
+from erann_dist.recipe import Recipe
+from jobs.bench.training import Turn, changed, endless, measure
+from jobs.progress import console
+from jobs.show import console as out
+from jobs.show import facts_page
+
+VARIANTS = ("ERANN-1-6", "ERANN-2-5")
+MICRO_BATCHES = (8, 16, 32, 64, 128)
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+_WARM_UP, _STEPS = 10, 30
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table."""
+
+    variant: str
+    micro_batch: int = 32
+    precision: str = "bf16"
+    compile: bool = False
+    channels_last: bool = True
+
+
+def settings(variants: Sequence[str], micro_batches: Sequence[int], precisions: Sequence[str]) -> Iterator[Setting]:
+    """Micro-batches with all else as it is by default; then the rest, each with each."""
+    for variant in variants:
+        default = Setting(variant)
+        yield from (replace(default, micro_batch=size) for size in micro_batches)
+        for precision, compiled, channels_last in itertools.product(precisions, (False, True), (True, False)):
+            setting = replace(default, precision=precision, compile=compiled, channels_last=channels_last)
+            if setting != default or default.micro_batch not in micro_batches:
+                yield setting
+
+
+def bench_table(recipe: Recipe, lines: Sequence[Setting], warm_up: int = _WARM_UP, steps: int = _STEPS) -> Any:
+    """Each setting by the recipe with our loop and the plain engine, in a process of its own, on synthetic batches."""
+    classes = load_sources(recipe.data.train).num_classes
+    context = multiprocessing.get_context("spawn")
+    table = []
+    with ProcessPoolExecutor(1, context) as process:
+        peaks = {
+            precision: process.submit(_peak, recipe.run.device, precision).result()
+            for precision in dict.fromkeys(line.precision for line in lines)
+        }
+    for line in lines:
+        macs = count_macs(Variant.parse(line.variant), classes, padded_frames(recipe.data.crop_samples))
+        with ProcessPoolExecutor(1, context) as process, tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch:
+            try:
+                seconds = process.submit(_step_seconds, recipe, line, scratch, warm_up, steps).result()
+            except UserError as error:  # such as a GPU that is too small
+                table.append(asdict(line) | {"examples_per_s": None, "mfu": None, "problem": str(error)})
+            else:
+                speed = line.micro_batch / seconds
+                mfu = speed * macs * 2 * 3 / peaks[line.precision]  # the backward pass takes twice the forward one's
+                figures = {"examples_per_s": round(speed, 1), "mfu": round(mfu, 4), "problem": None}
+                table.append(asdict(line) | figures)
+        console.print(" ".join(f"{name} {value}" for name, value in table[-1].items()))
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "crop_s": recipe.data.crop_s,
+        "peak_tflops": {precision: round(peak / 1e12, 2) for precision, peak in peaks.items()},
+        "table": table,
+    }
+
+
+def require_gpu() -> None:
+    if not torch.cuda.is_available():
+        raise UsageError("--table needs an NVIDIA GPU")
+
+
+def _step_seconds(recipe: Recipe, line: Setting, scratch: str, warm_up: int, steps: int) -> float:
+    """Seconds of a step, in this process."""
+    optim = {name: getattr(line, name) for name in ("micro_batch", "precision", "compile")}
+    recipe = changed(
+        endless(recipe, warm_up),
+        model={"variant": line.variant},
+        optim=optim | {"global_batch": line.micro_batch, "small_micro_batch": True},
+        run={"workers": 1, "engine": "torch", "dir": scratch},
+    )
+    # The model asks for it by this name when it computes.
+    format = nullcontext() if line.channels_last else patch.object(torch, "channels_last", torch.contiguous_format)
+    with format, single_worker(pick_device(recipe.run.device)) as workers:
+        return measure(Turn("plain", recipe, warm_up, steps), workers).step_s
+
+
+def _peak(wanted: str, precision: str) -> float:
+    """FLOP/s of a product of large square matrices: the fastest of some."""
+    device = pick_device(wanted)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device).to(_DTYPES[precision])
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def table_page(result: dict[str, Any]) -> None:
+    facts_page(result)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in result["table"][0]:
+        table.add_column(name.replace("_", " "), justify="left" if name == "variant" else "right")
+    for line in result["table"]:
+        table.add_row(*("" if value is None else str(value) for value in line.values()))
+    out.print(table)
