@@ -162,8 +162,14 @@ class _Run:
             "data": {"train": shards, "eval": {"url": shards, "keys": str(keys)}, "crop_s": 1},
             "optim": {"global_batch": 16, "micro_batch": 8, "examples": 16 * steps},
             "checkpoint": {"every": _CHECKPOINT_EVERY},
-            "run": {"name": folder.name, "dir": str(folder.parent), "workers": _WORKERS, "device": "cpu"}
-            | {"log_every": 1},  # where a kill falls is read there
+            "run": {
+                "name": folder.name,
+                "dir": str(folder.parent),
+                "workers": _WORKERS,
+                "device": "cpu",
+                "log_every": 1,  # where a kill falls is read there
+                "max_failures": 1000,  # kills may come faster than checkpoints
+            },
         }
         recipe.write_text(yaml.safe_dump(tree))
         self._command = [sys.executable, "-m", "jobs.cli", "pretrain", str(recipe)]

@@ -53,6 +53,7 @@ def test_bench_kills(tmp_path: Path, tone_shards: Path, options: list[object], k
     assert result["bit_identical"] == result["kills"] == len(killed)
     assert result["starts"] == result["runs"] + result["kills"]
     assert all(row["resumed_from"] % 5 == 0 or row["resumed_from"] == 16 for row in result["table"])
+    assert all(row["log"].startswith(f"worker {row['rank']} on ") for row in result["table"] if row["what"] == "worker")
     assert result["steps_lost"] == sum(row["step"] - row["resumed_from"] for row in result["table"])
     assert 0 < result["goodput"] < 1
     assert result["left_over"] == []
