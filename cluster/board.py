@@ -120,7 +120,8 @@ class Watch:
                 for event in ray.get(self._board.take.remote(0 if last else 1)):
                     self.step = event.step
                     self.saved |= isinstance(event, CheckpointSaved)
-                    self._on_event(event)
+                    with suppress(OSError):  # as when nobody reads its output any more
+                        self._on_event(event)
                 if not told and (reason := self._reason()):
                     self._board.tell.remote(self._number, reason)
                     told = True

@@ -10,9 +10,9 @@ WORKER_ENVIRONMENT = KEEP_MEMORY | {"OMP_NUM_THREADS": "1", "RAY_CHDIR_TO_TRIAL_
 
 
 def use_interface_of_node() -> None:
-    """Let gloo meet the other hosts on the network interface whose address is Ray's for this node.
+    """Let gloo and NCCL meet the other hosts on the network interface whose address is Ray's for this node.
 
-    By itself it takes the address that the host's name has, which is loopback on many. A GLOO_SOCKET_IFNAME stays.
+    By itself gloo takes the address that the host's name has, which is loopback on many. What the user has set stays.
     """
     from ray.util import get_node_ip_address
 
@@ -20,3 +20,4 @@ def use_interface_of_node() -> None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address for each in addresses):
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -42,13 +43,14 @@ def launch(
 
     function: importable by name on the workers. launcher: none, torchrun or ray. device: auto, cpu or cuda.
     heeds_notice: the function looks at workers.notice; SIGTERM and SIGUSR1 then come to it as one.
+    hang_timeout: seconds without progress, which the function itself watches; a process that does not answer for so
+    long, or an operation between workers that takes twice as long, is given up.
     Raises the worker's UserError, or UserError for a worker that was lost.
 
     Ray only. address: the cluster's; none starts an embedded one. min_workers: run on fewer than num_workers, down to
     so many, while the cluster has no room for more. max_failures: how many failed starts in a row, without a new
     checkpoint, are followed by another; a Stopped, by which the function follows a notice, is no failure.
-    wait_for_workers: seconds that the cluster gets to have room. hang_timeout: seconds that a worker's process may take
-    to answer. run: its name among the cluster's metrics.
+    wait_for_workers: seconds that the cluster gets to have room. run: its name among the cluster's metrics.
     """
     if launcher == "ray":
         from cluster.ray_train import run_on_ray
@@ -70,7 +72,7 @@ def launch(
         return
     with signals_as_notice() if heeds_notice else nullcontext(no_notice) as notice:
         if launcher == "torchrun":
-            _launch_under_torchrun(function, config, num_workers, device, on_event, notice)
+            _launch_under_torchrun(function, config, num_workers, device, on_event, notice, hang_timeout)
         elif num_workers != 1:
             raise UsageError(f"launcher none runs 1 worker, not {num_workers}; use launcher ray or torchrun")
         else:
@@ -84,7 +86,13 @@ def is_first_process() -> bool:
 
 
 def _launch_under_torchrun(
-    function: WorkerFunction, config: dict[str, Any], num_workers: int, device: str, on_event: Emit, notice: Notice
+    function: WorkerFunction,
+    config: dict[str, Any],
+    num_workers: int,
+    device: str,
+    on_event: Emit,
+    notice: Notice,
+    hang_timeout: float,
 ) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         # This is the user's own command: it becomes torchrun, which runs the same command on each worker.
@@ -93,9 +101,10 @@ def _launch_under_torchrun(
         environment = WORKER_ENVIRONMENT | {_LAUNCHED: str(time.time())}
         os.execve(sys.executable, [*command, *signals, *sys.argv], os.environ | environment)
     end_with_parent()  # torchrun's workers would train on beside the next start of the run
-    local_device = pick_device(device, int(os.environ["LOCAL_RANK"]))
+    local_device = pick_device(device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     launched = float(os.environ.get(_LAUNCHED, time.time()))
-    dist.init_process_group(process_group_backend(local_device))
+    # The loop's own watchdog is to see a hang first.
+    dist.init_process_group(process_group_backend(local_device), timeout=timedelta(seconds=2 * hang_timeout))
     try:
         workers = Workers(dist.get_rank(), dist.get_world_size(), local_device, launched, notice=notice)
         function(config, workers, on_event)

@@ -41,6 +41,8 @@ from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, UserError
 from erann_dist.events import Emit, Event, Incident
 
+_ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+_USERS_ANSWER_TIMEOUT = os.environ.get(_ANSWER_TIMEOUT)
 _BLAME_S = 3.0  # in which the loss of a worker is known to Ray
 _AGAIN = "run the same command again to go on from the last checkpoint"
 
@@ -77,7 +79,7 @@ def run_on_ray(
     """Run the function on the cluster's workers until it has returned on all of them. See `launch`."""
     launched = time.time()
     # A worker whose process does not answer, as on a frozen machine, is taken for lost.
-    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(hang_timeout))
+    os.environ[_ANSWER_TIMEOUT] = _USERS_ANSWER_TIMEOUT or str(hang_timeout)
     scratch = tempfile.TemporaryDirectory(prefix="erann-ray-", ignore_cleanup_errors=True)
     notices = signals_as_notice() if heeds_notice else nullcontext(no_notice)
     with (

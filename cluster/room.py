@@ -40,6 +40,8 @@ def wait_for_room(
     found, said = 0, False
     with room_for(bundle, most) as room:
         while True:
+            if reason := stop():
+                raise Stopped(reason)
             found, before = room(), found
             now = time.monotonic()
             changed = now if found != before else changed
@@ -54,8 +56,6 @@ def wait_for_room(
                 if not said:
                     say(f"{missing}; waiting up to {seconds:g} s for more")
                     said = True
-            if reason := stop():
-                raise Stopped(reason)
             time.sleep(0.2)
 
 

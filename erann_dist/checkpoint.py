@@ -13,6 +13,7 @@ A checkpoint without its marker, or that does not match it, does not count. Load
 import hashlib
 import json
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,8 +75,12 @@ def latest(run: Folder) -> tuple[str | None, list[str]]:
     return None, problems
 
 
-def load_facts(run: Folder, name: str) -> Facts:
-    return Facts(**json.loads(run.read(f"{name}/{_FACTS}")))
+def is_whole(run: Folder, name: str) -> bool:
+    try:
+        _read(run, name)
+    except _Damaged:
+        return False
+    return True
 
 
 def load(run: Folder, name: str) -> tuple[Facts, dict[str, Tensor]]:
@@ -111,30 +116,34 @@ class Start:
 
     @property
     def number(self) -> int:
-        return int(self.name.partition("-")[0])
+        return _number(self.name)
 
     def require_last(self) -> None:
         """Raise Superseded when there is a later one."""
-        last = max(_starts(self.run))
+        last = max(_starts(self.run), key=lambda name: (_number(name), name))
         if last != self.name:
             raise Superseded(f"{self.run}: this run was started again (start {last}), which goes on with it")
 
 
 def begin(run: Folder) -> Start:
     """Take the right to write over from the starts before."""
-    number = max((int(name.partition("-")[0]) for name in _starts(run)), default=0) + 1
+    number = max(map(_number, _starts(run)), default=0) + 1
     start = Start(run, f"{number:04d}-{secrets.token_hex(4)}")
     run.write(f"{_STARTS}{start.name}", b"")
     start.require_last()
     return start
 
 
+def _number(start: str) -> int:
+    return int(start.partition("-")[0])
+
+
 def _starts(run: Folder) -> list[str]:
     return [name.removeprefix(_STARTS) for name in run.sizes(_STARTS)]
 
 
-def save(start: Start, facts: Facts, state: dict[str, Tensor], keep_last: int, keep_best: int = 0) -> str:
-    """Commit one checkpoint and delete all but the last `keep_last` and the best `keep_best`; its name.
+def save(start: Start, facts: Facts, state: dict[str, Tensor]) -> str:
+    """Commit one checkpoint; its name.
 
     What a start that was cut off writes late lies beside the later start's checkpoints, not in them. Raises Superseded.
     """
@@ -146,8 +155,6 @@ def save(start: Start, facts: Facts, state: dict[str, Tensor], keep_last: int, k
     start.require_last()
     marker = {file: _sha256(data) for file, data in contents.items()}
     run.write(f"{name}/{_MARKER}", json.dumps(marker).encode())
-    start.require_last()  # a later start may be reading what would be deleted
-    _delete_all_but(start, name, keep_last, keep_best)
     return name
 
 
@@ -160,11 +167,16 @@ def record(start: Start, name: str, metrics: dict[str, float]) -> None:
 def best(run: Folder, names: list[str]) -> list[str]:
     """Those that were evaluated, best first; of equals, the earlier one."""
     evaluated = set(run.sizes(_CHECKPOINTS)) & {f"{name}/{_METRICS}" for name in names}
-    scores = {name.rpartition("/")[0]: next(iter(json.loads(run.read(name)).values())) for name in evaluated}
+    scores = {}
+    for file in evaluated:
+        with suppress(ValueError, AttributeError, StopIteration, TypeError):  # it was spoiled
+            scores[file.rpartition("/")[0]] = float(next(iter(json.loads(run.read(file)).values())))
     return sorted(scores, key=lambda name: (-scores[name], name))
 
 
-def _delete_all_but(start: Start, newest: str, keep_last: int, keep_best: int) -> None:
+def delete_others(start: Start, newest: str, keep_last: int, keep_best: int) -> None:
+    """Delete all but the last `keep_last` checkpoints up to the newest, and the best `keep_best`. Raises Superseded."""
+    start.require_last()  # a later start may be reading what would be deleted
     run = start.run
     # One of a later step is what a damaged checkpoint left that the run has gone back behind.
     earlier = [name for name in committed(run) if name <= newest]
@@ -172,7 +184,7 @@ def _delete_all_but(start: Start, newest: str, keep_last: int, keep_best: int) -
     files = sorted(run.sizes(_CHECKPOINTS), key=lambda file: not file.endswith(_MARKER))  # markers first
     for file in files:
         name = file.rpartition("/")[0]
-        if name not in kept and int(name[-4:]) <= start.number:
+        if name not in kept and int(name.rpartition("-")[2]) <= start.number:
             run.delete(file)
 
 

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
 
+from erann_dist.errors import UsageError
+
 T = TypeVar("T")
 
 
@@ -76,9 +78,12 @@ def single_worker(device: torch.device) -> Iterator[Workers]:
         yield workers
 
 
-def pick_device(wanted: str, local_rank: int = 0) -> torch.device:
-    """The device of a worker: wanted is auto, cpu or cuda."""
-    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+def pick_device(wanted: str, local_rank: int = 0, local_workers: int = 1) -> torch.device:
+    """The device of one of `local_workers` on this host: wanted is auto, cpu or cuda. Raises UsageError."""
+    gpus = torch.cuda.device_count()
+    if wanted == "cuda" and gpus < local_workers:
+        raise UsageError(f"run.device is cuda, but this host has {gpus} GPUs for {local_workers} workers")
+    if wanted != "cpu" and gpus >= local_workers:
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     return torch.device("cpu")

@@ -6,6 +6,7 @@ workers and of the ZeRO stage.
 
 import logging
 import os
+import warnings
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -74,8 +75,11 @@ class TorchEngine:
         self._world_size = workers.world_size
         self._network: _Network | DistributedDataParallel = _Network(model, optim)
         if self._world_size > 1:
+            # All parameters are used. Without this the gradients' buckets are laid out anew behind the first step, and
+            # a step after a resume would be summed in another order than in the undisturbed run.
+            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             self._network = DistributedDataParallel(
-                self._network, broadcast_buffers=False, gradient_as_bucket_view=True
+                self._network, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
             )
 
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
@@ -124,6 +128,7 @@ class DeepSpeedEngine:
             # The norm, CheckedAdam's too: DeepSpeed's makes the host wait for the device in each step.
             "zero_optimization": {"stage": optim.zero_stage} | ({"compute_grad_norm": False} if self._sharded else {}),
             "zero_allow_untested_optimizer": True,
+            "timers": {"throughput": {"enabled": False}},  # it waits for the device in each micro-batch
             "steps_per_print": 1 << 62,
         }
         self._engine, *_ = deepspeed.initialize(
@@ -208,7 +213,7 @@ class _Network(nn.Module):
 def _import_deepspeed(device: torch.device) -> Any:
     assert dist.is_initialized()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout, where a command's JSON goes
-    os.environ.setdefault("LOCAL_RANK", "0")  # asked for although a process group exists
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # asked for although a process group exists
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # failure: workers were lost, hung, or the command before this one ended; resize: there are more or fewer of them.
-IncidentKind = Literal["bad_clip", "cache", "bad_step", "checkpoint", "failure", "preemption", "resize"]
+IncidentKind = Literal["bad_clip", "cache", "bad_step", "checkpoint", "log", "failure", "preemption", "resize"]
 
 
 @dataclass(frozen=True)

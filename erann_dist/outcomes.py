@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from erann_dist.optimizer import CheckedAdam
+
 _LAG = 8  # steps; so many may be queued on a GPU
 
 
@@ -18,6 +20,7 @@ class Outcome:
     loss: float  # over all workers
     grad_norm: float
     skipped: bool  # by the optimizer, because one of them was not finite
+    loss_scale: float  # of fp16; 1 without
     notices: int  # workers that are about to be taken away
 
 
@@ -28,12 +31,12 @@ class Outcomes:
         self._cuda = device.type == "cuda"
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def add(self, step: int, loss: Tensor, grad_norm: Tensor, skipped: Tensor, notices: Tensor) -> None:
-        """Each () on the device."""
-        values = torch.stack([loss, grad_norm, skipped, notices])
+    def add(self, step: int, loss: Tensor, adam: CheckedAdam, notices: Tensor) -> None:
+        """loss, notices: () on the device."""
+        values = torch.stack([loss, adam.norm, adam.skipped, adam.scale, notices])
         done = None
         if self._cuda:
-            values = torch.empty(4, pin_memory=True).copy_(values, non_blocking=True)
+            values = torch.empty(len(values), pin_memory=True).copy_(values, non_blocking=True)
             done = torch.cuda.current_stream().record_event()
         self._pending.append((step, values, done))
 
@@ -43,5 +46,5 @@ class Outcomes:
             step, values, done = self._pending.popleft()
             if done:
                 done.synchronize()
-            loss, grad_norm, skipped, notices = values.tolist()
-            yield Outcome(step, loss, grad_norm, skipped > 0, round(notices))
+            loss, grad_norm, skipped, loss_scale, notices = values.tolist()
+            yield Outcome(step, loss, grad_norm, skipped > 0, loss_scale, round(notices))

@@ -95,7 +95,7 @@ class AugmentSection(_Section):
 
 
 # On real clips 1, 4, 8 and 32 examples keep .36, .86, .91 and .98 of the variance.
-_LEAST_MICRO_BATCH = 8
+LEAST_MICRO_BATCH = 8
 
 
 class OptimSection(_Section):
@@ -200,10 +200,10 @@ class Recipe(_Section):
             raise ValueError(
                 f"evaluate.average_last is {average}, but checkpoint.keep_last only {self.checkpoint.keep_last}"
             )
-        if self.optim.micro_batch < _LEAST_MICRO_BATCH and not self.optim.small_micro_batch:
+        if self.optim.micro_batch < LEAST_MICRO_BATCH and not self.optim.small_micro_batch:
             raise ValueError(
                 f"optim.micro_batch is {self.optim.micro_batch}: BatchNorm's statistics of fewer than "
-                f"{_LEAST_MICRO_BATCH} examples are too noisy; optim.small_micro_batch=true takes it all the same"
+                f"{LEAST_MICRO_BATCH} examples are too noisy; optim.small_micro_batch=true takes it all the same"
             )
         if self.run.launcher == "none" and self.run.max_workers != 1:
             raise ValueError(f"run.launcher none runs 1 worker, not {self.run.max_workers}; use ray or torchrun")

@@ -79,7 +79,14 @@ def train(recipe: Recipe, workers: Workers, emit: Emit) -> None:
     ):
         eval_clips = load_sources(recipe.data.eval)
         require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
-        _Training(recipe, workers, emit, clips, eval_clips, watchdog, resources).run()
+        training = _Training(recipe, workers, emit, clips, eval_clips, watchdog, resources)
+        try:
+            training.run()
+            return
+        except torch.OutOfMemoryError:
+            training.model.zero_grad()
+        # Behind the exception, which holds on to what was computed.
+        raise memory.too_small(training.model, recipe.optim, recipe.data.crop_samples)
 
 
 class _Training:
@@ -118,6 +125,8 @@ class _Training:
             self.saver = Saver(checkpoint.begin(self.run_folder), recipe.checkpoint)
             resources.enter_context(closing(self.saver))
         self.resumed_from, self.damaged = self._resume()
+        if self.saver and self.resumed_from:
+            self.saver.saved_step, self.saver.last = self.first_step, self.resumed_from
         self.statistics = RunningStatistics(self.model)  # of the weights that were loaded
 
         cache = recipe.data.cache
@@ -146,11 +155,14 @@ class _Training:
         for step in range(self.first_step, self.steps):
             self._compute(step)
             done = step + 1
-            saves, evaluates = self._is_checkpoint_due(done), self._is_evaluation_due(done)
-            reports = saves or evaluates or done % recipe.run.log_every == 0
+            evaluates = self._is_evaluation_due(done)
+            # Before an evaluation too: one that takes long costs no steps if it is the run's last.
+            saves = evaluates or done % recipe.checkpoint.every == 0 or done == self.steps
+            reports = saves or done % recipe.run.log_every == 0
             stops = self._hear_outcomes(all_of_them=reports)
-            if reports or stops:
+            if stops and not reports:
                 self._hear_outcomes(all_of_them=True)
+            if reports or stops:
                 self._report(done)
             self.watchdog.alive()
             self._tell_incidents(done)
@@ -161,7 +173,7 @@ class _Training:
                 self._stop(done)
             if evaluates:
                 self._evaluate(done)
-            if saves or evaluates:
+            if saves:
                 self.window = _Window(self.read)
         self._finish()
 
@@ -206,31 +218,10 @@ class _Training:
 
     def _compute(self, step: int) -> None:
         """One step, on this worker's micro-batches."""
-        recipe, workers = self.recipe, self.workers
-        optim, augment = recipe.optim, recipe.augment
+        optim, workers = self.recipe.optim, self.workers
         step_loss = torch.zeros((), device=workers.device)
-        try:
-            for _ in range(micro_batches_per_rank(optim, workers.world_size)):
-                waiting = time.perf_counter()
-                batch = next(self.batches)
-                self.window.waited += time.perf_counter() - waiting
-                inputs = make_inputs(
-                    batch.pcm,
-                    batch.targets,
-                    batch.choices,
-                    self.log_mel,
-                    mixup=augment.mixup,
-                    partner=augment.partner,
-                    spec_augment=augment.specaugment,
-                )
-                logits = self.engine.forward(inputs.log_mel, inputs.mask)
-                losses = example_losses(logits, inputs.targets, self.clips.info.task)
-                loss = losses.sum() * (batch.weight / optim.global_batch)
-                self.engine.backward(loss)
-                self.statistics.add(batch.weight)
-                step_loss += loss.detach()
-        except torch.OutOfMemoryError as error:
-            raise memory.too_small(self.model, optim, recipe.data.crop_samples) from error
+        for _ in range(micro_batches_per_rank(optim, workers.world_size)):
+            step_loss += self._compute_micro_batch()
         # One small all-reduce for all that the workers must know of each other.
         noticed = torch.full((1,), float(workers.notice() is not None), device=workers.device)
         total = workers.sum(torch.cat([self.statistics.share(), step_loss.reshape(1), noticed]))
@@ -238,7 +229,29 @@ class _Training:
         self.engine.step(learning_rate(step, self.steps, optim), step_loss)
         adam = self.engine.adam
         self.statistics.update(statistics / (optim.global_batch // optim.micro_batch), adam.skipped)
-        self.outcomes.add(step + 1, step_loss, adam.norm, adam.skipped, notices)
+        self.outcomes.add(step + 1, step_loss, adam, notices)
+
+    def _compute_micro_batch(self) -> Tensor:
+        """The share () of the step's loss that the next micro-batch has; its gradient is added to the engine's."""
+        augment = self.recipe.augment
+        waiting = time.perf_counter()
+        batch = next(self.batches)
+        self.window.waited += time.perf_counter() - waiting
+        inputs = make_inputs(
+            batch.pcm,
+            batch.targets,
+            batch.choices,
+            self.log_mel,
+            mixup=augment.mixup,
+            partner=augment.partner,
+            spec_augment=augment.specaugment,
+        )
+        logits = self.engine.forward(inputs.log_mel, inputs.mask)
+        losses = example_losses(logits, inputs.targets, self.clips.info.task)
+        loss = losses.sum() * (batch.weight / self.recipe.optim.global_batch)
+        self.engine.backward(loss)
+        self.statistics.add(batch.weight)
+        return loss.detach()
 
     def _hear_outcomes(self, all_of_them: bool) -> bool:
         """Take note of what steps came to; whether the workers are to stop. The answer is the same on all."""
@@ -246,8 +259,9 @@ class _Training:
         for outcome in self.outcomes.known(all_of_them):
             stops |= outcome.notices > 0
             self.window.outcomes.append(outcome)
-            overflowed = self.recipe.optim.precision == "fp16" and math.isfinite(outcome.loss)
-            if outcome.skipped and not overflowed:  # which is how the loss scale finds its value
+            # By overflows the loss scale finds its value; it does not help against a gradient that is undefined.
+            overflowed = math.isfinite(outcome.loss) and outcome.loss_scale > 1
+            if outcome.skipped and not overflowed:
                 self._tell_bad_step(outcome)
         return stops
 
@@ -259,9 +273,9 @@ class _Training:
         some = ", ".join(keys[:_KEYS_TOLD]) + (", …" if len(keys) > _KEYS_TOLD else "")
         text = f"the {value}; clips {some}"
         if len(self.bad_steps) > allowed:
-            self._tell_saved(wait=True)
-            last = self.saver.last if self.saver else None
-            told = f"last checkpoint {self.run_folder}/{last or self.resumed_from}" if last or self.resumed_from else ""
+            self._await_saving()
+            last = self.workers.gather_all((self.saver and self.saver.last) or self.resumed_from)[0]
+            told = last and f"last checkpoint {self.run_folder}/{last}"
             raise UserError(
                 f"step {step}: {text}; {told or 'no checkpoint yet'}; bad step number {len(self.bad_steps)}, "
                 f"optim.max_bad_steps is {allowed}; a lower optim.lr may help"
@@ -284,31 +298,26 @@ class _Training:
         self.window = _Window(self.read)
 
     def _tell_incidents(self, step: int) -> None:
-        """Each bad clip once, and each reason why a cache takes no more."""
+        """Each bad clip once, and each reason why a cache takes no more or the log could not be uploaded."""
         if self.cache and self.cache.problem:
             self.cache_problems.add(self.cache.problem)
-        known = self.bad_clips.found | {problem: problem for problem in self.cache_problems}
+        log_problems = {self.log.problem} if self.log and self.log.problem else set()
+        known = self.bad_clips.found | {problem: problem for problem in self.cache_problems | log_problems}
         for key in sorted(known.keys() - self.told):
-            clip = key in self.bad_clips.found
-            self.say(Incident(step, "bad_clip" if clip else "cache", known[key], keys=[key] if clip else []))
+            kind: IncidentKind = "log" if key in log_problems else "cache"
+            kind = "bad_clip" if key in self.bad_clips.found else kind
+            self.say(Incident(step, kind, known[key], keys=[key] if kind == "bad_clip" else []))
             self.told.add(key)
 
-    def _is_checkpoint_due(self, step: int) -> bool:
-        settings = self.recipe.checkpoint
-        return step % settings.every == 0 or step == self.steps or bool(settings.keep_best and self._evaluates(step))
-
     def _is_evaluation_due(self, step: int) -> bool:
-        """Behind a checkpoint of the same step; the end has an evaluation of its own."""
-        return 0 < step < self.steps and self._evaluates(step)
-
-    def _evaluates(self, step: int) -> bool:
+        """Whether there is one on the way at this step; the end has one of its own."""
         every = self.recipe.evaluate.every
-        return every is not None and step % every == 0
+        return every is not None and step % every == 0 and 0 < step < self.steps
 
     def _save(self, step: int) -> None:
         """Copy the state; it is written while the training goes on."""
         began = time.perf_counter()
-        self._tell_saved(wait=True)  # its copy is still in use
+        self._await_saving()  # its copy is still in use
         self.bad_clips.unite(self.workers.gather_all(self.bad_clips.found))
         self.cache_problems.update(*self.workers.gather_all(self.cache_problems))
         self._tell_incidents(step)
@@ -316,15 +325,23 @@ class _Training:
         if self.saver:
             self.saver.begin(self._facts(step), time.perf_counter() - began)
 
-    def _tell_saved(self, wait: bool = False) -> None:
-        if self.saver and (event := self.saver.finish(wait, self.watchdog.alive)):
+    def _tell_saved(self) -> None:
+        for event in self.saver.finish() if self.saver else []:
             self.say(event)
 
+    def _await_saving(self) -> None:
+        """Wait until nothing is being written. All workers call it, and none looks as if it hung."""
+        while not self.workers.gather_all(self.saver is None or self.saver.is_done(seconds=1.0))[0]:
+            self.watchdog.alive()
+        self._tell_saved()
+
     def _finish_saving(self) -> None:
-        """Wait until the last checkpoint is written."""
-        if self.saver and self.saver.is_busy:
-            for event in self.saver.finish_surely(self.watchdog.alive):
-                self.say(event)
+        """Wait until the last checkpoint is written, and write it again if that failed."""
+        self._await_saving()
+        while self.workers.gather_all(self.saver is not None and self.saver.has_failed)[0]:
+            if self.saver:
+                self.saver.begin_again()
+            self._await_saving()
 
     def _stop(self, step: int) -> None:
         self._finish_saving()
@@ -345,13 +362,14 @@ class _Training:
             loader_threads=self.recipe.data.loader_threads,
             progress=progress,
         )
+        records = bool(self.recipe.checkpoint.keep_best) and averaged is None
+        if records:
+            self._await_saving()
         if predictions and self.saver:
             metrics = evaluation.summarise(predictions, self.eval_clips.info.task)
+            for event in self.saver.record(step, metrics) if records else []:
+                self.say(event)
             self.say(Evaluated(step, len(self.eval_clips), metrics, averaged))
-            if self.recipe.checkpoint.keep_best and averaged is None:
-                self._tell_saved(wait=True)
-                if self.saver.saved_step == step and self.saver.last:
-                    checkpoint.record(self.saver.start, self.saver.last, metrics)
         return predictions
 
     def _finish(self) -> None:
@@ -374,7 +392,9 @@ class _Training:
 
     def _average_weights(self, number: int) -> int:
         """Load the mean of the last checkpoints' weights; of how many there are."""
-        names = self.workers.gather_all(checkpoint.committed(self.run_folder)[-number:])[0]
+        last = checkpoint.committed(self.run_folder)[-number:] if self.workers.is_first else []
+        whole = [name for name in last if checkpoint.is_whole(self.run_folder, name)]
+        names = self.workers.gather_all(whole)[0]
         mean: State = {}
         for name in names:
             self.watchdog.alive()
@@ -424,7 +444,7 @@ class _Training:
             variant=self.recipe.model.variant,
             threads=self.recipe.run.threads,
             bad_clips=sorted(self.bad_clips.found),
-            bad_steps=self.bad_steps,
+            bad_steps=list(self.bad_steps),
             versions={name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
         )
 

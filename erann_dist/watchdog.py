@@ -1,12 +1,13 @@
 """Ends a worker that makes no progress, and leaves the stacks of its threads behind.
 
-A worker may hang where no Python runs, in a collective operation or in a driver; faulthandler's own thread, which needs
-no lock of Python's, watches it.
+A worker may hang where no Python runs, in a collective operation or in a driver: faulthandler's own thread, which needs
+no lock of Python's, writes the stacks, and the kernel's timer ends the process.
 """
 
 import faulthandler
 import hashlib
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _REARM_S = 1.0  # each costs a thread
+_START_S = 600.0  # the least that the start may take: reading manifests and a checkpoint, compiling
+_GRACE_S = 5.0  # in which the others that wait for a hung worker write their stacks too, before the first one ends
 
 
 class Watchdog:
@@ -22,27 +25,34 @@ class Watchdog:
     def __init__(self, run: str, rank: int, timeout: float) -> None:
         """run: the run's folder or URL."""
         self._timeout = timeout
+        self._armed = 0.0
         path = _folder() / f"{_prefix(run)}rank{rank}-{os.getpid()}.txt"
         self._file = path.open("w")
-        self._armed = 0.0
+        self._arm(max(timeout, _START_S))
 
     def alive(self) -> None:
         """There is progress."""
         if time.monotonic() - self._armed > min(_REARM_S, self._timeout / 4):
-            self._armed = time.monotonic()
-            faulthandler.dump_traceback_later(self._timeout, exit=True, file=self._file)
+            self._arm(self._timeout)
+
+    def _arm(self, seconds: float) -> None:
+        self._armed = time.monotonic()
+        faulthandler.dump_traceback_later(seconds, file=self._file)
+        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_S)  # SIGALRM, which ends a process that does not mind
 
     def stop(self) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
-        Path(self._file.name).unlink(missing_ok=True)
+        path = Path(self._file.name)
+        if not path.stat().st_size:
+            path.unlink()
 
 
 @contextmanager
 def watching(run: str, rank: int, timeout: float) -> Iterator[Watchdog]:
     """A watchdog for the length of the context."""
     watchdog = Watchdog(run, rank, timeout)
-    watchdog.alive()
     try:
         yield watchdog
     finally:

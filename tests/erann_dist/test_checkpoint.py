@@ -11,7 +11,7 @@ import torch
 from erann_dist import checkpoint
 from erann_dist.checkpoint import Facts, Start, Superseded
 from erann_dist.errors import UserError
-from erann_dist.events import CheckpointSaved, Incident
+from erann_dist.events import CheckpointSaved, Event, Incident
 from erann_dist.folder import LocalFolder
 from erann_dist.recipe import CheckpointSection
 from erann_dist.saving import Saver
@@ -33,7 +33,9 @@ def facts_of(step: int) -> Facts:
 
 def save(start: Start, step: int, keep_last: int = 9, keep_best: int = 0) -> str:
     state = {"model.w": torch.full((2, 3), float(step))}
-    return checkpoint.save(start, facts_of(step), state, keep_last, keep_best)
+    name = checkpoint.save(start, facts_of(step), state)
+    checkpoint.delete_others(start, name, keep_last, keep_best)
+    return name
 
 
 def steps(run: LocalFolder) -> list[int]:
@@ -180,12 +182,13 @@ def in_background(start: Start, **settings: int) -> Saver:
     return saver
 
 
-def nothing() -> None:
-    pass
+def finish(saver: Saver) -> list[Event]:
+    assert saver.is_done(60.0)
+    return saver.finish()
 
 
 def test_saves_in_the_background(run: LocalFolder, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    go_on, waits = threading.Event(), []
+    go_on = threading.Event()
     save_now: Callable[..., str] = checkpoint.save
 
     def slow_save(*arguments: object) -> str:
@@ -195,21 +198,17 @@ def test_saves_in_the_background(run: LocalFolder, start: Start, monkeypatch: py
     monkeypatch.setattr(checkpoint, "save", slow_save)
     saver = in_background(start)
     saver.begin(facts_of(5), stall_s=0.25)
-    assert saver.is_busy
-    assert saver.finish(False, nothing) is None
+    assert not saver.is_done(0.0)
+    assert saver.finish() == []
     assert steps(run) == []
-
-    def meanwhile() -> None:
-        waits.append(1)
-        go_on.set()
-
-    event = saver.finish(True, meanwhile)
+    go_on.set()
+    (event,) = finish(saver)
     assert isinstance(event, CheckpointSaved)
     assert (event.step, event.stall_s, event.path) == (5, 0.25, f"{run}/checkpoints/step-00000005-0001")
-    assert waits
+    assert (saver.saved_step, saver.last) == (5, "checkpoints/step-00000005-0001")
     assert event.seconds > 0
     assert steps(run) == [5]
-    assert not saver.is_busy
+    assert finish(saver) == []
     saver.close()
 
 
@@ -226,6 +225,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         write(self, name, data)
 
     monkeypatch.setattr(LocalFolder, "write", fail)
+    monkeypatch.setattr("erann_dist.saving._PAUSES_S", (0.0,))
     return faults
 
 
@@ -236,7 +236,8 @@ def test_a_failed_checkpoint_is_told_and_the_next_one_tried(
     for step, full in ((1, False), (2, True), (3, True), (4, False), (5, True), (6, True)):
         full_disk["left"] = int(full)
         saver.begin(facts_of(step), 0.0)
-        event = saver.finish(True, nothing)
+        (event,) = finish(saver)
+        assert saver.has_failed == full
         if full:
             assert event == Incident(
                 step,
@@ -249,17 +250,63 @@ def test_a_failed_checkpoint_is_told_and_the_next_one_tried(
     full_disk["left"] = 1
     saver.begin(facts_of(7), 0.0)
     with pytest.raises(UserError, match=r"No space left on device\); 3 in a row, checkpoint.max_failed is 2"):
-        saver.finish(True, nothing)
+        finish(saver)
     assert steps(run) == [1, 4]
     saver.close()
 
 
-def test_the_last_checkpoint_is_tried_until_it_is_there(start: Start, full_disk: dict[str, int]) -> None:
+def test_a_checkpoint_that_failed_can_be_tried_again(start: Start, full_disk: dict[str, int]) -> None:
     saver = in_background(start, max_failed=3)
     full_disk["left"] = 2
     saver.begin(facts_of(9), 0.0)
-    events = saver.finish_surely(nothing)
+    events = finish(saver)
+    while saver.has_failed:
+        saver.begin_again()
+        events += finish(saver)
     assert [type(event) for event in events] == [Incident, Incident, CheckpointSaved]
+    saver.close()
+
+
+def test_old_ones_that_can_not_be_deleted_are_told(
+    run: LocalFolder, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new one is committed all the same."""
+
+    def refuse(self: LocalFolder, name: str) -> None:
+        raise UserError(f"{name}: access denied")
+
+    saver = in_background(start, keep_last=1)
+    for step in (1, 2):
+        saver.begin(facts_of(step), 0.0)
+        events = finish(saver)
+        monkeypatch.setattr(LocalFolder, "delete", refuse)
+    saved, incident = events
+    assert isinstance(saved, CheckpointSaved)
+    assert "old checkpoints could not be deleted (checkpoints/step-00000001-0001/COMMITTED: access" in incident.text
+    assert steps(run) == [1, 2]
+    saver.close()
+
+
+def test_an_evaluation_is_written_beside_its_checkpoint(
+    run: LocalFolder, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = in_background(start)
+    assert saver.record(3, {"mAP": 0.5}) == []
+    saver.begin(facts_of(4), 0.0)
+    finish(saver)
+    assert saver.record(3, {"mAP": 0.5}) == []
+    assert checkpoint.best(run, checkpoint.committed(run)) == []
+    assert saver.record(4, {"mAP": 0.5}) == []
+    assert checkpoint.best(run, checkpoint.committed(run)) == ["checkpoints/step-00000004-0001"]
+    run.write("checkpoints/step-00000004-0001/metrics.json", b"{}")
+    assert checkpoint.best(run, checkpoint.committed(run)) == []
+
+    def refuse(self: LocalFolder, name: str, data: bytes) -> None:
+        raise UserError("S3 is away")
+
+    monkeypatch.setattr(LocalFolder, "write", refuse)
+    (incident,) = saver.record(4, {"mAP": 0.5})
+    assert "the evaluation of step 4 could not be written beside its checkpoint (S3 is away)" in incident.text
     saver.close()
 
 
@@ -268,7 +315,7 @@ def test_a_replaced_start_is_told(run: LocalFolder, start: Start) -> None:
     checkpoint.begin(run)
     saver.begin(facts_of(1), 0.0)
     with pytest.raises(Superseded):
-        saver.finish(True, nothing)
+        finish(saver)
     saver.close()
 
 

@@ -92,7 +92,7 @@ def test_bad_clips_are_replaced_and_told_alike_on_one_and_two_workers(damaged: P
         recipe = tolerant(damaged, tmp_path / f"run{world_size}", 3)
         events = train_on(world_size, recipe)
         run = LocalFolder(recipe.run_url)
-        facts = checkpoint.load_facts(run, checkpoint.committed(run)[-1])
+        facts, _ = checkpoint.load(run, checkpoint.committed(run)[-1])
         assert facts.bad_clips == sorted((tmp_path / "bad").read_text().split())
         assert sorted(incidents(events)) == sorted(lines(damaged))
         assert logged(recipe) == incidents(events)
