@@ -9,6 +9,7 @@ from typing import Any
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # what tests start imports from them, on Ray's workers too
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import numpy as np

@@ -103,9 +103,8 @@ class Command:
         self.log = place / "log"
         (place / "command.py").write_text(COMMAND)
         arguments = [sys.executable, str(place / "command.py"), json.dumps([config, options])]
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
         with self.log.open("w") as log, (place / "stdout").open("w") as out:
-            self.process = subprocess.Popen(arguments, env=environment, cwd=place, stdout=out, stderr=log)
+            self.process = subprocess.Popen(arguments, cwd=place, stdout=out, stderr=log)
 
     def wait_until(self, condition: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + SECONDS
