@@ -196,19 +196,18 @@ def wait_for_nodes(address: str, number: int) -> None:
             found = len(json.load(answer)["data"]["result"]["result"])
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_host_is_cut_off_and_comes_back(shards: Path, undisturbed: Path, tmp_path: Path, rank: int) -> None:
-    """The run goes on with the other host, and with both again; with rank 0 its log and checkpoints change hands."""
+def test_a_host_is_cut_off_and_comes_back(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The run goes on with the other host, and with both again. It is rank 0's: log and checkpoints change hands."""
     recipe = write_recipe(shards, tmp_path, launcher="ray", workers={"min": 1, "max": 2})
     with submitted(recipe, tmp_path) as job:
         names = job.wait_for_start(1)["hosts"]
         assert sorted(names) == ["worker-1", "worker-2"]
-        lost = job.host(names[rank])
+        lost = job.host(names[0])
         job.wait_for_steps(15)
         process, before = training_process(lost), job.step()
         job.cut(lost)
         alone = job.wait_for_start(2)
-        assert alone["hosts"] == [names[1 - rank]]
+        assert alone["hosts"] == [names[1]]
         job.wait_for_steps(10)
         assert process.is_running()  # it was cut off and has not ended
         job.join(lost)
