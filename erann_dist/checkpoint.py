@@ -13,6 +13,7 @@ A checkpoint without its marker, or that does not match it, does not count. Load
 import hashlib
 import json
 import secrets
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,8 +53,11 @@ class _Damaged(Exception):
 
 def committed(run: Folder) -> list[str]:
     """The names of the committed checkpoints, oldest first."""
-    names = run.sizes(_CHECKPOINTS)
-    return sorted(name.removesuffix(f"/{_MARKER}") for name in names if name.endswith(f"/{_MARKER}"))
+    return _committed(run.sizes(_CHECKPOINTS))
+
+
+def _committed(files: Iterable[str]) -> list[str]:
+    return sorted(file.removesuffix(f"/{_MARKER}") for file in files if file.endswith(f"/{_MARKER}"))
 
 
 def latest(run: Folder) -> tuple[str | None, list[str]]:
@@ -166,11 +170,11 @@ def record(start: Start, name: str, metrics: dict[str, float]) -> None:
 
 def best(run: Folder, names: list[str]) -> list[str]:
     """Those that were evaluated, best first; of equals, the earlier one."""
-    evaluated = set(run.sizes(_CHECKPOINTS)) & {f"{name}/{_METRICS}" for name in names}
     scores = {}
-    for file in evaluated:
-        with suppress(ValueError, AttributeError, StopIteration, TypeError):  # it was spoiled
-            scores[file.rpartition("/")[0]] = float(next(iter(json.loads(run.read(file)).values())))
+    for name in names:
+        # There was no evaluation, or what was written of it is spoiled.
+        with suppress(FileNotFoundError, ValueError, AttributeError, StopIteration, TypeError):
+            scores[name] = float(next(iter(json.loads(run.read(f"{name}/{_METRICS}")).values())))
     return sorted(scores, key=lambda name: (-scores[name], name))
 
 
@@ -178,11 +182,11 @@ def delete_others(start: Start, newest: str, keep_last: int, keep_best: int) -> 
     """Delete all but the last `keep_last` checkpoints up to the newest, and the best `keep_best`. Raises Superseded."""
     start.require_last()  # a later start may be reading what would be deleted
     run = start.run
+    files = run.sizes(_CHECKPOINTS)
     # One of a later step is what a damaged checkpoint left that the run has gone back behind.
-    earlier = [name for name in committed(run) if name <= newest]
+    earlier = [name for name in _committed(files) if name <= newest]
     kept = {*earlier[-keep_last:], *(best(run, earlier)[:keep_best] if keep_best else [])}
-    files = sorted(run.sizes(_CHECKPOINTS), key=lambda file: not file.endswith(_MARKER))  # markers first
-    for file in files:
+    for file in sorted(files, key=lambda file: not file.endswith(_MARKER)):  # markers first
         name = file.rpartition("/")[0]
         if name not in kept and int(name.rpartition("-")[2]) <= start.number:
             run.delete(file)

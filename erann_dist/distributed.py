@@ -52,6 +52,13 @@ class Workers:
             dist.all_gather_object(values, value)
         return values
 
+    def first(self, value: T) -> T:
+        """The first worker's value, on all of them."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
     def wait_for_all(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -6,7 +6,6 @@ workers and of the ZeRO stage.
 
 import logging
 import os
-import warnings
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -16,16 +15,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from erann_dist.distributed import Workers
-from erann_dist.model import ERANN
+from erann_dist.features import padded_frames
+from erann_dist.model import ERANN, MEL_BINS
 from erann_dist.optimizer import CheckedAdam
 from erann_dist.recipe import OptimSection
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-State = dict[
-    str, Tensor
-]  # on the CPU, by name: model.…, exp_avg.…, exp_avg_sq.…, adam.step, and with fp16 loss_scale.…
+# On the CPU, by name: model.…, exp_avg.…, exp_avg_sq.…, adam.step, and with fp16 loss_scale.…
+State = dict[str, Tensor]
 
 
 class Engine(Protocol):
@@ -75,12 +74,22 @@ class TorchEngine:
         self._world_size = workers.world_size
         self._network: _Network | DistributedDataParallel = _Network(model, optim)
         if self._world_size > 1:
-            # All parameters are used. Without this the gradients' buckets are laid out anew behind the first step, and
-            # a step after a resume would be summed in another order than in the undisturbed run.
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             self._network = DistributedDataParallel(
-                self._network, broadcast_buffers=False, find_unused_parameters=True, gradient_as_bucket_view=True
+                self._network, broadcast_buffers=False, gradient_as_bucket_view=True
             )
+            self._settle_buckets(workers.device)
+
+    def _settle_buckets(self, device: torch.device) -> None:
+        """A backward pass that comes to nothing.
+
+        Behind its first one DistributedDataParallel lays out the gradients' buckets anew, in the order in which they
+        came. The first step after a resume would be summed in another order than in the undisturbed run.
+        """
+        self.model.eval()  # leaves the running statistics alone
+        with torch.compiler.set_stance("force_eager"):
+            self._network(torch.zeros(1, 1, MEL_BINS, padded_frames(1), device=device), None).sum().backward()
+        self.model.train()
+        self.adam.zero_grad()
 
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
         self._left -= 1
@@ -200,14 +209,19 @@ class _Network(nn.Module):
     def __init__(self, model: ERANN, optim: OptimSection) -> None:
         super().__init__()
         self._model = model
-        self._autocast = AUTOCAST.get(optim.precision)
+        self._precision = optim.precision
         if optim.compile:
             self.compile()
 
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
-        with torch.autocast(log_mel.device.type, self._autocast, enabled=self._autocast is not None):
+        with autocast(log_mel.device, self._precision):
             logits: Tensor = self._model(log_mel, mask)
         return logits
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which the model is computed."""
+    return torch.autocast(device.type, _AUTOCAST.get(precision), enabled=precision in _AUTOCAST)
 
 
 def _import_deepspeed(device: torch.device) -> Any:

@@ -2,7 +2,7 @@
 
 import torch
 
-from erann_dist.engine import AUTOCAST
+from erann_dist.engine import autocast
 from erann_dist.errors import UserError
 from erann_dist.features import padded_frames
 from erann_dist.model import ERANN, MEL_BINS
@@ -23,10 +23,9 @@ def too_small(model: ERANN, optim: OptimSection, crop_samples: int) -> UserError
 
 def _fits(model: ERANN, optim: OptimSection, size: int, frames: int) -> bool:
     device = next(model.parameters()).device
-    autocast = AUTOCAST.get(optim.precision)
     try:
         inputs = torch.zeros(size, 1, MEL_BINS, frames, device=device)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+        with autocast(device, optim.precision):
             loss = model(inputs).float().sum()
         torch.autograd.grad(loss, list(model.parameters()))  # no hooks of an engine's
     except torch.OutOfMemoryError:

@@ -165,9 +165,7 @@ class RunSection(_Section):
     threads: int = Field(1, ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)  # steps
-    max_failures: int = Field(
-        3, ge=0
-    )  # of workers, in a row without a new checkpoint, under ray; one more ends the run
+    max_failures: int = Field(3, ge=0)  # of workers under ray, in a row without a checkpoint; one more ends the run
     hang_timeout: float = Field(600.0, gt=0)  # seconds without progress, after which the workers are restarted
     wait_for_workers: float = Field(300.0, ge=0)  # seconds that a cluster gets to have room for them
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from itertools import chain, tee
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ from erann_dist.outcomes import Outcome, Outcomes
 from erann_dist.recipe import Recipe
 from erann_dist.run_log import RunLog, goodput, lost
 from erann_dist.saving import Saver
-from erann_dist.schedule import Draws, MicroBatch, deal, learning_rate, micro_batches_per_rank
+from erann_dist.schedule import Draws, deal, learning_rate, micro_batches_per_rank
 from erann_dist.shared_clips import shared_clips
 from erann_dist.watchdog import Watchdog, stacks_left, watching
 
@@ -187,13 +188,11 @@ class _Training:
         recipe, workers, clips = self.recipe, self.workers, self.clips
         frames = padded_frames(recipe.data.crop_samples)
 
-        def dealt() -> Iterator[MicroBatch]:
-            for step in range(self.first_step, self.steps):
-                yield from deal(step, recipe.optim, workers.rank, workers.world_size)
-
+        steps = range(self.first_step, self.steps)
+        dealt, drawn = tee(chain.from_iterable(deal(s, recipe.optim, workers.rank, workers.world_size) for s in steps))
         loaded = loader.load(
             clips,
-            self.draws.crops(dealt()),
+            self.draws.crops(drawn),
             threads=recipe.data.loader_threads,
             cache=self.cache,
             cache_form=recipe.data.cache.format if recipe.data.cache else "flac",
@@ -211,7 +210,7 @@ class _Training:
                     draw_choices(micro_batch.examples, frames, recipe.run.seed),
                     micro_batch.weight,
                 )
-                for batch, micro_batch in zip(loaded, dealt(), strict=True)
+                for batch, micro_batch in zip(loaded, dealt, strict=True)
             ),
             workers.device,
         )
@@ -274,7 +273,7 @@ class _Training:
         text = f"the {value}; clips {some}"
         if len(self.bad_steps) > allowed:
             self._await_saving()
-            last = self.workers.gather_all((self.saver and self.saver.last) or self.resumed_from)[0]
+            last = self.workers.first((self.saver and self.saver.last) or self.resumed_from)
             told = last and f"last checkpoint {self.run_folder}/{last}"
             raise UserError(
                 f"step {step}: {text}; {told or 'no checkpoint yet'}; bad step number {len(self.bad_steps)}, "
@@ -331,14 +330,14 @@ class _Training:
 
     def _await_saving(self) -> None:
         """Wait until nothing is being written. All workers call it, and none looks as if it hung."""
-        while not self.workers.gather_all(self.saver is None or self.saver.is_done(seconds=1.0))[0]:
+        while not self.workers.first(self.saver is None or self.saver.is_done(seconds=1.0)):
             self.watchdog.alive()
         self._tell_saved()
 
     def _finish_saving(self) -> None:
         """Wait until the last checkpoint is written, and write it again if that failed."""
         self._await_saving()
-        while self.workers.gather_all(self.saver is not None and self.saver.has_failed)[0]:
+        while self.workers.first(self.saver is not None and self.saver.has_failed):
             if self.saver:
                 self.saver.begin_again()
             self._await_saving()
@@ -394,7 +393,7 @@ class _Training:
         """Load the mean of the last checkpoints' weights; of how many there are."""
         last = checkpoint.committed(self.run_folder)[-number:] if self.workers.is_first else []
         whole = [name for name in last if checkpoint.is_whole(self.run_folder, name)]
-        names = self.workers.gather_all(whole)[0]
+        names = self.workers.first(whole)
         mean: State = {}
         for name in names:
             self.watchdog.alive()
@@ -419,7 +418,7 @@ class _Training:
     def _resume(self) -> tuple[str | None, list[str]]:
         """Take over the last checkpoint that is whole, if there is one: its name, and what is wrong with later ones."""
         found = checkpoint.latest(self.run_folder) if self.workers.is_first else None
-        name, damaged = self.workers.gather_all(found)[0] or (None, [])
+        name, damaged = self.workers.first(found) or (None, [])
         if name is None:
             return None, damaged
         path = f"{self.run_folder}/{name}"
@@ -452,7 +451,7 @@ class _Training:
         """Whether the run's log has an evaluation at this step. The answer is the same on all workers."""
         lines = self.log.lines if self.log else []
         found = any(line["event"] == "Evaluated" and line["step"] == step for line in lines)
-        return self.workers.gather_all(found)[0]
+        return self.workers.first(found)
 
     def _tell_start(self) -> None:
         """What was lost since the last start, and that the training begins."""

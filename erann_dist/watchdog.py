@@ -5,13 +5,14 @@ no lock of Python's, writes the stacks, and the kernel's timer ends the process.
 """
 
 import faulthandler
+import fcntl
 import hashlib
 import os
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _REARM_S = 1.0  # each costs a thread
@@ -26,8 +27,10 @@ class Watchdog:
         """run: the run's folder or URL."""
         self._timeout = timeout
         self._armed = 0.0
-        path = _folder() / f"{_prefix(run)}rank{rank}-{os.getpid()}.txt"
-        self._file = path.open("w")
+        descriptor, new = tempfile.mkstemp(".new", f"{_prefix(run)}rank{rank}-")
+        self._file = os.fdopen(descriptor, "w")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # until this process ends; its id may mean another in a container beside
+        self._path = Path(new).rename(Path(new).with_suffix(".txt"))
         self._arm(max(timeout, _START_S))
 
     def alive(self) -> None:
@@ -43,10 +46,9 @@ class Watchdog:
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
+        if not self._path.stat().st_size:
+            self._path.unlink()
         self._file.close()
-        path = Path(self._file.name)
-        if not path.stat().st_size:
-            path.unlink()
 
 
 @contextmanager
@@ -62,34 +64,16 @@ def watching(run: str, rank: int, timeout: float) -> Iterator[Watchdog]:
 def stacks_left(run: str) -> list[tuple[str, str]]:
     """The stacks that hung workers of the run left on this node, each behind its rank, as in "rank0"; taken away."""
     found = []
-    for path in sorted(_folder().glob(f"{_prefix(run)}*.txt")):
-        rank, pid = path.stem.removeprefix(_prefix(run)).split("-")
-        taken = path.with_suffix(f".{os.getpid()}")
-        try:
-            if path.stat().st_uid != os.getuid() or _is_alive(int(pid)):
-                continue
-            path.rename(taken)  # of several workers of the node, one gets it
-        except OSError:
-            continue
-        if text := taken.read_text():  # empty when it was killed
-            found.append((rank, text))
-        taken.unlink()
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"{_prefix(run)}*.txt")):
+        # Not when its worker lives, it is another user's, or another worker of the node has taken it.
+        with suppress(OSError), path.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            text = file.read()
+            path.unlink()
+            if text:  # empty when it was killed
+                found.append((path.name.removeprefix(_prefix(run)).partition("-")[0], text))
     return found
-
-
-def _folder() -> Path:
-    return Path(tempfile.gettempdir())
 
 
 def _prefix(run: str) -> str:
     return f"erann-stacks-{hashlib.sha256(os.path.abspath(run).encode()).hexdigest()[:16]}-"
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

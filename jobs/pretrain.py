@@ -32,13 +32,7 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
     if is_first_process():
         _check_run(recipe, run, resume)
     if not _is_finished(run):
-        if is_first_process():
-            # What is wrong with the data shows here, before a cluster is started or a folder made.
-            load_train_and_eval(recipe.data)
-        with _only_one(run) if is_first_process() else nullcontext():
-            if is_first_process():
-                settings = recipe.model_dump(mode="json", exclude_none=True)
-                run.write(_RECIPE, yaml.safe_dump(settings, sort_keys=False).encode())
+        with _prepared(recipe, run) if is_first_process() else nullcontext():
             launch(
                 train_worker,
                 {"recipe": recipe.model_dump(mode="json")},
@@ -55,6 +49,16 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
                 run=recipe.run.name,
             )
     return outcome(run)
+
+
+@contextmanager
+def _prepared(recipe: Recipe, run: Folder) -> Iterator[None]:
+    """The run's folder, with its recipe, held for this command."""
+    load_train_and_eval(recipe.data)  # what is wrong shows here, before a cluster is started or a folder made
+    with _only_one(run):
+        settings = recipe.model_dump(mode="json", exclude_none=True)
+        run.write(_RECIPE, yaml.safe_dump(settings, sort_keys=False).encode())
+        yield
 
 
 @contextmanager
@@ -92,10 +96,11 @@ def _is_finished(run: Folder) -> bool:
 
 def _check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
     # A start that failed before its first checkpoint does not claim the name.
-    exists = _is_finished(run) or bool(checkpoint.committed(run))
+    begun = bool(checkpoint.committed(run))
+    exists = begun or _is_finished(run)
     if exists and resume == "never":
         raise UserError(f"{run}: this run exists, and --resume never was asked for; give another run.name")
-    if resume == "must" and checkpoint.latest(run)[0] is None:
+    if resume == "must" and not begun:
         raise UserError(f"{run}: no checkpoint to resume from, and --resume must was asked for")
     if exists and (changes := differences(_recipe_of(run), recipe)):
         raise UserError(

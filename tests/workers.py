@@ -5,7 +5,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from erann_dist.distributed import Workers, process_group, single_worker
 from erann_dist.events import Event
 from erann_dist.recipe import Recipe, parse_recipe
 from erann_dist.training import train
+
+T = TypeVar("T")
 
 CPU = torch.device("cpu")
 
@@ -54,6 +56,10 @@ def train_events(workers: Workers, tree: dict[str, Any]) -> list[Event]:
     events: list[Event] = []
     train(recipe, workers, events.append)
     return events
+
+
+def of_kind(events: list[Event], kind: type[T]) -> list[T]:
+    return [event for event in events if isinstance(event, kind)]
 
 
 def train_alone(recipe: Recipe) -> list[Event]:

@@ -44,7 +44,7 @@ from erann_dist.augment import clip_positions, draw_choices, make_inputs
 from erann_dist.batchnorm import RunningStatistics
 from erann_dist.data import load_sources, load_train_and_eval
 from erann_dist.distributed import Workers, pick_device, process_group
-from erann_dist.engine import AUTOCAST
+from erann_dist.engine import autocast
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import UserError
 from erann_dist.events import Emit, Event, Step
@@ -428,7 +428,7 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
                 spec_augment=mixing.specaugment,
             )
             with nullcontext() if workers.world_size == 1 or number == per_rank - 1 else network.no_sync():
-                with torch.autocast(device.type, AUTOCAST.get(optim.precision), enabled=optim.precision in AUTOCAST):
+                with autocast(device, optim.precision):
                     logits = network(inputs.log_mel, inputs.mask)
                 share = example_losses(logits, inputs.targets, clips.info.task).sum()
                 loss = share * (workers.world_size / optim.global_batch)  # DDP averages over the workers

@@ -11,16 +11,18 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from erann_dist.errors import UsageError
+from erann_dist.events import IncidentKind
 from erann_dist.run_log import Line
 
 _INK, _SOFT, _GRID, _FILL, _PALE = "#1f2933", "#66757f", "#dfe5e9", "#3b7ea1", "#a9c8d8"
 _AVERAGED, _WAIT = "#8a5aa8", "#c9a227"
-_KINDS = {
+_KINDS: dict[IncidentKind, str] = {
     "failure": "#c0392b",
     "preemption": "#d9822b",
     "resize": "#5d8a3a",
     "checkpoint": "#7d5ba6",
     "bad_step": "#111111",
+    "log": "#2a9d8f",
     "cache": "#8b8f94",
     "bad_clip": "#b08968",
 }

@@ -25,7 +25,7 @@ STAGES = (0, 1, 2)
 
 def new_engine(workers: Workers, kind: str, stage: int) -> Engine:
     """With the loss scale of fp16 and, as CPUs have no fp16, the arithmetic of fp32."""
-    engines.AUTOCAST = {}
+    engines._AUTOCAST = {}
     torch.set_num_threads(1)
     torch.manual_seed(workers.rank)  # what is loaded counts
     optim = OptimSection(examples=1, zero_stage=stage, precision="fp16")
@@ -82,7 +82,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a plain engine writes after some steps."""
     path = tmp_path_factory.mktemp("plain") / "state"
     with pytest.MonkeyPatch.context() as patch, single_worker(CPU) as workers:
-        patch.setattr(engines, "AUTOCAST", engines.AUTOCAST)
+        patch.setattr(engines, "_AUTOCAST", engines._AUTOCAST)
         engine = new_engine(workers, "torch", 0)
         take_steps(engine, workers, 3)
         data = write(engine, workers)
@@ -109,7 +109,7 @@ def test_what_is_written_after_steps_is_what_a_plain_engine_makes_of_it(
     (first, second), *_ = run_workers(train_and_write, world_size, stage)
     assert first != second
     with pytest.MonkeyPatch.context() as patch, single_worker(CPU) as workers:
-        patch.setattr(engines, "AUTOCAST", engines.AUTOCAST)
+        patch.setattr(engines, "_AUTOCAST", engines._AUTOCAST)
         engine = new_engine(workers, "torch", 0)
         engine.load_state(safetensors.torch.load(first))
         assert write(engine, workers) == first

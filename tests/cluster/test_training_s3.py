@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +20,7 @@ from erann_dist.run_log import read_log
 from jobs.pretrain import pretrain
 from tests.conftest import small_recipe
 from tests.s3 import DENIED, FLIP_STORED, INTERNAL_ERROR, Fault, Request, Server, s3_server
-from tests.workers import train_alone
+from tests.workers import of_kind, train_alone
 
 PARTS = ("checkpoints/step-00000002", "checkpoints/step-00000003")
 
@@ -38,10 +37,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def recipe_in(server: Server, shards: Path, name: str, **sections: dict[str, object]) -> Recipe:
     place = {"dir": f"{server.bucket_url}/runs", "name": name}
     return small_recipe(shards, Path("unused"), run=place, **{"checkpoint": {"every": 1, "keep_last": 9}} | sections)
-
-
-def of_kind(events: list[Event], kind: type[Any]) -> list[Any]:
-    return [event for event in events if isinstance(event, kind)]
 
 
 def weights(run: Folder) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ def check_not_finite(workers: Workers, kind: str, stage: int) -> None:
 
 def check_loss_scale(workers: Workers, kind: str, stage: int) -> None:
     """fp16's loss scale with fp32's arithmetic, for CPUs have no fp16."""
-    engines.AUTOCAST = {}  # in a process of its own
+    engines._AUTOCAST = {}  # in a process of its own
     plain = new_engine(kind, stage, workers, clip_norm=0.5)
     scaled = new_engine(kind, stage, workers, clip_norm=0.5, precision="fp16")
     for number in range(3):

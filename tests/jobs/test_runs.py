@@ -5,13 +5,13 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from erann_dist.events import Evaluated, Finished, Incident
+from erann_dist.events import Evaluated, Finished, Incident, IncidentKind
 from erann_dist.folder import LocalFolder
 from jobs import cli
 from jobs.runs import list_runs, show_run
@@ -160,9 +160,8 @@ def test_the_curves_are_an_image(erann: Any, runs: Path, tmp_path: Path, name: s
 
 
 def test_long_curves_with_every_kind_of_incident_are_drawn(tmp_path: Path) -> None:
-    kinds = ("failure", "preemption", "resize", "checkpoint", "bad_step", "cache", "bad_clip")
     events = [step(n, loss=1 / n, data_wait=0.1) for n in range(1, 301)]
-    incidents = [Incident(30 * i + 10, kind, "", steps_lost=5) for i, kind in enumerate(kinds)]
+    incidents = [Incident(30 * i + 10, kind, "", steps_lost=5) for i, kind in enumerate(get_args(IncidentKind))]
     times = ((float(i), event) for i, event in enumerate([started(), *events, *incidents]))
     write_log(LocalFolder(f"{tmp_path}/long"), *times)
     show_run(str(tmp_path), "long", None, tmp_path / "long.svg")
