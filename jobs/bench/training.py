@@ -92,7 +92,7 @@ _PARTS: list[tuple[str, type, str]] = [  # of the loop: what it takes in them is
 class Turn:
     """A stretch of training; the steps behind the warm-up are counted."""
 
-    way: str  # bare, plain, deepspeed_<stage>, loader (plain behind the real loader) or job
+    way: str  # bare, plain, deepspeed_<stage>, loader (the recipe's engine behind the real loader) or job
     recipe: Recipe
     warm_up: int  # steps
     steps: int
@@ -138,13 +138,13 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
             return groups.take(Turn(way, short, warm_up=_WARM_UP, steps=steps))
 
         def job(way: str) -> Measured:
-            warm_up, steps = (_JOB_WARM_UP, _JOB_STEPS) if way == "job" else (_LOG_EVERY, 2 * _LOG_EVERY)
+            warm_up, steps = (_LOG_EVERY, 2 * _LOG_EVERY) if way == _BARE else (_JOB_WARM_UP, _JOB_STEPS)
             return groups.take(Turn(way, long, warm_up, steps))
 
         def null(way: str) -> Measured:
             return groups.take(Turn(way, null_recipe, 2 * _LOG_EVERY, _NULL_STEPS * steps, null=True))
 
-        job_pairs = _in_turns(["job"], job_rounds, job)  # first: what is wrong with the clips shows here
+        job_pairs = _in_turns(["loader", "job"], job_rounds, job)  # first: what is wrong with the clips shows here
         pairs = _in_turns(engines, rounds, real) | job_pairs
         null_pairs = _in_turns([*engines, "loader"], rounds, null) | _in_turns(["job"], job_rounds, null)
         timed = groups.take(Turn("plain", null_recipe, 2 * _LOG_EVERY, _NULL_STEPS * steps, null=True, timed=True))
@@ -203,12 +203,11 @@ def _in_turns(ways: list[str], rounds: int, take: Callable[[str], Measured]) -> 
 def _layers(pairs: dict[str, list[Pair]], engine: str, launcher: str) -> dict[str, float]:
     """Seconds that each layer adds to a step: each is what its way takes beyond the way without it."""
     beyond = {way: statistics.median(own.step_s - bare.step_s for own, bare in each) for way, each in pairs.items()}
-    loader_s = beyond["loader"] - beyond["plain"]
     return {
         "loop": beyond["plain"],
         **{f"deepspeed_{stage}": beyond[f"deepspeed_{stage}"] - beyond["plain"] for stage in _STAGES},
-        "loader": loader_s,
-        launcher: beyond["job"] - beyond[engine] - loader_s,
+        "loader": beyond["loader"] - beyond[engine],
+        launcher: beyond["job"] - beyond["loader"],
         "all together": beyond["job"],
     }
 
@@ -218,8 +217,8 @@ def _engine_way(recipe: Recipe) -> str:
 
 
 def with_engine(recipe: Recipe, way: str) -> Recipe:
-    """The way's own engine; the job's and the bare loop's are as they are."""
-    if way in ("plain", "loader"):
+    """The way's own engine; the others' is the recipe's."""
+    if way == "plain":
         return changed(recipe, run={"engine": "torch"})
     if way.startswith("deepspeed_"):
         return changed(recipe, run={"engine": "deepspeed"}, optim={"zero_stage": int(way.removeprefix("deepspeed_"))})
