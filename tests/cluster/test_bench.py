@@ -60,7 +60,7 @@ def test_bench_train(tmp_path: Path, tone_shards: Path) -> None:
     options = ["--launcher", "torchrun", "--steps", 3, "--rounds", 1, "--job-rounds", 1]
     result = erann(tmp_path, "bench", "train", "demo.yaml", *recipe, *options)
     assert result["workers"] == 2
-    assert set(result["ways"]) == {"plain", "deepspeed_0", "deepspeed_1", "deepspeed_2", "job"}
+    assert set(result["ways"]) == {"plain", "deepspeed_0", "deepspeed_1", "deepspeed_2", "loader", "job"}
     for name, way in result["ways"].items():
         key = "torchrun_ratio" if name == "job" else f"{name}_ratio"
         assert result[key] == way["ratio"] == way["rounds"][0] > 0
@@ -128,7 +128,7 @@ def test_each_way_has_its_engine(tmp_path: Path, tone_shards: Path) -> None:
     recipe = small_recipe(tone_shards, tmp_path / "run", run={"engine": "deepspeed"}, optim={"zero_stage": 2})
     ways = ["plain", "loader", "deepspeed_0", "deepspeed_1", "deepspeed_2", "job"]
     engines = {way: with_engine(recipe, way) for way in ways}
-    assert [engines[way].run.engine for way in ways] == ["torch"] * 2 + ["deepspeed"] * 4
+    assert [engines[way].run.engine for way in ways] == ["torch"] + ["deepspeed"] * 5
     assert [engines[way].optim.zero_stage for way in ways[2:]] == [0, 1, 2, 2]
 
 
