@@ -167,6 +167,7 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
         "plain_ratio": medians["plain"],
         "deepspeed_ratio": medians[f"deepspeed_{recipe.optim.zero_stage}"],
         **{f"deepspeed_{stage}_ratio": medians[f"deepspeed_{stage}"] for stage in _STAGES},
+        "loader_ratio": medians["loader"],
         f"{launcher}_ratio": medians["job"],
         "data_wait": round(statistics.median(own.data_wait for own, _ in pairs["job"]), 4),
         "ways": {

@@ -254,7 +254,7 @@ def test_a_node_that_is_lost_and_one_that_joins(own_nodes: Callable[[int], Nodes
         command.wait_for_step(25)
         nodes.add()
         third = command.end()[2]
-    assert alone["from"] == 10
+    assert alone["from"] in (10, 20)  # a slow machine may reach the next checkpoint before it loses the node
     assert alone["failure"].startswith("node ")
     assert alone["failure"].endswith(" lost; resized from 2 to 1 worker")
     assert [worker["failure"] for worker in third] == ["resized from 1 to 2 workers"] * 2
