@@ -16,10 +16,8 @@ import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from erann_dist.errors import UserError
@@ -192,15 +190,7 @@ def delete_others(start: Start, newest: str, keep_last: int, keep_best: int) -> 
             run.delete(file)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises UserError when it is none or is cut short."""
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
-
-
-def require_shapes(path: Path | str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def require_shapes(path: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Raise UserError, naming the first tensor that differs, unless names and shapes agree."""
     for name in sorted(found.keys() | expected.keys()):
         a = tuple(found[name].shape) if name in found else "missing"

@@ -1,9 +1,12 @@
 """The workers of one run, and what they say to each other. A process group always exists, also for one worker."""
 
+import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -83,6 +86,14 @@ def single_worker(device: torch.device) -> Iterator[Workers]:
     """This process as the only worker of a run."""
     with process_group(device, 0, 1, HashStore()) as workers:
         yield workers
+
+
+def device_name(device: torch.device) -> str:
+    """The name of the GPU, or of the processor as far as Linux tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return name[1] if name else platform.machine()
 
 
 def pick_device(wanted: str, local_rank: int = 0, local_workers: int = 1) -> torch.device:

@@ -13,8 +13,8 @@ import torch
 
 from erann_dist import loader
 from erann_dist.distributed import Workers
-from erann_dist.features import PAD_SAMPLES, LogMel
-from erann_dist.manifest import Manifest, Task, list_hash
+from erann_dist.features import LogMel, padded_samples
+from erann_dist.manifest import Manifest, Task, arrow_file, list_hash
 from erann_dist.metrics import classification_metrics, tagging_metrics
 from erann_dist.model import ERANN
 from erann_dist.streaming import decode_clips, stream_clips, worker_rows
@@ -30,16 +30,16 @@ class Predictions:
     targets: npt.NDArray[np.float32]  # (n, N) of 0 and 1
 
 
-def evaluation_batches(manifest: Manifest) -> list[npt.NDArray[np.int64]]:
-    """Rows in whole micro-batches of clips that pad to the same half second, fixed by the manifest alone.
+def evaluation_batches(manifest: Manifest, pad_samples: int = 0) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    """Whole micro-batches of clips that pad to the same length, and that: (samples, rows), fixed by the manifest alone.
 
-    So each clip is scored at its own full length, whoever scores it.
+    So each clip is scored at its own full length, whoever scores it; a shorter one at `pad_samples`.
     """
-    padded = -(-manifest.samples // PAD_SAMPLES)
+    padded = padded_samples(np.maximum(manifest.samples, pad_samples))
     order = np.argsort(padded, kind="stable")
     bounds = np.flatnonzero(np.diff(padded[order])) + 1
     return [
-        group[start : start + MICRO_BATCH]
+        (int(padded[group[0]]), group[start : start + MICRO_BATCH])
         for group in np.split(order, bounds)
         for start in range(0, len(group), MICRO_BATCH)
     ]
@@ -51,20 +51,19 @@ def score(
     workers: Workers,
     *,
     loader_threads: int,
+    pad_samples: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Predictions | None:
     """Full-length clips through the model. The answer is the first worker's; the others get None.
 
+    pad_samples: the length that shorter clips are zero-padded to.
     progress is told how many clips are done, of how many, judged by this worker's share. Raises UserError for a clip
     that can't be read or decoded.
     """
-    batches = evaluation_batches(manifest)
+    batches = evaluation_batches(manifest, pad_samples)
     mine = batches[workers.rank :: workers.world_size]  # dealt one by one, for they are in the order of their length
-    crops = [
-        loader.whole_clips(manifest, rows, -(-int(manifest.samples[rows[0]]) // PAD_SAMPLES) * PAD_SAMPLES)
-        for rows in mine
-    ]
-    total = sum(map(len, mine))
+    crops = [loader.whole_clips(manifest, rows, length) for length, rows in mine]
+    total = sum(len(rows) for _, rows in mine)
     with closing(loader.load(manifest, crops, threads=loader_threads)) as loaded:
         scores = _scores(model, manifest.info.task, len(manifest), loaded, total, workers, progress)
     return None if scores is None else Predictions(scores, manifest.targets(np.arange(len(manifest))))
@@ -77,6 +76,7 @@ def score_stream(
     workers: Workers,
     *,
     threads: int,
+    pad_samples: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> npt.NDArray[np.float32] | None:
     """The scores of full-length clips as in `score`, (n, N), in one pass over their tars and whatever their labels.
@@ -87,7 +87,7 @@ def score_stream(
     total = len(worker_rows(manifest, workers.rank, workers.world_size))
     with (
         closing(stream_clips(manifest, workers.rank, workers.world_size)) as clips,
-        closing(decode_clips(manifest, clips, threads=threads, micro_batch=MICRO_BATCH)) as batches,
+        closing(decode_clips(manifest, clips, threads, MICRO_BATCH, pad_samples)) as batches,
     ):
         return _scores(model, task, len(manifest), batches, total, workers, progress)
 
@@ -172,6 +172,20 @@ def write_predictions(file: BinaryIO, predictions: Predictions, manifest: Manife
     targets = [np.flatnonzero(row).astype(np.int16) for row in predictions.targets]
     columns = {"targets": pa.array(targets, pa.list_(pa.int16()))}
     write_scores(file, manifest.keys, predictions.scores, manifest.info.label_ids, columns)
+
+
+def read_predictions(file: BinaryIO) -> tuple[list[str], list[str], Predictions]:
+    """What write_predictions wrote: keys, label ids, predictions. Raises ValueError, in one line, for another file."""
+    try:
+        table = pq.ParquetFile(arrow_file(file)).read(["key", "scores", "targets"])
+        labels = table.schema.metadata[b"labels"].decode().split("\n")
+        scores, targets = (table[name].combine_chunks() for name in ("scores", "targets"))
+        one_hot = np.zeros((len(table), len(labels)), np.float32)
+        one_hot[np.repeat(np.arange(len(table)), targets.value_lengths().to_numpy()), targets.flatten().to_numpy()] = 1
+        predictions = Predictions(scores.flatten().to_numpy().reshape(one_hot.shape), one_hot)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"damaged, or no table of predictions ({' '.join(str(error).split())})") from error
+    return table["key"].to_pylist(), labels, predictions
 
 
 def write_scores(

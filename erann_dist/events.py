@@ -21,6 +21,8 @@ class Started:
     resumed_from: str | None
     launched: float  # when the command was started, in unix time; the same for all starts of its workers
     hosts: list[str]  # by rank
+    hardware: list[str] = field(default_factory=list)  # by rank: the name of the GPU, or of the processor
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,10 @@
 """The front end: waveform to log-mel spectrogram, with the paper's parameters and this project's defaults for what it
 leaves open (HTK mel scale without filter normalisation, power spectrogram, 10·log10 with a floor of 1e-10)."""
 
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 import torchaudio
@@ -16,6 +20,14 @@ FLOOR = 1e-10
 # Clips are zero-padded to whole half seconds: 22,050 samples, 64 frames (a multiple of every variant's frame multiple).
 PAD_SAMPLES = 22_050
 PAD_FRAMES = 64
+
+
+_Count = TypeVar("_Count", int, npt.NDArray[np.int64])
+
+
+def padded_samples(samples: _Count) -> _Count:
+    """Samples of a clip, or of several, padded to whole half seconds."""
+    return -(-samples // PAD_SAMPLES) * PAD_SAMPLES
 
 
 def padded_frames(samples: int) -> int:
@@ -41,6 +53,10 @@ class LogMel(nn.Module):
         self.register_buffer("filters", mel_filters().float(), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
+        return decibels(self.power(waveform))
+
+    def power(self, waveform: Tensor) -> Tensor:
+        """The mel power of which that is the logarithm: (B, 1, 128, 128·t) float32."""
         with torch.autocast(waveform.device.type, enabled=False):
             frames = padded_frames(waveform.shape[-1])
             after = frames * HOP + WINDOW // 2 - HOP - waveform.shape[-1]
@@ -49,8 +65,17 @@ class LogMel(nn.Module):
                 padded, 0, self.window, WINDOW, HOP, WINDOW, power=None, normalized=False, center=False
             )
             power = torch.view_as_real(spectrum.to(torch.complex64)).square().sum(dim=-1)
-            mel = self.filters @ power
-            return 10 * torch.log10(mel.clamp(min=FLOOR)).unsqueeze(1)
+            return (self.filters @ power).unsqueeze(1)
+
+
+def decibels(power: Tensor) -> Tensor:
+    """Mel power as log-mel, in dB."""
+    return 10 * torch.log10(power.clamp(min=FLOOR))
+
+
+def mel(hertz: Tensor) -> Tensor:
+    """HTK's mel scale."""
+    return 2595 * torch.log10(1 + hertz / 700)
 
 
 def mel_filters() -> Tensor:
@@ -59,10 +84,6 @@ def mel_filters() -> Tensor:
     In double precision, unlike torchaudio's: where an FFT bin touches only the foot of a filter, the rounding of its
     corner frequencies in float32 shows in the spectrogram.
     """
-
-    def mel(hertz: Tensor) -> Tensor:
-        return 2595 * torch.log10(1 + hertz / 700)
-
     low, high = mel(torch.tensor([F_MIN, F_MAX], dtype=torch.float64)).tolist()
     corners = 700 * (10 ** (torch.linspace(low, high, MEL_BINS + 2, dtype=torch.float64) / 2595) - 1)
     bins = torch.arange(WINDOW // 2 + 1, dtype=torch.float64) * SAMPLE_RATE / WINDOW

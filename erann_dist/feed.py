@@ -18,12 +18,8 @@ class Fed:
     choices: Choices
     weight: float  # of its loss: MicroBatch's
 
-    def tensors(self) -> list[Tensor]:
-        return [self.pcm, self.targets, *vars(self.choices).values()]
-
     def map(self, function: Callable[[Tensor], Tensor]) -> "Fed":
-        pcm, targets, *choices = map(function, self.tensors())
-        return Fed(pcm, targets, Choices(*choices), self.weight)
+        return Fed(function(self.pcm), function(self.targets), self.choices.map(function), self.weight)
 
 
 def feed(batches: Iterable[Fed], device: torch.device) -> Generator[Fed, None, None]:
@@ -41,9 +37,12 @@ def feed(batches: Iterable[Fed], device: torch.device) -> Generator[Fed, None, N
     def finish(copied: Fed, done: torch.cuda.Event) -> Fed:
         computing = torch.cuda.current_stream(device)
         computing.wait_event(done)
-        for tensor in copied.tensors():
+
+        def used_there(tensor: Tensor) -> Tensor:
             tensor.record_stream(computing)  # its memory is not the copying stream's again before that has used it
-        return copied
+            return tensor
+
+        return copied.map(used_there)
 
     ahead = None
     for batch in batches:

@@ -12,7 +12,7 @@ U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 # What a stream of numbers is for. Streams of different purposes are independent; the values are part of the plan.
-ROUND, CLASS_PASS, EPOCH, CROP, MIXUP, TIME_MASK, FREQUENCY_MASK, SHARD_DEAL, SUBSTITUTE = range(1, 10)
+ROUND, CLASS_PASS, EPOCH, CROP, MIXUP, TIME_MASK, FREQUENCY_MASK, SHARD_DEAL, SUBSTITUTE, PITCH = range(1, 11)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)

@@ -83,10 +83,16 @@ def random_crops(
     manifest: Manifest, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], seed: int, length: int
 ) -> Crops:
     """A crop of `length` samples from each clip, its start keyed by (seed, position); shorter clips are whole."""
-    counts = np.minimum(manifest.samples[rows], length)
-    choices = manifest.samples[rows] - counts + 1
-    starts = np.floor(keyed_uniform(seed, CROP, positions) * choices).astype(np.int64)
-    return Crops(rows, starts, counts, length, positions)
+    samples = manifest.samples[rows]
+    return Crops(rows, crop_starts(samples, positions, seed, length), np.minimum(samples, length), length, positions)
+
+
+def crop_starts(
+    samples: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], seed: int, length: int
+) -> npt.NDArray[np.int64]:
+    """The first samples (n,) of random_crops' crops from clips of so many samples (n,)."""
+    choices = np.maximum(samples - length, 0) + 1
+    return np.floor(keyed_uniform(seed, CROP, positions) * choices).astype(np.int64)
 
 
 def load(

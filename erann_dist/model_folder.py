@@ -9,15 +9,15 @@ README.md           the model card
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import yaml
+from safetensors import SafetensorError
 
 from erann_dist import checkpoint, features, strict_json
 from erann_dist.errors import UsageError, UserError
-from erann_dist.folder import Folder
+from erann_dist.folder import Folder, open_folder
 from erann_dist.manifest import SetInfo, Task
 from erann_dist.model import ERANN, MEL_BINS
 from erann_dist.recipe import Recipe
@@ -44,6 +44,7 @@ class ModelInfo:
     label_ids: list[str]
     label_names: list[str]
     sample_rate: int
+    pad_samples: int = 0  # to which a shorter clip is zero-padded
     front_end: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(FRONT_END))
     format: int = FORMAT
 
@@ -58,33 +59,62 @@ def save_model(folder: Folder, model: ERANN, info: ModelInfo, metrics: dict[str,
     folder.write(_CONFIG, strict_json.dumps(dataclasses.asdict(info), indent=1).encode())
 
 
-def load_model(folder: Path) -> tuple[ERANN, ModelInfo]:
+def find_model(url: str) -> Folder:
+    """The model folder there, or that of the run there. Raises UsageError when there is none."""
+    for found in (open_folder(url), open_folder(f"{url.rstrip('/')}/model")):
+        if found.exists(_CONFIG):
+            return found
+    raise UsageError(f"{url}: no model here: neither a model folder, with its config.json, nor a run that is finished")
+
+
+def load_model(folder: Folder) -> tuple[ERANN, ModelInfo]:
     """The model of a folder, in evaluation mode. Raises UserError: which file, what is wrong."""
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; a run's model is in its folder model/")
-    config = folder / _CONFIG
-    if not config.is_file():
-        raise UserError(f"{folder}: no model here (config.json is missing); a run's is in its folder model/")
     try:
-        info = ModelInfo(**json.loads(config.read_text()))
+        info = ModelInfo(**json.loads(folder.read(_CONFIG)))
         model = ERANN.from_name(info.variant, len(info.label_ids))
     except (TypeError, ValueError) as error:
-        raise UserError(f"{config}: not a model's configuration ({error})") from error
+        raise UserError(f"{folder}/{_CONFIG}: not a model's configuration ({error})") from error
     if info.format != FORMAT or info.front_end != FRONT_END:
-        raise UserError(f"{config}: made for another front end or format than this program's")
-    weights = checkpoint.read_tensors(folder / _WEIGHTS)
-    checkpoint.require_shapes(folder / _WEIGHTS, weights, dict(model.state_dict()))
+        raise UserError(f"{folder}/{_CONFIG}: made for another front end or format than this program's")
+    path = f"{folder}/{_WEIGHTS}"
+    try:
+        weights = safetensors.torch.load(folder.read(_WEIGHTS))
+    except (FileNotFoundError, SafetensorError) as error:
+        raise UserError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
+    checkpoint.require_shapes(path, weights, dict(model.state_dict()))
     model.load_state_dict(weights)
     return model.eval(), info
 
 
-def require_rate(model_folder: Path, model: ModelInfo, shards: str, info: SetInfo) -> None:
+def initialise(model: ERANN, url: str, fresh: list[str]) -> None:
+    """Give the model the weights and running statistics of another one of its variant, but for the layers `fresh`.
+
+    Raises UserError when they do not fit, UsageError when it has no such layer.
+    """
+    layers = [name for name, _ in model.named_modules()]
+    for layer in fresh:
+        if layer not in layers:
+            raise UsageError(f"model.fresh: ERANN has no layer {layer}; its last ones are fc1 and fc2")
+    folder = find_model(url)
+    pretrained, info = load_model(folder)
+    if info.variant != str(model.variant):
+        raise UserError(f"{folder}: is an {info.variant}, model.variant is {model.variant}; they must be the same")
+    if "fc2" not in fresh and len(info.label_ids) != model.num_classes:
+        raise UserError(
+            f"{folder}: has {len(info.label_ids)} labels, the clips have {model.num_classes}; add fc2 to model.fresh"
+        )
+    begins_anew = tuple(f"{layer}." for layer in fresh)
+    kept = {name: value for name, value in pretrained.state_dict().items() if not name.startswith(begins_anew)}
+    model.load_state_dict(kept, strict=False)
+
+
+def require_rate(model_folder: Folder, model: ModelInfo, shards: str, info: SetInfo) -> None:
     """Raise UserError unless the model takes the shard set's sample rate."""
     if model.sample_rate != info.sample_rate:
         raise UserError(f"{shards} holds {info.sample_rate} Hz, the model {model_folder} takes {model.sample_rate} Hz")
 
 
-def require_fit(model_folder: Path, model: ModelInfo, shards: str, info: SetInfo) -> None:
+def require_fit(model_folder: Folder, model: ModelInfo, shards: str, info: SetInfo) -> None:
     """Raise UserError unless the model's labels, task and sample rate are those of the shard set."""
     require_rate(model_folder, model, shards, info)
     if model.task != info.task:

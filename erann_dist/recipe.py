@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -21,26 +21,33 @@ from pydantic import (
 )
 
 from erann_dist import SAMPLE_RATE
-from erann_dist.augment import Mixup, Partner
 from erann_dist.cache import CacheForm
 from erann_dist.errors import UsageError
 from erann_dist.features import PAD_SAMPLES
 from erann_dist.model import Variant
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A part of a recipe: keys that it does not have are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+S = TypeVar("S", bound=Section)
 
 
 def _variant_name(name: str) -> str:
     return str(Variant.parse(name))
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     variant: Annotated[str, AfterValidator(_variant_name)]  # ERANN-<s_m>-<width>
+    init: str = Field("none", min_length=1)  # a model folder, or a run's, whose weights training begins with
+    # The layers that begin anew all the same. The paper: "the last layers", which may be fc2 alone, or fc1 too.
+    fresh: list[str] = ["fc2"]
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """A shard set, or the part of it in one split, in some folds, or by lists of keys. A plain string is its url."""
 
     url: str
@@ -62,13 +69,13 @@ def _as_list(value: Any) -> Any:
 Sources = Annotated[list[DataSource], BeforeValidator(_as_list), Field(min_length=1)]
 
 
-class CacheSection(_Section):
+class CacheSection(Section):
     dir: str = Field(min_length=1)  # on a disk of the node
     max_bytes: ByteSize = Field(gt=0)
     format: CacheForm = "flac"
 
 
-class DataSection(_Section):
+class DataSection(Section):
     train: Sources
     eval: Sources
     crop_s: float = Field(8.0, gt=0, le=600)  # length of a training crop; shorter clips are zero-padded
@@ -88,9 +95,16 @@ class DataSection(_Section):
         return self
 
 
-class AugmentSection(_Section):
+Mixup = Literal["none", "standard", "modified"]
+MixupOn = Literal["waveform", "log_mel"]
+Partner = Literal["fresh", "in_batch"]
+
+
+class AugmentSection(Section):
     mixup: Mixup = "modified"
+    mixup_on: MixupOn = "waveform"
     partner: Partner = "fresh"
+    pitch_shift: int = Field(0, ge=0, le=12)  # semitones: each crop is shifted by a whole number of −this to +this
     specaugment: bool = True
 
 
@@ -98,7 +112,7 @@ class AugmentSection(_Section):
 LEAST_MICRO_BATCH = 8
 
 
-class OptimSection(_Section):
+class OptimSection(Section):
     global_batch: int = Field(32, ge=1)  # examples per optimizer step, whatever the number of workers
     micro_batch: int = Field(32, ge=1)  # examples that share BatchNorm statistics
     examples: int | None = Field(None, ge=1)  # length of the run, or
@@ -121,19 +135,24 @@ class OptimSection(_Section):
         return self
 
 
-class EvaluateSection(_Section):
+class EvaluateSection(Section):
     every: int | None = Field(None, ge=1)  # steps; the end of the run is always evaluated
     average_last: int | None = Field(None, ge=2)  # checkpoints, whose mean weights are evaluated too
+    pad_s: float = Field(0, ge=0, le=600)  # shorter clips are zero-padded to so many seconds
+
+    @property
+    def pad_samples(self) -> int:
+        return round(self.pad_s * SAMPLE_RATE)
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     every: int = Field(1000, ge=1)  # steps
     keep_last: int = Field(2, ge=1)
     keep_best: int = Field(0, ge=0)  # besides, by the evaluation's first metric
     max_failed: int = Field(3, ge=0)  # in a row that could not be written; one more ends the run
 
 
-class Elastic(_Section):
+class Elastic(Section):
     """As many workers as the cluster has room for."""
 
     min: int = Field(ge=1)
@@ -153,7 +172,7 @@ WorkersNumber = Annotated[
 ]
 
 
-class RunSection(_Section):
+class RunSection(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: str = Field("runs", min_length=1)  # a path, or s3://bucket/prefix
     workers: WorkersNumber = 1
@@ -178,7 +197,7 @@ class RunSection(_Section):
         return self.workers if isinstance(self.workers, int) else self.workers.max
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """All that defines a run. Sections and keys are docs/recipe.md's."""
 
     model: ModelSection
@@ -245,6 +264,11 @@ class Recipe(_Section):
 
 def load_recipe(path: Path, overrides: list[str] = []) -> Recipe:  # noqa: B006 - never changed
     """Read a YAML recipe and apply `key.path=value` overrides. Raises UsageError: file, key, what to do."""
+    return parse_recipe(read_tree(path, overrides), str(path))
+
+
+def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """The sections of a YAML file with its overrides, not yet checked; a run without a name gets the file's."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -259,15 +283,20 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Recipe:  # noqa: B006 
         tree["run"].setdefault("name", path.stem)
     elif tree.get("run") is None:
         tree["run"] = {"name": path.stem}
-    return parse_recipe(tree, str(path))
+    return tree
 
 
 def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     """Check a recipe that was read. Raises UsageError, which names `origin` and the key."""
+    return check(Recipe, tree, origin)
+
+
+def check(schema: type[S], tree: Any, origin: str) -> S:
+    """What was read from YAML, as the schema has it. Raises UsageError, which names `origin` and the key."""
     try:
-        return Recipe.model_validate(tree)
+        return schema.model_validate(tree)
     except ValidationError as error:
-        raise UsageError(f"{origin}: {_explain(error.errors()[0])}") from error
+        raise UsageError(f"{origin}: {_explain(schema, error.errors()[0])}") from error
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -290,11 +319,11 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise UsageError(f"{override!r}: the recipe has no place for {key}") from error
 
 
-def _explain(error: Any) -> str:
+def _explain(schema: type[Section], error: Any) -> str:
     error = {**error, "loc": [part for part in error["loc"] if part not in _KINDS_OF_WORKERS]}
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        names = _names_beside(error["loc"])
+        names = _names_beside(schema, error["loc"])
         near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
         parent = "".join(f"{part}." for part in error["loc"][:-1])
         hint = f"did you mean {parent}{near[0]}?" if near else f"there are {', '.join(parent + n for n in names)}"
@@ -311,8 +340,8 @@ def _explain(error: Any) -> str:
     return f"{path}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
 
 
-def _names_beside(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Recipe
+def _names_beside(schema: type[Section], location: tuple[Any, ...]) -> list[str]:
+    section: Any = schema
     for part in location[:-1]:
         if isinstance(part, int):
             section = DataSource
@@ -328,7 +357,7 @@ def _kinds(annotation: Any) -> list[Any]:
 
 
 def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, _Section)
+    return isinstance(kind, type) and issubclass(kind, Section)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

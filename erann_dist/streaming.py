@@ -16,7 +16,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from erann_dist.audio import Codec, DecodeError, clip_buffer
 from erann_dist.errors import UsageError, UserError
-from erann_dist.features import PAD_SAMPLES
+from erann_dist.features import padded_samples
 from erann_dist.folder import open_folder
 from erann_dist.loader import Batch, whole_clips
 from erann_dist.manifest import Manifest
@@ -104,12 +104,12 @@ def _sounds(file: BinaryIO) -> Iterator[bytes]:
 
 
 def decode_clips(
-    manifest: Manifest, clips: Iterable[StreamedClip], *, threads: int, micro_batch: int
+    manifest: Manifest, clips: Iterable[StreamedClip], threads: int, micro_batch: int, pad_samples: int = 0
 ) -> Generator[Batch, None, None]:
     """Streamed clips as batches of whole clips, in their order, decoded by some threads ahead of the caller.
 
-    A batch holds up to `micro_batch` consecutive clips that pad to the same length. Raises BadClip for one that does
-    not decode.
+    A batch holds up to `micro_batch` consecutive clips that pad to the same length, `pad_samples` at least. Raises
+    BadClip for one that does not decode.
     """
 
     def decode(clip: StreamedClip) -> npt.NDArray[np.int16]:
@@ -133,7 +133,7 @@ def decode_clips(
     length = 0
     with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
         for row, pcm in decoded(pool):
-            padded = -(-len(pcm) // PAD_SAMPLES) * PAD_SAMPLES
+            padded = padded_samples(max(len(pcm), pad_samples))
             if group and (padded != length or len(group) == micro_batch):
                 yield _batch(manifest, group, length)
                 group = []

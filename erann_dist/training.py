@@ -23,7 +23,7 @@ from erann_dist.augment import draw_choices, make_inputs
 from erann_dist.batchnorm import RunningStatistics
 from erann_dist.cache import ClipCache
 from erann_dist.data import count_reported, load_sources
-from erann_dist.distributed import Workers
+from erann_dist.distributed import Workers, device_name
 from erann_dist.engine import State, make_engine
 from erann_dist.errors import Stopped, UsageError, UserError
 from erann_dist.events import (
@@ -42,7 +42,7 @@ from erann_dist.feed import Fed, feed
 from erann_dist.folder import open_folder
 from erann_dist.manifest import Manifest, Task, require_same_labels
 from erann_dist.model import ERANN
-from erann_dist.model_folder import ModelInfo, model_card, save_model
+from erann_dist.model_folder import ModelInfo, initialise, model_card, save_model
 from erann_dist.outcomes import Outcome, Outcomes
 from erann_dist.recipe import Recipe
 from erann_dist.run_log import RunLog, goodput, lost
@@ -115,6 +115,10 @@ class _Training:
         torch.set_num_threads(recipe.run.threads)
         torch.manual_seed(recipe.run.seed)  # the initial weights; no other random choice is torch's
         self.model = ERANN.from_name(recipe.model.variant, clips.num_classes).to(workers.device)
+        found = checkpoint.latest(self.run_folder) if workers.is_first else None
+        self.resumed_from, self.damaged = workers.first(found) or (None, [])
+        if recipe.model.init != "none" and not self.resumed_from:
+            initialise(self.model, recipe.model.init, recipe.model.fresh)
         per_rank = micro_batches_per_rank(recipe.optim, workers.world_size)
         self.engine = make_engine(recipe.run.engine, self.model, recipe.optim, per_rank, workers)
 
@@ -125,9 +129,10 @@ class _Training:
         if workers.is_first:
             self.saver = Saver(checkpoint.begin(self.run_folder), recipe.checkpoint)
             resources.enter_context(closing(self.saver))
-        self.resumed_from, self.damaged = self._resume()
-        if self.saver and self.resumed_from:
-            self.saver.saved_step, self.saver.last = self.first_step, self.resumed_from
+        if self.resumed_from:
+            self._resume(self.resumed_from)
+            if self.saver:
+                self.saver.saved_step, self.saver.last = self.first_step, self.resumed_from
         self.statistics = RunningStatistics(self.model)  # of the weights that were loaded
 
         cache = recipe.data.cache
@@ -207,7 +212,7 @@ class _Training:
                 Fed(
                     batch.pcm,
                     torch.from_numpy(clips.targets(batch.crops.rows)),
-                    draw_choices(micro_batch.examples, frames, recipe.run.seed),
+                    draw_choices(micro_batch.examples, frames, recipe.run.seed, recipe.augment),
                     micro_batch.weight,
                 )
                 for batch, micro_batch in zip(loaded, dealt, strict=True)
@@ -232,19 +237,10 @@ class _Training:
 
     def _compute_micro_batch(self) -> Tensor:
         """The share () of the step's loss that the next micro-batch has; its gradient is added to the engine's."""
-        augment = self.recipe.augment
         waiting = time.perf_counter()
         batch = next(self.batches)
         self.window.waited += time.perf_counter() - waiting
-        inputs = make_inputs(
-            batch.pcm,
-            batch.targets,
-            batch.choices,
-            self.log_mel,
-            mixup=augment.mixup,
-            partner=augment.partner,
-            spec_augment=augment.specaugment,
-        )
+        inputs = make_inputs(batch.pcm, batch.targets, batch.choices, self.log_mel, self.recipe.augment)
         logits = self.engine.forward(inputs.log_mel, inputs.mask)
         losses = example_losses(logits, inputs.targets, self.clips.info.task)
         loss = losses.sum() * (batch.weight / self.recipe.optim.global_batch)
@@ -359,6 +355,7 @@ class _Training:
             self.eval_clips,
             self.workers,
             loader_threads=self.recipe.data.loader_threads,
+            pad_samples=self.recipe.evaluate.pad_samples,
             progress=progress,
         )
         records = bool(self.recipe.checkpoint.keep_best) and averaged is None
@@ -411,16 +408,13 @@ class _Training:
         info = self.clips.info
         listed = len(self.eval_clips) + sum(count_reported(source) for source in self.recipe.data.eval)
         metrics = evaluation.detail(predictions, self.eval_clips, listed)
-        model_info = ModelInfo(self.recipe.model.variant, info.task, info.label_ids, info.label_names, info.sample_rate)
+        variant, pad_samples = self.recipe.model.variant, self.recipe.evaluate.pad_samples
+        model_info = ModelInfo(variant, info.task, info.label_ids, info.label_names, info.sample_rate, pad_samples)
         card = model_card(model_info, metrics, self.recipe)
         save_model(open_folder(f"{self.run_folder}/{name}"), self.model, model_info, metrics, card)
 
-    def _resume(self) -> tuple[str | None, list[str]]:
-        """Take over the last checkpoint that is whole, if there is one: its name, and what is wrong with later ones."""
-        found = checkpoint.latest(self.run_folder) if self.workers.is_first else None
-        name, damaged = self.workers.first(found) or (None, [])
-        if name is None:
-            return None, damaged
+    def _resume(self, name: str) -> None:
+        """Take over a checkpoint."""
         path = f"{self.run_folder}/{name}"
         facts, state = checkpoint.load(self.run_folder, name)
         if facts.train_hash != self.clips.info.content_hash:
@@ -433,7 +427,6 @@ class _Training:
         self.first_step = facts.step
         self.bad_clips.unite([dict.fromkeys(facts.bad_clips, "")])
         self.bad_steps = list(facts.bad_steps)
-        return name, damaged
 
     def _facts(self, step: int) -> checkpoint.Facts:
         return checkpoint.Facts(
@@ -444,7 +437,7 @@ class _Training:
             threads=self.recipe.run.threads,
             bad_clips=sorted(self.bad_clips.found),
             bad_steps=list(self.bad_steps),
-            versions={name: importlib.metadata.version(name) for name in ("torch", "deepspeed")},
+            versions=_versions(),
         )
 
     def _was_evaluated(self, step: int) -> bool:
@@ -457,6 +450,7 @@ class _Training:
         """What was lost since the last start, and that the training begins."""
         workers, step = self.workers, self.first_step
         hosts = workers.gather_all(socket.gethostname())
+        hardware = workers.gather_all(device_name(workers.device))
         stacks = [stack for each in workers.gather_all(stacks_left(self.recipe.run_url)) for stack in each]
         if not (self.log and self.saver):
             return
@@ -471,6 +465,8 @@ class _Training:
                 resumed_from=f"{self.run_folder}/{self.resumed_from}" if self.resumed_from else None,
                 launched=workers.launched,
                 hosts=hosts,
+                hardware=hardware,
+                versions=_versions(),
             )
         )
         for problem in self.damaged:
@@ -484,6 +480,10 @@ class _Training:
                 text += f"; the stacks of {', '.join(rank for rank, _ in stacks)} are in {self.run_folder}/{name}"
             kind = _KINDS.get(text.split(" ")[0].rstrip(":"), "failure")
             self.say(Incident(step, kind, text, gone.steps, gone.seconds))
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
 
 
 class _Window:

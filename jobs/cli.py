@@ -9,9 +9,9 @@ import typer
 
 from erann_dist.errors import UsageError, UserError
 from jobs import shard_commands
-from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher, Shards
+from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher, Model, Shards
 from jobs.progress import RunView, console
-from jobs.show import demo_page, evaluation_page, facts_page, show, tagged_page, tags_page
+from jobs.show import demo_page, evaluation_page, facts_page, folds_page, report_page, show, tagged_page, tags_page
 
 app = typer.Typer(
     name="erann",
@@ -65,17 +65,119 @@ def pretrain(
 
 
 @app.command(
+    help="Cross-validation on a data set with folds, from a pretrained model or from scratch: a run for each fold, as "
+    "many at once as the cluster has room for. The same command again goes on where it was stopped."
+    + EXAMPLE
+    + "erann finetune esc50.yaml --from runs/audioset"
+    + "\n\n    erann finetune ravdess.yaml --from none model.variant=ERANN-1-3 protocol.folds=actors",
+)
+def finetune(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
+    init: Annotated[
+        str | None,
+        typer.Option("--from", help="A model folder or a finished run; none: from scratch. model.init if not given."),
+    ] = None,
+    launcher: Annotated[
+        Launcher | None, typer.Option(help="Who starts the workers: run.launcher of the recipe.")
+    ] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    from jobs.finetune import finetune as run
+    from jobs.progress import FleetView
+    from jobs.protocol import load_cross_validation
+    from jobs.recipes import find_recipe
+
+    settings = [*(overrides or []), *([f"run.launcher={launcher}"] if launcher else [])]
+    validation = load_cross_validation(find_recipe(recipe), settings, init)
+    with FleetView() as view:
+        (result,) = run([validation], address, view)
+    show(result, as_json, folds_page)
+    if result["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command(
+    help="The paper's tables: augmentation (mixup, SpecAugment, crop) and hyperparameters (s_m and W) on a recipe of "
+    "erann pretrain; transfer (from scratch against fine-tuned) on recipes of erann finetune. The runs go in parallel "
+    "as the cluster allows. A key set behind the recipe holds for all rows. The same command again goes on."
+    + EXAMPLE
+    + "erann study augmentation audioset.yaml run.name=augmentation --seed 0 --seed 1"
+    + "\n\n    erann study hyperparameters audioset.yaml run.name=variants --variant ERANN-1-6 --variant ERANN-2-5"
+    + "\n\n    erann study transfer esc50.yaml ravdess.yaml --variant ERANN-2-5 --from runs/variants/{variant}-seed0",
+)
+def study(
+    kind: Annotated[Literal["augmentation", "hyperparameters", "transfer"], typer.Argument()],
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE... [KEY.PATH=VALUE]...", help="YAML files, then keys of all of them.")
+    ],
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Of hyperparameters and transfer, in place of the paper's; several.")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option("--from", help="Of transfer: pretrained model or run, {variant} replaced by each.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Each row is run with each; 0 if not given.")] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    from jobs import study as studies
+    from jobs.progress import FleetView
+    from jobs.recipes import find_recipe
+    from jobs.show import study_page
+
+    paths = [find_recipe(Path(each)) for each in recipes if "=" not in each]
+    overrides, seeds = [each for each in recipes if "=" in each], seed or [0]
+    with FleetView() as view:
+        if kind == "transfer":
+            if not init:
+                raise UsageError("study transfer needs --from, the pretrained model or run to fine-tune from")
+            result = studies.run_transfer(
+                paths, variant or studies.TRANSFER_VARIANTS, init, overrides, seeds, address, view
+            )
+        else:
+            if len(paths) != 1 or init:
+                raise UsageError(f"study {kind} takes one recipe of erann pretrain, and no --from")
+            rows = studies.augmentation_rows() if kind == "augmentation" else studies.hyperparameter_rows(variant)
+            result = studies.run_grid(kind, rows, paths[0], overrides, seeds, address, view)
+    show(result, as_json, study_page)
+    if result["failed"]:
+        raise typer.Exit(1)
+
+
+@app.command(
+    help="Pretrain, evaluate, and fine-tune on several data sets, as one job. The same command again goes on where it "
+    "was stopped." + EXAMPLE + "erann pipeline pipeline.yaml pretrain.set.run.workers=8",
+)
+def pipeline(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    from jobs.pipeline import load_pipeline, run_pipeline
+    from jobs.recipes import find_recipe
+    from jobs.show import pipeline_page
+
+    result = run_pipeline(load_pipeline(find_recipe(recipe), overrides or []), address)
+    show(result, as_json, pipeline_page)
+    if any(each["failed"] for each in result["finetuned"]):
+        raise typer.Exit(1)
+
+
+@app.command(
     help="Score every clip of a shard set once with a trained model: mAP, mAUC, d′, or accuracy and confusion matrix."
     + EXAMPLE
-    + "erann evaluate runs/esc10/model shard-sets/esc10 --fold 5",
+    + "erann evaluate runs/esc10 shard-sets/esc10 --fold 5",
 )
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Model folder, such as a run's model/.")],
+    model: Model,
     shards: Annotated[str, typer.Argument(help="Folder of the shard set.")],
     split: Annotated[str | None, typer.Option(help="Only the clips of this split.")] = None,
     fold: Annotated[list[int] | None, typer.Option(help="Only the clips of this fold; may be given again.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write; MODEL/evaluations/<name of the set> if not given.")
+        Path | None, typer.Option(help="Where to write; evaluations/<name of the set> in the model's folder otherwise.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1)] = 1,
     launcher: Annotated[Launcher | None, typer.Option(help="none for one worker, else ray, if not given.")] = None,
@@ -83,12 +185,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     from cluster.launch import is_first_process
+    from erann_dist.model_folder import find_model
     from erann_dist.recipe import DataSource
     from jobs.evaluate import evaluate as run
 
     source = DataSource(url=shards, split=split, fold=fold or None)
     part = "".join([f"-{split}" if split else "", *(f"-fold{number}" for number in fold or [])])
-    out = out or model / "evaluations" / f"{Path(shards).name}{part}"
+    if not out:
+        if "://" in model:
+            raise UsageError(f"{model}: --out is needed, a folder on this machine")
+        out = Path(find_model(model).url, "evaluations", f"{Path(shards).name}{part}")
     with RunView() as view:
         result = run(model, source, out, launcher or ("none" if workers == 1 else "ray"), workers, device, view)
     if is_first_process():
@@ -98,11 +204,11 @@ def evaluate(
 @app.command(
     help="The likeliest labels of sound files of any format; or the scores of every clip of a shard set, as Parquet."
     + EXAMPLE
-    + "erann tag runs/esc10/model ../shared/data/esc10/audio/1-100032-A-0.ogg"
-    + "\n\n    erann tag runs/esc10/model s3://bucket/esc10 --out tags.parquet --workers 2",
+    + "erann tag runs/esc10 ../shared/data/esc10/audio/1-100032-A-0.ogg"
+    + "\n\n    erann tag runs/esc10 s3://bucket/esc10 --out tags.parquet --workers 2",
 )
 def tag(
-    model: Annotated[Path, typer.Argument(help="Model folder, such as a run's model/.")],
+    model: Model,
     sounds: Annotated[
         list[str], typer.Argument(help="Sound files, or one shard set: its folder or s3://bucket/prefix.")
     ],
@@ -139,6 +245,29 @@ def tag(
 
 
 @app.command(
+    help="What augmentation does to a clip, as an image: waveform and log-mel before and after temporal crop, pitch "
+    "shift, each kind of mixup and SpecAugment. All random choices are a run's with this seed."
+    + EXAMPLE
+    + "erann augment ../shared/data/esc10/audio/1-100032-A-0.ogg --out dog.png"
+    + "\n\n    erann augment dog.wav --with rain.wav --seed 3 --out dog-in-the-rain.png",
+)
+def augment(
+    clip: Annotated[Path, typer.Argument(help="A sound file of any format.")],
+    out: Annotated[Path, typer.Option(help="The image to write, such as FILE.png.")],
+    partner: Annotated[
+        Path | None,
+        typer.Option("--with", help="The clip to mix it with; the clip itself, backwards, if not given."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    crop_s: Annotated[float, typer.Option(min=0.5, max=60, help="Length of the crops.")] = 3.0,
+    as_json: Json = False,
+) -> None:
+    from jobs.report.augment_plot import draw_augmentation
+
+    show(draw_augmentation(clip, partner, out, seed, crop_s), as_json, facts_page)
+
+
+@app.command(
     help="How the runs below a folder stand; or of one run its starts, incidents and evaluations, and its curves."
     + EXAMPLE
     + "erann runs runs"
@@ -160,6 +289,28 @@ def runs(
         raise UsageError(f"{url}: --plot draws one run; give its name too")
     else:
         show(list_runs(url, endpoint), as_json, runs_page)
+
+
+@app.command(
+    help="One HTML page about runs or studies: curves, classes, confusion matrix, the worst and the best clips, data, "
+    "machine. It needs no network."
+    + EXAMPLE
+    + "erann report runs/esc10"
+    + "\n\n    erann report runs/a runs/b s3://bucket/runs/c --out compared.html",
+)
+def report(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="A run's folder or a study's: a path or s3://bucket/prefix.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="The HTML file; report.html in the first folder if not given.")
+    ] = None,
+    endpoint: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    from jobs.report.report import report as run
+
+    show(run(runs, out, endpoint), as_json, report_page)
 
 
 @app.command(
@@ -249,6 +400,23 @@ def bench_loader(
     from jobs.bench.loading import bench_loader as run
 
     show(run(shards, batches, crop_s, rounds), as_json, facts_page)
+
+
+@bench_app.command(
+    "augment",
+    help="The cost of pitch shift for a clip, by torchaudio's own function and by ours, beside that of the front end "
+    "and of a training example, on one core." + EXAMPLE + "erann bench augment --variant ERANN-1-3",
+)
+def bench_augment(
+    variant: Annotated[str, typer.Option(help="Whose training example.")] = "ERANN-1-3",
+    crop_s: Annotated[float, typer.Option(min=0.5, help="Length of the crops.")] = 3.0,
+    clips: Annotated[int, typer.Option(min=1, help="That share a shift, as in a micro-batch.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 5,
+    as_json: Json = False,
+) -> None:
+    from jobs.bench.augmentation import bench_augment as run
+
+    show(run(variant, crop_s, clips, rounds), as_json, facts_page)
 
 
 @bench_app.command(

@@ -56,7 +56,7 @@ def demo(folder: Path) -> dict[str, Any]:
         **result,
         "clip": str(clip),
         "clip_labels": [held_out.label_names[i] for i in row["labels"]],
-        "tags": tag(Path(result["model"]), [clip], top=5)[str(clip)],
+        "tags": tag(result["model"], [clip], top=5)[str(clip)],
         "minutes": (time.monotonic() - began) / 60,
     }
 

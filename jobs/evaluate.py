@@ -5,43 +5,55 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from cluster.launch import launch
 from erann_dist import evaluation, strict_json
-from erann_dist.audio import DecodeError, load
 from erann_dist.data import count_reported, load_source
 from erann_dist.distributed import Workers
-from erann_dist.errors import UsageError, UserError
+from erann_dist.errors import UsageError
 from erann_dist.events import Emit, Evaluated, EvaluationProgress
 from erann_dist.features import LogMel
 from erann_dist.folder import LocalFolder
-from erann_dist.model_folder import load_model, require_fit, require_rate
+from erann_dist.model_folder import find_model, load_model, require_fit, require_rate
 from erann_dist.recipe import DataSource
+from jobs.sounds import read_sound
 
 _TAG_WINDOW_SECONDS = 10
 
 
 def evaluate(
-    model: Path, source: DataSource, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
+    model: str, source: DataSource, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
 ) -> dict[str, Any]:
-    """Score each clip of the source once; write metrics.json and predictions.parquet to `out`. Raises UserError."""
-    _, info = load_model(model)
-    require_fit(model, info, source.url, load_source(source).info)
-    config = {"model": str(model), "source": source.model_dump(), "out": str(out)}
+    """Score each clip of the source once; write metrics.json and predictions.parquet to `out`. Raises UserError.
+
+    model: the URL of a model folder or a run, as in all functions here.
+    """
+    folder = find_model(model)
+    _, info = load_model(folder)
+    require_fit(folder, info, source.url, load_source(source).info)
+    config = {"model": model, "source": source.model_dump(), "out": str(out)}
     launch(evaluate_worker, config, launcher=launcher, num_workers=num_workers, device=device, on_event=on_event)
     metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
-    return {"model": str(model), "out": str(out)} | metrics
+    return {"model": str(folder), "out": str(out)} | metrics
 
 
 def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     """What each worker does."""
     torch.set_num_threads(1)  # see run.threads of the recipe: the result must not depend on the machine
-    model, _ = load_model(Path(config["model"]))
+    model, info = load_model(find_model(config["model"]))
     source = DataSource(**config["source"])
     clips = load_source(source)
     progress = _progress(workers, emit)
-    predictions = evaluation.score(model.to(workers.device), clips, workers, loader_threads=2, progress=progress)
+    predictions = evaluation.score(
+        model.to(workers.device),
+        clips,
+        workers,
+        loader_threads=2,
+        pad_samples=info.pad_samples,
+        progress=progress,
+    )
     if predictions:
         metrics = evaluation.detail(predictions, clips, len(clips) + count_reported(source))
         out = LocalFolder(config["out"])
@@ -53,28 +65,31 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
 
 
 def tag_set(
-    model: Path, url: str, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
+    model: str, url: str, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
 ) -> dict[str, Any]:
     """Score each clip of a shard set once, whatever its labels; write key and scores to `out`. Raises UserError."""
-    _, info = load_model(model)
+    folder = find_model(model)
+    _, info = load_model(folder)
     clips = load_source(DataSource(url=url))
-    require_rate(model, info, url, clips.info)
+    require_rate(folder, info, url, clips.info)
     if out.is_dir():
         raise UsageError(f"{out}: is a folder; --out is the Parquet file to write")
     out.parent.mkdir(parents=True, exist_ok=True)
-    config = {"model": str(model), "url": url, "out": str(out)}
+    config = {"model": model, "url": url, "out": str(out)}
     launch(tag_worker, config, launcher=launcher, num_workers=num_workers, device=device, on_event=on_event)
-    return {"model": str(model), "shards": url, "clips": len(clips), "out": str(out)}
+    return {"model": str(folder), "shards": url, "clips": len(clips), "out": str(out)}
 
 
 def tag_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     """What each worker does."""
     torch.set_num_threads(1)  # as in evaluate_worker
-    model, info = load_model(Path(config["model"]))
+    model, info = load_model(find_model(config["model"]))
     clips = load_source(DataSource(url=config["url"]))
     model.to(workers.device)
     progress = _progress(workers, emit)
-    scores = evaluation.score_stream(model, info.task, clips, workers, threads=2, progress=progress)
+    scores = evaluation.score_stream(
+        model, info.task, clips, workers, threads=2, pad_samples=info.pad_samples, progress=progress
+    )
     if scores is not None:
         out = Path(config["out"])
         with LocalFolder(str(out.parent)).writing(out.name) as file:
@@ -93,21 +108,17 @@ def _progress(workers: Workers, emit: Emit) -> Callable[[int, int], None]:
 
 
 @torch.inference_mode()
-def tag(model_folder: Path, files: list[Path], top: int) -> dict[str, list[dict[str, Any]]]:
+def tag(model_url: str, files: list[Path], top: int) -> dict[str, list[dict[str, Any]]]:
     """The `top` likeliest labels of sound files: path -> [{id, name, score}, ...]. Raises UserError.
 
     A file much longer than 10 s is scored in equal windows of about 10 s, and the scores are averaged.
     """
-    model, info = load_model(model_folder)
+    model, info = load_model(find_model(model_url))
     log_mel = LogMel()
 
     def tags(file: Path) -> list[dict[str, Any]]:
-        if not file.is_file():
-            raise UsageError(f"{file}: no such file")
-        try:
-            samples = load(file, info.sample_rate).samples
-        except DecodeError as error:
-            raise UserError(f"{file}: no sound could be decoded ({error})") from error
+        samples = read_sound(file, info.sample_rate)
+        samples = np.pad(samples, (0, max(0, info.pad_samples - len(samples))))
         count = max(1, round(len(samples) / info.sample_rate / _TAG_WINDOW_SECONDS))
         logits = torch.cat([model(log_mel(part[None])) for part in torch.from_numpy(samples).tensor_split(count)])
         scores = (logits.sigmoid() if info.task == "tagging" else logits.softmax(dim=1)).mean(dim=0)

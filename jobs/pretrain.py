@@ -30,8 +30,8 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
     """
     run = open_folder(recipe.run_url)
     if is_first_process():
-        _check_run(recipe, run, resume)
-    if not _is_finished(run):
+        check_run(recipe, run, resume)
+    if not is_finished(run):
         with _prepared(recipe, run) if is_first_process() else nullcontext():
             launch(
                 train_worker,
@@ -90,14 +90,15 @@ def outcome(run: Folder) -> dict[str, Any]:
     return {"run": str(run), "model": f"{run}/model"} | {k: metrics[k] for k in names if k in metrics}
 
 
-def _is_finished(run: Folder) -> bool:
+def is_finished(run: Folder) -> bool:
     return run.exists("model/config.json")
 
 
-def _check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
+def check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
+    """Raise UserError unless the run may begin, or go on, in this folder by this recipe."""
     # A start that failed before its first checkpoint does not claim the name.
     begun = bool(checkpoint.committed(run))
-    exists = begun or _is_finished(run)
+    exists = begun or is_finished(run)
     if exists and resume == "never":
         raise UserError(f"{run}: this run exists, and --resume never was asked for; give another run.name")
     if resume == "must" and not begun:

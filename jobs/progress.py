@@ -25,6 +25,7 @@ from erann_dist.run_log import CommandGoodput
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 10.0
+_FLEET_SECONDS = 30.0  # of each of several runs
 
 
 class Bar:
@@ -138,6 +139,48 @@ class RunView:
             self._bar = None
 
 
+class FleetView:
+    """Shows the events of several runs: what happened in lines that begin with the run's name, how it goes in others.
+
+    Use as a context, and call it with a run's name and each event.
+    """
+
+    def __init__(self) -> None:
+        self._runs: dict[str, _Status] = {}
+        self._told: dict[str, float] = {}  # when a line of a run's steps was last printed
+        self._open = ExitStack()
+
+    def __enter__(self) -> "FleetView":
+        if console.is_terminal:
+            self._open.enter_context(Live(get_renderable=self._page, console=console, refresh_per_second=2))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def __call__(self, name: str, event: Event) -> None:
+        status = self._runs.setdefault(name, _Status())
+        status.update(event)
+        if isinstance(event, Started):
+            begins = f"going on from step {event.step}" if event.resumed_from else "begins"
+            _say(f"{name}: {begins}, {event.steps} steps on {event.train_clips} clips")
+        elif isinstance(event, Incident):
+            _say(f"{name}: step {event.step}: {event.text}{losses(event.steps_lost, event.seconds_lost)}")
+        elif isinstance(event, Finished):
+            _say(f"{name}: finished after {duration(event.seconds)}  {status.line()}")
+        elif isinstance(event, Step) and not console.is_terminal:
+            now = time.monotonic()
+            if now - self._told.get(name, -_FLEET_SECONDS) >= _FLEET_SECONDS:
+                self._told[name] = now
+                _say(f"{name}: {status.line()}")
+
+    def _page(self) -> Table:
+        page = Table.grid(padding=(0, 2, 0, 0))
+        for name, status in list(self._runs.items()):
+            page.add_row(name, status.line())
+        return page
+
+
 class _Status:
     """How a run stands, as a page once it has started."""
 
@@ -170,6 +213,23 @@ class _Status:
                 self._evaluations.append(event)
         elif isinstance(event, Incident):
             self._incidents += 1
+
+    def line(self) -> str:
+        """In a few words."""
+        if self._started is None:
+            return "begins"
+        latest, scoring, evaluations = self._step, self._scoring, self._evaluations
+        steps, done = self._started.steps, latest[0].step if latest else self._started.step
+        words = [f"step {done:,} of {steps:,}"]
+        if latest:
+            words.append(f"loss {latest[0].loss:.4f}")
+        if scoring:
+            words.append(f"scoring {scoring.done} of {scoring.total} clips")
+        elif left := _time_left(done, steps, self._first, time.time()):
+            words.append(left)
+        if evaluations:
+            words.append("  ".join(f"{name} {value:.4f}" for name, value in evaluations[-1].metrics.items()))
+        return "  ".join(words)
 
     def page(self) -> Table:
         assert self._started

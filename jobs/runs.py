@@ -20,7 +20,7 @@ def list_runs(url: str, endpoint: str | None) -> dict[str, Any]:
     """How each run below a folder stands. Raises UsageError when there is no such folder or no run in it."""
     now = time.time()
     names = _names(open_folder(url, endpoint))
-    return {"folder": url, "runs": [_standing(name, _lines(url, name, endpoint), now) for name in names]}
+    return {"folder": url, "runs": [standing(name, _lines(url, name, endpoint), now) for name in names]}
 
 
 def show_run(url: str, name: str, endpoint: str | None, plot: Path | None) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def show_run(url: str, name: str, endpoint: str | None, plot: Path | None) -> di
 
         draw_run(lines, _run_url(url, name), plot)
     return (
-        _standing(name, lines, time.time())
+        standing(name, lines, time.time())
         | {"folder": url, "starts": _events(lines, "Started"), "incident_list": _events(lines, "Incident")}
         | {"evaluations": evaluations(lines), "plot": str(plot) if plot else None}
     )
@@ -83,20 +83,21 @@ def _events(lines: Sequence[Line], kind: str) -> list[Line]:
     return [line for line in lines if line["event"] == kind]
 
 
-def _standing(name: str, lines: Sequence[Line], now: float) -> dict[str, Any]:
-    standing: dict[str, Any] = dict.fromkeys(("step", "steps", "workers", "best", "goodput", "last_event", "silent_s"))
-    standing |= {"run": name, "state": "empty", "incidents": len(_events(lines, "Incident"))}
+def standing(name: str, lines: Sequence[Line], now: float) -> dict[str, Any]:
+    """How a run stands by its log: state, step, best evaluation, goodput; None for what is not known yet."""
+    found: dict[str, Any] = dict.fromkeys(("step", "steps", "workers", "best", "goodput", "last_event", "silent_s"))
+    found |= {"run": name, "state": "empty", "incidents": len(_events(lines, "Incident"))}
     if not lines:
-        return standing
+        return found
     last = lines[-1]["time"]
     state = _state(lines, now)
     for line in lines:
         if line["event"] in ("Started", "Step", "Finished"):
-            standing["step"] = line["step"]
+            found["step"] = line["step"]
     if starts := _events(lines, "Started"):
-        standing |= {key: starts[-1][key] for key in ("steps", "workers")}
+        found |= {key: starts[-1][key] for key in ("steps", "workers")}
     share = goodput(lines, now if state == "running" else last)
-    return standing | {
+    return found | {
         "state": state,
         "best": _best(lines),
         "goodput": share,

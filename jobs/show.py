@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jobs.progress import duration
+
 console = Console(highlight=False, soft_wrap=True, markup=False)
 
 
@@ -51,6 +53,64 @@ def repaired_page(result: dict[str, Any]) -> None:
     console.print(f"{result['shards']}: " + (f"rebuilt {names}" if names else "nothing to repair"))
 
 
+def folds_page(result: dict[str, Any]) -> None:
+    """The folds, their mean beside the paper's, then the classes that went worst."""
+    how = "from scratch" if result["init"] == "none" else f"from {result['init']}"
+    console.print(f"{result['variant']} on {result['data_set']}, {how}")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("fold", "accuracy", "best step's *", "clips", "trained on", "took"):
+        table.add_column(title, justify="left" if title == "fold" else "right")
+    for fold in result["folds"]:
+        best = f"{fold['best_accuracy']:.4f} at {fold['best_step']:,}"
+        took = duration(fold["seconds"])
+        clips, train_clips = f"{fold['clips']:,}", f"{fold['train_clips']:,}"
+        table.add_row(str(fold["fold"]), f"{fold['accuracy']:.4f}", best, clips, train_clips, took)
+    if result["folds"]:
+        deviation = f" ± {result['std']:.4f}" if result["std"] is not None else ""
+        table.add_row("mean", f"{result['mean']:.4f}{deviation}", f"{result['best_mean']:.4f}")
+    if result["paper"]:
+        table.add_row("paper", f"{result['paper']['accuracy']:.3f}", "", "", "", result["paper"]["what"])
+    console.print(table)
+    console.print("* chosen on the fold that it is measured on; the accuracy is the last step's")
+    if result["why_not_comparable"]:
+        console.print(f"not comparable with the paper's: {result['why_not_comparable']}")
+    for each in result["failed"]:
+        console.print(f"fold {each['fold']} failed: {each['why']}")
+    worst = sorted((c for c in result["per_class"] if c["accuracy"] is not None), key=lambda c: c["accuracy"])[:5]
+    if worst:
+        console.print("hardest: " + ", ".join(f"{c['name']} {c['accuracy']:.2f}" for c in worst))
+
+
+def study_page(result: dict[str, Any]) -> None:
+    """The table, the paper's figure beside ours."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in result["columns"]:
+        table.add_column(
+            column.replace("_", " "), justify="left" if column in ("data_set", "variant", "init") else "right"
+        )
+    for row in result["rows"]:
+        table.add_row(*(_cell(row[column]) for column in result["columns"]))
+    console.print(table)
+    for each in result["failed"]:
+        console.print(f"{each['run']} failed: {each['why']}")
+    console.print(f"written to {result['folder']}/table.csv")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def pipeline_page(result: dict[str, Any]) -> None:
+    facts_page(result["pretrained"])
+    for each in result["finetuned"]:
+        console.print()
+        folds_page(each)
+
+
 def tags_page(result: dict[str, list[dict[str, Any]]]) -> None:
     for file, tags in result.items():
         console.print(file)
@@ -76,6 +136,12 @@ def evaluation_page(metrics: dict[str, Any]) -> None:
     console.print(table)
     if metrics.get("left_out"):
         console.print(f"left out of the means, without positives: {', '.join(metrics['left_out'])}")
+
+
+def report_page(result: dict[str, Any]) -> None:
+    for note in result["notes"]:
+        console.print(note)
+    console.print(f"{result['report']}: {size(result['bytes'])}")
 
 
 def demo_page(result: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ from rich.table import Table
 
 from erann_dist.folder import Folder
 from erann_dist.storage import write_text
-from jobs.report.stats_page import hours, html_page, percent, times
+from jobs.report.page import percent
+from jobs.report.stats_page import hours, html_page, times
 from jobs.show import console, size
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN, statistics
 

@@ -129,7 +129,7 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
     null_recipe = changed(
         long,
         data={"crop_s": 0.5},
-        augment={"specaugment": False},
+        augment={"mixup_on": "waveform", "pitch_shift": 0, "specaugment": False},
         optim={"micro_batch": _NULL_MICRO_BATCH, "global_batch": _NULL_MICRO_BATCH * recipe.run.max_workers},
     )
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, Groups(recipe, scratch) as groups:
@@ -416,17 +416,9 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
     for step in range(turn.warm_up + turn.steps):
         for number in range(per_rank):
             pcm = pool[(step * per_rank + number) % len(pool)]
-            choices = draw_choices(examples + step * optim.global_batch, frames, recipe.run.seed)
+            choices = draw_choices(examples + step * optim.global_batch, frames, recipe.run.seed, mixing)
             batch = Fed(pcm, targets, choices, 1.0).map(lambda tensor: tensor.to(device, non_blocking=True))
-            inputs = make_inputs(
-                batch.pcm,
-                batch.targets,
-                batch.choices,
-                log_mel,
-                mixup=mixing.mixup,
-                partner=mixing.partner,
-                spec_augment=mixing.specaugment,
-            )
+            inputs = make_inputs(batch.pcm, batch.targets, batch.choices, log_mel, mixing)
             with nullcontext() if workers.world_size == 1 or number == per_rank - 1 else network.no_sync():
                 with autocast(device, optim.precision):
                     logits = network(inputs.log_mel, inputs.mask)
@@ -473,8 +465,7 @@ def _substitutes(turn: Turn, world_size: int) -> Iterator[None]:
             patches.enter_context(patch.object(ERANN, "from_name", NullModel))
             patches.enter_context(patch.object(LogMel, "forward", _no_log_mel))
             patches.enter_context(patch.object(ClipReader, "crop", lambda *_: None))
-            for mix in ("mix_standard", "mix_modified"):
-                patches.enter_context(patch.object(augment, mix, lambda one, other, share: one))
+            patches.enter_context(patch.dict(augment.MIXES, dict.fromkeys(augment.MIXES, lambda one, other, _: one)))
         yield
 
 

@@ -42,6 +42,15 @@ def test_bench_loader(tmp_path: Path) -> None:
     assert all(figures["peak_mb"] > 1 and figures["cpu_share"] > 0 for figures in ways.values())
 
 
+def test_bench_augment(tmp_path: Path) -> None:
+    options = ["--variant", "ERANN-3-1", "--crop-s", 0.5, "--clips", 1, "--rounds", 1]
+    result = erann(tmp_path, "bench", "augment", *options)
+    example, shifted = result["training_example_ms"], 2 * 4 / 5
+    assert result["share_of_example_ours"] == pytest.approx(shifted * result["ours_ms"] / example, abs=1e-3)
+    assert result["speedup"] == pytest.approx(result["torchaudio_ms"] / result["ours_ms"], rel=0.02)
+    assert min(result["front_end_ms"], result["torchaudio_alone_ms"]) > 0
+
+
 def test_bench_kills(tmp_path: Path, tone_shards: Path) -> None:
     """Real kills, and weights bit-identical to those of the undisturbed run."""
     result = erann(tmp_path, "bench", "kills", tone_shards, "--steps", 40, "--kills", 4)

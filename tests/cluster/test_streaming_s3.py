@@ -264,7 +264,7 @@ def test_tag_a_set_in_s3(server: Server, shards: Path, tmp_path: Path, monkeypat
     save_model(open_folder(str(tmp_path / "m")), ERANN.from_name("ERANN-2-1", 3), info, {}, "")
     tables = []
     for url, name in (("s3://sounds/set", "there"), (str(shards), "here")):
-        result = tag_set(tmp_path / "m", url, tmp_path / name, "none", 1, "cpu", lambda event: None)
+        result = tag_set(str(tmp_path / "m"), url, tmp_path / name, "none", 1, "cpu", lambda event: None)
         assert (result["clips"], result["shards"]) == (20, url)
         tables.append(pq.read_table(tmp_path / name))
     assert tables[0].equals(tables[1])

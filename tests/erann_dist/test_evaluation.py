@@ -52,10 +52,17 @@ def test_workers_without_a_batch_wait_for_the_others(tone_shards: Path) -> None:
 def test_every_clip_is_in_one_batch_of_its_length(tone_shards: Path) -> None:
     manifest = load_manifest(tone_shards)
     batches = evaluation.evaluation_batches(manifest)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(len(manifest)))
-    for rows in batches:
+    assert sorted(np.concatenate([rows for _, rows in batches]).tolist()) == list(range(len(manifest)))
+    for length, rows in batches:
         assert len(rows) <= evaluation.MICRO_BATCH
-        assert len(set(-(-manifest.samples[rows] // 22_050))) == 1
+        assert set(-(-manifest.samples[rows] // 22_050) * 22_050) == {length}
+
+
+def test_a_short_clip_is_padded_to_the_length_asked_for(tone_shards: Path) -> None:
+    manifest = load_manifest(tone_shards)
+    longest = int(manifest.samples.max())
+    lengths = {length for length, _ in evaluation.evaluation_batches(manifest, longest + 22_050)}
+    assert lengths == {-(-longest // 22_050) * 22_050 + 22_050}
 
 
 def test_scores_are_the_models_on_the_whole_clip(tone_shards: Path) -> None:

@@ -159,6 +159,28 @@ def test_resume_is_bit_identical(tone_shards: Path, tmp_path: Path, engine: str,
     assert [line["step"] for line in steps if line["event"] == "Step"] == [1, 2, 3, 4]
 
 
+def test_spectrograms_mixed_and_pitches_shifted_are_the_same_on_two_workers_and_resumed(
+    tone_shards: Path, tmp_path: Path
+) -> None:
+    """Micro-batches of eight, of whose sixteen crops several share a shift."""
+    sections = {
+        "augment": {"mixup_on": "log_mel", "pitch_shift": 2},
+        "optim": {"micro_batch": 8, "examples": 64, "lr": 1e-4},
+        "checkpoint": {"every": 2, "keep_last": 9},
+    }
+    expected = losses(train_alone(small_recipe(tone_shards, tmp_path / "whole", **sections)))
+    assert len(expected) == 4
+    on_two = losses(train_on(2, small_recipe(tone_shards, tmp_path / "two", **sections)))
+    np.testing.assert_allclose(on_two, expected, rtol=1e-4)
+    unshifted = sections | {"augment": {"mixup_on": "log_mel"}}
+    assert (losses(train_alone(small_recipe(tone_shards, tmp_path / "unshifted", **unshifted))) != expected).all()
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut, ignore=shutil.ignore_patterns("model", "step-00000004-0001"))
+    assert losses(train_alone(small_recipe(tone_shards, cut, **sections))).tolist() == expected[2:].tolist()
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(cut)[name], value), name
+
+
 def test_checkpoints_are_free_of_engine_stage_and_workers(tone_shards: Path, tmp_path: Path) -> None:
     """What two workers at stage 2 wrote goes on with one worker at stage 1, at stage 0 and in plain PyTorch."""
     start = {"checkpoint": {"every": 2, "keep_last": 9}}

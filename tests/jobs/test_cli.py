@@ -1,5 +1,6 @@
 """The command as a user meets it: help, exit codes, and one clear line for everything that can be wrong."""
 
+import csv
 import errno
 import fcntl
 import json
@@ -14,11 +15,13 @@ import pytest
 import soundfile
 import typer
 import yaml
+from matplotlib.image import imread
 
 from erann_dist.manifest import MANIFEST
 from jobs import cli
 from shards.sources.audioset import read_audioset
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
+from tests.folded import write_folded_set, write_protocol
 
 COMMANDS = [
     "pack",
@@ -27,15 +30,21 @@ COMMANDS = [
     "index",
     "stage",
     "stats",
+    "bench augment",
     "bench pack",
     "bench plan",
     "bench loader",
     "bench sampler",
     "bench train",
+    "bench kills",
     "plan",
     "pretrain",
+    "finetune",
+    "study",
+    "pipeline",
     "evaluate",
     "tag",
+    "augment",
     "runs",
     "demo",
 ]
@@ -249,7 +258,34 @@ def test_evaluate_and_tag(erann, trained: Path, tone_shards: Path, tmp_path: Pat
     (tmp_path / "text.wav").write_text("no sound")
     assert_refused(erann("tag", model, tmp_path / "text.wav"), 1, "text.wav: no sound could be decoded")
     assert_refused(erann("tag", model, tmp_path / "gone.wav"), 2, "gone.wav: no such file")
-    assert_refused(erann("tag", tmp_path, clip), 1, "no model here")
+    assert_refused(erann("tag", tmp_path, clip), 2, "no model here")
+
+
+def test_augment(erann, tmp_path: Path) -> None:
+    """A picture of what was drawn by the seed, with a partner or the clip itself backwards."""
+    time = np.arange(44_100) / 44_100
+    soundfile.write(tmp_path / "tone.wav", 0.3 * np.sin(2 * np.pi * 500 * time), 44_100)
+    soundfile.write(tmp_path / "noise.flac", 0.1 * np.random.default_rng(0).standard_normal(8000), 16_000)
+    command = ["augment", tmp_path / "tone.wav", "--crop-s", 0.5, "--out"]
+    facts = json.loads(erann(*command, tmp_path / "a.png", "--json").out)
+    assert facts["partner"] is None
+    assert 0 < facts["mixup_share"] < 1
+    assert all(0 <= start <= 0.5 for start in facts["crop_starts_s"])
+    other = ["--with", tmp_path / "noise.flac"]
+    again = json.loads(erann(*command, tmp_path / "b.png", *other, "--json").out)
+    assert {key for key in facts if facts[key] != again[key]} == {"partner", "out", "crop_starts_s"}
+    assert erann(*command, tmp_path / "c.png", "--seed", 1).code == 0
+    images = [imread(tmp_path / f"{name}.png") for name in "abc"]
+    assert all(image.shape[0] > 1500 < image.shape[1] * 2 and image.std() > 0.1 for image in images)
+    assert not np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
+    assert_refused(erann(*command, tmp_path / "a.foo"), 2, "a.foo: not a kind of image; give FILE.png")
+    assert_refused(erann(*command, tmp_path / "no" / "a.png"), 1, "no/a.png: No such file or directory")
+    (tmp_path / "text.wav").write_text("no sound")
+    other = ["--with", tmp_path / "text.wav"]
+    assert_refused(erann(*command, tmp_path / "d.png", *other), 1, "text.wav: no sound could be decoded")
+    assert_refused(erann("augment", tmp_path / "gone.wav", "--out", tmp_path / "d.png"), 2, "gone.wav: no such file")
+    assert not (tmp_path / "d.png").exists()
 
 
 def test_tag_a_shard_set(erann, trained: Path, tone_shards: Path, tmp_path: Path) -> None:
@@ -423,3 +459,65 @@ def test_stats_by_the_command(erann, tone_shards: Path, tmp_path: Path) -> None:
     assert result["clips"] == 40
     assert "<svg" in (tmp_path / "page.html").read_text()
     assert_refused(erann("stats", tmp_path / "nowhere"), 2, "nowhere: no such folder")
+
+
+def test_finetune(erann, tmp_path: Path) -> None:
+    path = write_protocol(tmp_path / "t.yaml", write_folded_set(tmp_path / "tones", [1, 2]))
+    arguments = ["finetune", path, "--from", "none", "optim.examples=16"]
+    page = erann(*arguments)
+    assert page.code == 0, page.err
+    assert "ERANN-3-1 on tones, from scratch" in page.out
+    assert "chosen on the fold that it is measured on" in page.out
+    result = json.loads(erann(*arguments, "--json").out)
+    assert f"{result['mean']:.4f}" in page.out
+    assert_refused(erann("finetune", tmp_path / "gone.yaml"), 2, "no such recipe")
+    assert_refused(erann("finetune", "esc10.yaml"), 2, "it has no section protocol")
+    assert_refused(erann(*arguments, "run.launcher=torchrun"), 2, "torchrun trains one run")
+
+
+def test_study(erann, tmp_path: Path, tone_shards: Path) -> None:
+    recipe = small_recipe(tone_shards, tmp_path / "runs" / "grid", optim={"examples": 16})
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
+    arguments = ["study", "hyperparameters", path, "--variant", "ERANN-3-1", "--variant", "ERANN-2-1", "--seed", 0]
+    result = json.loads(erann(*arguments, "--seed", 1, "--json").out)
+    assert [(row["variant"], row["seeds"], row["paper"]) for row in result["rows"]] == [
+        ("ERANN-3-1", 2, None),
+        ("ERANN-2-1", 2, None),
+    ]
+    first = result["rows"][0]
+    scores = [
+        json.loads((tmp_path / f"runs/grid/ERANN-3-1-seed{seed}/model/metrics.json").read_text())["mAP"]
+        for seed in (0, 1)
+    ]
+    assert first["mAP"] == pytest.approx(sum(scores) / 2)
+    assert first["std"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+    assert first["clips_per_s_1"] > 0
+    with (tmp_path / "runs/grid/table.csv").open() as file:
+        assert [row["variant"] for row in csv.DictReader(file)] == ["ERANN-3-1", "ERANN-2-1"]
+    assert_refused(erann("study", "transfer", path), 2, "needs --from")
+    assert_refused(erann("study", "augmentation", path, path), 2, "takes one recipe")
+
+
+def test_pipeline(erann, tmp_path: Path, tone_shards: Path) -> None:
+    own = small_recipe(tone_shards, tmp_path / "elsewhere" / "base", optim={"examples": 16})
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(own.model_dump(mode="json", exclude_none=True)))
+    follow_on = write_protocol(tmp_path / "tones.yaml", write_folded_set(tmp_path / "tones", [1, 2]))
+    tree = {
+        "pretrain": {"recipe": str(tmp_path / "base.yaml"), "set": {"run": {"name": "first"}}},
+        "finetune": [{"recipe": str(follow_on), "set": {"optim": {"examples": 16}}}],
+        "run": {"dir": str(tmp_path / "runs")},
+    }
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(tree))
+    done = erann("pipeline", tmp_path / "whole.yaml", "--json")
+    assert done.code == 0, done.err
+    result = json.loads(done.out)
+    assert result["pretrained"]["model"] == f"{tmp_path}/runs/whole/first/model"
+    (finetuned,) = result["finetuned"]
+    assert finetuned["init"] == result["pretrained"]["model"]
+    assert len(finetuned["folds"]) == 2
+    page = Path(result["report"]).read_text()
+    assert f"{finetuned['mean']:.4f}" in page
+    assert json.loads(erann("pipeline", tmp_path / "whole.yaml", "--json").out) == result
+    refused = erann("pipeline", tmp_path / "whole.yaml", "finetune.0.set.optim.lrr=1")
+    assert_refused(refused, 2, "optim.lrr: no such key")

@@ -1,0 +1,185 @@
+"""The clips that models scored best and worst, and what they look like."""
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from markupsafe import Markup
+from matplotlib import colormaps
+from PIL import Image
+
+from erann_dist.data import load_sources
+from erann_dist.errors import UserError
+from erann_dist.evaluation import Predictions
+from erann_dist.features import HOP, LogMel
+from erann_dist.manifest import Task
+from erann_dist.recipe import DataSource
+from erann_dist.storage import ClipReader
+from jobs.report import page
+from jobs.report.page import percent
+from jobs.report.reading import Run
+
+_SHOWN = 6  # clips at either end
+_LIKELIEST = 3  # labels that are shown of a clip besides the true ones
+_LEAST = 1e-7  # probability: what lies below counts as much
+_COLUMNS = 320  # pixels of a picture at most: a clip's frames are averaged down to them
+_RANGE_DB, _SHADES = 80.0, 64
+
+
+@dataclass(frozen=True)
+class Label:
+    name: str
+    score: float
+    is_true: bool
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip and how it was scored."""
+
+    row: int  # among all that were
+    key: str
+    loss: float
+    labels: list[Label]  # the true ones and the likeliest, the highest score first
+
+
+def clips_section(runs: Sequence[Run]) -> Markup:
+    """The clips that these runs scored worst and best, with their pictures; nothing when their scores are not known."""
+    ends: tuple[list[tuple[Run, Clip]], list[tuple[Run, Clip]]] = [], []
+    for run in runs:
+        for end, clips in zip(ends, _of_run(run), strict=True):
+            end += [(run, clip) for clip in clips]
+    best = sorted(ends[0], key=lambda each: each[1].loss)[:_SHOWN]
+    worst = sorted(ends[1], key=lambda each: -each[1].loss)[:_SHOWN]
+    if not worst:
+        return Markup()
+    images: dict[tuple[str, int], bytes] = {}
+    notes = []
+    for run in runs:
+        if rows := [clip.row for of, clip in (*worst, *best) if of is run]:
+            found, why = _pictures_of(run, rows)
+            images |= {(run.url, row): image for row, image in zip(rows, found, strict=False)}
+            notes += [f"{run.name}: {why}" if len(runs) > 1 else why] if why else []
+    tagging = any(run.metrics and run.metrics["task"] == "tagging" for run in runs)
+    loss = "binary cross-entropy, averaged over the classes" if tagging else "cross-entropy"
+    galleries = (
+        gallery(
+            (clip, images.get((run.url, clip.row)), f"{f'{run.name}, ' if len(runs) > 1 else ''}loss {clip.loss:.2f}")
+            for run, clip in end
+        )
+        for end in (worst, best)
+    )
+    return page.section(
+        "The worst and the best clips",
+        page.soft(" ".join([f"By the {loss}; ✓ marks the true labels.", *notes])),
+        Markup("<h3>worst</h3>\n{}\n<h3>best</h3>\n{}").format(*galleries),
+    )
+
+
+def _of_run(run: Run) -> tuple[list[Clip], list[Clip]]:
+    """The best and the worst, as far as they are known."""
+    if not run.metrics or not run.scored:
+        return [], []
+    names = {c["id"]: c["name"] for c in run.metrics["per_class"]}
+    labels = [names.get(label, label) for label in run.scored.label_ids]
+    return best_and_worst(run.scored.keys, run.scored.predictions, labels, run.metrics["task"], _SHOWN)
+
+
+def _pictures_of(run: Run, rows: Sequence[int]) -> tuple[list[bytes], str]:
+    """Pictures of evaluated clips; or none, and why."""
+    if not run.recipe or not run.scored:
+        return [], "The pictures are left out: no recipe says where the clips are."
+    try:
+        return pictures(run.recipe.data.eval, run.scored.keys, rows), ""
+    except (UserError, OSError) as error:
+        return [], f"The pictures are left out: {error}"
+
+
+def gallery(clips: Iterable[tuple[Clip, bytes | None, str]]) -> Markup:
+    """Clips, each with its picture if there is one, and with what is said of it."""
+    return Markup('<div class="clips">\n{}\n</div>').format(Markup("\n").join(_clip(*each) for each in clips))
+
+
+def _clip(clip: Clip, image: bytes | None, said: str) -> Markup:
+    picture = Markup()
+    if image:
+        source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        picture = Markup('<img src="{}" alt="log-mel spectrogram of {}">').format(source, clip.key)
+    labels = Markup().join(
+        Markup('<li class="{}"><span>{}{}</span>{}<em>{}</em></li>').format(
+            "true" if label.is_true else "",
+            "✓ " if label.is_true else "",
+            label.name,
+            page.bar(label.score),
+            percent(label.score),
+        )
+        for label in clip.labels
+    )
+    caption = Markup('<figcaption><code>{}</code> <span class="soft">{}</span></figcaption>').format(clip.key, said)
+    return Markup("<figure>{}{}<ul>{}</ul></figure>").format(picture, caption, labels)
+
+
+def clip_losses(predictions: Predictions, task: Task) -> npt.NDArray[np.float64]:
+    """Each clip's (n,): cross-entropy, or for tagging binary cross-entropy averaged over the classes."""
+    scores = np.clip(predictions.scores.astype(np.float64), _LEAST, 1 - _LEAST)
+    likelihoods = np.where(predictions.targets > 0, scores, 1 - scores)
+    if task == "tagging":
+        return -np.log(likelihoods).mean(axis=1)
+    return -np.log(np.where(predictions.targets > 0, scores, 1)).sum(axis=1)
+
+
+def best_and_worst(
+    keys: Sequence[str], predictions: Predictions, names: Sequence[str], task: Task, count: int
+) -> tuple[list[Clip], list[Clip]]:
+    """The clips of the least loss, the least first, and those of the largest, the largest first; no clip in both."""
+    losses = clip_losses(predictions, task)
+    order = np.argsort(losses, kind="stable")
+    order = order[np.isfinite(losses[order])]
+    count = min(count, len(order) // 2)
+
+    def clip(row: int) -> Clip:
+        scores, targets = predictions.scores[row], predictions.targets[row]
+        shown = {*np.flatnonzero(targets).tolist(), *np.argsort(-scores, kind="stable")[:_LIKELIEST].tolist()}
+        labels = [Label(names[c], float(scores[c]), bool(targets[c])) for c in sorted(shown, key=lambda c: -scores[c])]
+        return Clip(row, keys[row], float(losses[row]), labels)
+
+    return [clip(row) for row in order[:count].tolist()], [clip(row) for row in order[::-1][:count].tolist()]
+
+
+def pictures(sources: list[DataSource], keys: Sequence[str], rows: Sequence[int]) -> list[bytes]:
+    """The log-mel spectrograms of evaluated clips, as PNG files, the high frequencies at the top.
+
+    keys: of all clips that were evaluated. rows: of those wanted.
+
+    Raises UserError and OSError when the sources can't be read any more, or hold other clips.
+    """
+    clips = load_sources(sources)
+    if clips.keys.to_pylist() != list(keys):
+        raise UserError(f"{', '.join(source.url for source in sources)}: no longer the clips that were evaluated")
+    log_mel = LogMel()
+
+    def picture(row: int) -> bytes:
+        pcm = np.empty(clips.samples[row], np.int16)
+        reader.crop(row, 0, pcm)
+        frames = -(-len(pcm) // HOP)
+        return _png(log_mel(torch.from_numpy(pcm).float()[None] / 32768)[0, 0, :, :frames].numpy())
+
+    with closing(ClipReader(clips)) as reader:
+        return [picture(row) for row in rows]
+
+
+def _png(log_mel: npt.NDArray[np.float32]) -> bytes:
+    """log_mel: (128, T) in dB. The loudest 80 dB of it are told apart."""
+    columns = min(_COLUMNS, log_mel.shape[1])
+    averaged = np.stack([part.mean(axis=1) for part in np.array_split(log_mel, columns, axis=1)], axis=1)
+    shades = (averaged - averaged.max() + _RANGE_DB) / _RANGE_DB * (_SHADES - 1)
+    image = Image.fromarray(np.clip(shades, 0, _SHADES - 1).round().astype(np.uint8)[::-1])
+    image.putpalette(colormaps["magma"](np.linspace(0, 1, _SHADES), bytes=True)[:, :3].tobytes())
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()

@@ -1,0 +1,78 @@
+"""Curves of one run, or of several over each other, as drawings in a page."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from erann_dist.run_log import Line
+from jobs.report import page
+from jobs.report.figure import SOFT
+from jobs.report.run_plot import KINDS, draw_curve, draw_evaluations, mark_incidents, metric_name, metric_points
+from jobs.runs import evaluations
+
+# Of several runs, one each, from the first again when there are more; they are told apart in the light and in the dark.
+_COLOURS = "#3b7ea1 #d9822b #5d9a3a #c0504d #8a63b5 #b08d1e #c46aa0 #3fa39b #8c6d54 #7a8691".split()
+_SIZE = 4.6, 2.5  # inches: on a phone its texts are as large as the page's
+_METRIC = "metric"  # in place of a key of the Step lines
+
+
+def run_curves(lines: Sequence[Line], name: str) -> Markup:
+    """A run's loss, evaluations, learning rate and speed, with its incidents. name: of no other curves of the page."""
+    steps, incidents, evaluated = _events(lines, "Step"), _events(lines, "Incident"), evaluations(lines)
+    counts = Counter(line["kind"] for line in incidents)
+
+    def draw(axes: Axes, key: str) -> None:
+        if key == _METRIC:
+            draw_evaluations(axes, evaluated)
+        else:
+            draw_curve(axes, steps, key)
+        mark_incidents(axes, incidents)
+
+    legend = [(KINDS[kind], f"{counts[kind]} × {kind.replace('_', ' ')}") for kind in KINDS if counts[kind]]
+    return _charts(name, metric_name(evaluated), draw, legend)
+
+
+def curves_of_several(runs: Sequence[tuple[str, Sequence[Line]]], name: str) -> Markup:
+    """The same of several runs, each by its name and its log, over each other."""
+    colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(runs))]
+    found = [(_events(lines, "Step"), evaluations(lines)) for _, lines in runs]
+
+    def draw(axes: Axes, key: str) -> None:
+        for colour, (steps, evaluated) in zip(colours, found, strict=True):
+            if key != _METRIC:
+                draw_curve(axes, steps, key, colour, alone=False)
+            elif points := metric_points(evaluated):
+                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, marker="o", markersize=3.5)
+
+    metric = next(filter(None, (metric_name(evaluated) for _, evaluated in found)), None)
+    return _charts(name, metric, draw, [(colour, title) for colour, (title, _) in zip(colours, runs, strict=True)])
+
+
+def _charts(
+    name: str, metric: str | None, draw: Callable[[Axes, str], None], legend: Sequence[tuple[str, str]]
+) -> Markup:
+    titles = {"loss": "loss", _METRIC: metric or "evaluation", "lr": "learning rate", "clips_per_s": "clips/s decoded"}
+    charts = Markup()
+    for key, title in titles.items():
+        figure, axes = page.drawing(*_SIZE)
+        draw(axes, key)
+        if key == "clips_per_s":
+            axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        axes.set_xlabel("step", color=SOFT, loc="right")
+        drawing = page.svg(figure, f"{name}-{key}", f"{title} over the steps")
+        charts += Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, drawing)
+    marks = Markup().join(
+        Markup('<span><i style="background:{}"></i>{}</span>').format(colour, title) for colour, title in legend
+    )
+    return Markup('<div class="charts">{}</div><p class="legend">{}</p>').format(charts, marks)
+
+
+def _events(lines: Sequence[Line], kind: str) -> list[Line]:
+    return [line for line in lines if line["event"] == kind]

@@ -1,0 +1,175 @@
+"""What the folder of a run or of a study holds, as far as it can be read."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from erann_dist.errors import UsageError, UserError
+from erann_dist.evaluation import Predictions, read_predictions
+from erann_dist.folder import Folder, LocalFolder, open_folder
+from erann_dist.recipe import Recipe, parse_recipe
+from erann_dist.run_log import LOG, Line, read_log
+from jobs.runs import standing
+
+RESULTS = "results.json"
+
+_METRICS = {"task", "clips", "listed", "coverage", "list_hash", "per_class"}  # keys of metrics.json
+_RESULTS = {  # keys of results.json, by its kind
+    "folds": set(
+        "name data_set variant init folds_asked comparable why_not_comparable folds failed mean std best_mean labels "
+        "confusion per_class paper".split()
+    ),
+    "study": set("name columns rows failed".split()),
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The clips that a run's model was evaluated on."""
+
+    keys: list[str]
+    label_ids: list[str]
+    predictions: Predictions
+
+
+@dataclass(frozen=True)
+class Run:
+    name: str
+    url: str
+    lines: list[Line]  # of its log
+    standing: dict[str, Any]  # see jobs.runs.standing
+    recipe_text: str | None
+    recipe: Recipe | None
+    metrics: dict[str, Any] | None  # of model/, see erann_dist.evaluation.detail
+    averaged: dict[str, Any] | None  # of model-averaged/
+    scored: Scored | None
+    notes: list[str]  # what is missing or can't be read
+
+    def events(self, kind: str) -> list[Line]:
+        return [line for line in self.lines if line["event"] == kind]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs that belong together: the folds of a cross-validation, or the runs of a grid."""
+
+    name: str
+    url: str
+    result: dict[str, Any]  # results.json
+    runs: list[Run]
+    notes: list[str]
+
+
+def read(url: str, endpoint: str | None) -> Run | Study:
+    """The run or the study in a folder.
+
+    Raises UsageError when there is none, UserError when a study's results can't be read.
+    """
+    folder = open_folder(url, endpoint)
+    if isinstance(folder, LocalFolder) and not Path(folder.url).is_dir():
+        raise UsageError(f"{folder}: no such folder")
+    if folder.exists(RESULTS):
+        return _read_study(folder, endpoint)
+    if folder.exists(LOG):
+        return _read_run(folder)
+    raise UsageError(f"{folder}: no run ({LOG} is missing) and no study; erann runs FOLDER lists the runs below it")
+
+
+def _read_study(folder: Folder, endpoint: str | None) -> Study:
+    try:
+        result = json.loads(folder.read(RESULTS))
+        missing = _RESULTS[result["kind"]] - result.keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{folder}/{RESULTS}: damaged ({_line(error)}); run the study again to write it anew"
+        ) from error
+    if missing:
+        raise UserError(f"{folder}/{RESULTS}: not a study's, without {', '.join(sorted(missing))}")
+    if result["kind"] == "folds":
+        names = [fold["run"] for fold in result["folds"]]
+    else:
+        names = [name for row in result["rows"] for name in row["runs"]]
+    failed = {each.get("run") for each in result["failed"]}
+    runs, notes = [], []
+    for name in names:
+        each = open_folder(f"{folder}/{name}", endpoint)
+        if each.exists(LOG):
+            runs.append(_read_run(each))
+        elif name not in failed:
+            notes.append(f"The run {name} is no longer there: {each}/{LOG} is missing.")
+    return Study(_name(folder), str(folder), result, runs, notes)
+
+
+def _read_run(folder: Folder) -> Run:
+    lines, notes = read_log(folder), list[str]()
+    stands = standing(_name(folder), lines, time.time())
+    text, recipe = _recipe(folder, notes)
+    metrics = _metrics(folder, "model/metrics.json", notes)
+    scored = _scored(folder, notes)
+    if stands["state"] != "finished":
+        step = f" at step {stands['step']:,} of {stands['steps']:,}" if stands["steps"] else ""
+        notes.insert(0, f"This run has not finished: {_STATES[stands['state']]}{step}. What follows is what there is.")
+    else:
+        needed = {"model/metrics.json": metrics, "predictions.parquet": scored}
+        missing = [name for name, found in needed.items() if found is None]
+        notes += [f"{name} is missing." for name in missing if not any(note.startswith(name) for note in notes)]
+    averaged = _metrics(folder, "model-averaged/metrics.json", notes)
+    return Run(_name(folder), str(folder), lines, stands, text, recipe, metrics, averaged, scored, notes)
+
+
+_STATES = {"running": "it runs", "stopped": "it was stopped, or its machine went away,", "empty": "no event is logged"}
+
+
+def _recipe(folder: Folder, notes: list[str]) -> tuple[str | None, Recipe | None]:
+    """As it is written, and as this program understands it."""
+    text = None
+    try:
+        text = folder.read("recipe.yaml").decode(errors="replace")
+        return text, parse_recipe(yaml.safe_load(text), "recipe.yaml")
+    except FileNotFoundError:
+        notes.append("recipe.yaml is missing.")
+    except (UserError, yaml.YAMLError) as error:
+        notes.append(f"recipe.yaml is not one that this program knows: {_line(error)}.")
+    return text, None
+
+
+def _metrics(folder: Folder, name: str, notes: list[str]) -> dict[str, Any] | None:
+    try:
+        metrics: dict[str, Any] = json.loads(folder.read(name))
+        if missing := _METRICS - metrics.keys():
+            raise ValueError(f"without {', '.join(sorted(missing))}")
+    except FileNotFoundError:
+        return None
+    except (ValueError, AttributeError) as error:
+        notes.append(f"{name} is damaged: {_line(error)}.")
+        return None
+    return metrics
+
+
+def _scored(folder: Folder, notes: list[str]) -> Scored | None:
+    try:
+        with folder.reading("predictions.parquet") as file:
+            return Scored(*read_predictions(file))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        notes.append(f"predictions.parquet can't be read: {error}.")
+        return None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _name(folder: Folder) -> str:
+    return Path(folder.url).resolve().name if isinstance(folder, LocalFolder) else folder.url.rpartition("/")[2]
+
+
+def runs_of(entries: Sequence[Run | Study]) -> list[Run]:
+    """All runs, those of studies too."""
+    return [run for entry in entries for run in ([entry] if isinstance(entry, Run) else entry.runs)]

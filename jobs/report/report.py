@@ -1,0 +1,36 @@
+"""`erann report`: one page about runs and studies."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from erann_dist.errors import UsageError
+from erann_dist.folder import open_folder
+from erann_dist.storage import write_text
+from jobs.report.reading import read, runs_of
+from jobs.report.report_page import report_page
+
+REPORT = "report.html"  # in the folder that it is about
+
+
+def report(urls: Sequence[str], out: Path | None, endpoint: str | None) -> dict[str, Any]:
+    """Write the page about the runs and studies in these folders.
+
+    out: report.html in the first one's folder if not given. Raises UsageError for a folder that is neither and for an
+    out that is one; UserError for a study whose results can't be read.
+    """
+    if out and out.is_dir():
+        raise UsageError(f"{out}: is a folder; --out is the HTML file to write")
+    entries = [read(url, endpoint) for url in urls]
+    text = report_page(entries)
+    if out:
+        write_text(out, text)
+    else:
+        open_folder(urls[0], endpoint).write(REPORT, text.encode())
+    runs = runs_of(entries)
+    return {
+        "report": str(out or f"{urls[0]}/{REPORT}"),
+        "bytes": len(text.encode()),
+        "runs": [run.url for run in runs],
+        "notes": [f"{each.name}: {note}" for each in [*entries, *runs] for note in each.notes],
+    }

@@ -1,0 +1,216 @@
+"""A run's part of a report."""
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from markupsafe import Markup
+
+from erann_dist.recipe import DataSource
+from jobs.progress import duration
+from jobs.report import page
+from jobs.report.classes import class_table, confusion_matrix, score
+from jobs.report.clips import clips_section
+from jobs.report.curves import run_curves
+from jobs.report.page import percent
+from jobs.report.reading import Run
+
+METRICS = {"mAP": "mAP", "mAUC": "mAUC", "d_prime": "d′", "accuracy": "accuracy"}
+
+
+def run_part(run: Run, name: str) -> Markup:
+    """All that is known of a run. name: of no other part of the page."""
+    return Markup("\n").join(
+        [
+            Markup('<h1>{}</h1>\n<p class="soft">{}</p>').format(run.name, _what(run)),
+            notes(run.notes),
+            page.figures(_figures(run)),
+            page.section("Curves", _curves(run, name)),
+            *_classes(run),
+            clips_section([run]),
+            page.section("Data", _data(run)),
+            page.section("Time and machine", _machine(run), _incidents(run)),
+            page.section("Recipe", recipe(run)),
+        ]
+    )
+
+
+def brief_run_part(run: Run, name: str) -> Markup:
+    """A run among others of its kind, to be unfolded."""
+    metric = main_metric(run)
+    title = f"{METRICS[metric]} {score(run.metrics[metric])}" if run.metrics and metric else run.standing["state"]
+    return Markup("<details>\n<summary><b>{}</b> <span>{}</span></summary>\n{}\n</details>").format(
+        run.name,
+        title,
+        Markup("\n").join(
+            [
+                notes(run.notes),
+                page.figures(_figures(run)),
+                _curves(run, name),
+                Markup("<h3>Data</h3>"),
+                _data(run),
+                Markup("<h3>Time and machine</h3>"),
+                _machine(run),
+                _incidents(run),
+                Markup("<h3>Recipe</h3>"),
+                recipe(run),
+            ]
+        ),
+    )
+
+
+def main_metric(run: Run) -> str | None:
+    """The first of the metrics that its evaluation has."""
+    return next((key for key in METRICS if key in (run.metrics or {})), None)
+
+
+def notes(lines: Sequence[str]) -> Markup:
+    return Markup("\n").join(Markup('<p class="note">{}</p>').format(line) for line in lines)
+
+
+def recipe(run: Run) -> Markup:
+    return Markup("<pre>{}</pre>").format(run.recipe_text) if run.recipe_text else page.soft("Not there.")
+
+
+def _what(run: Run) -> str:
+    told = [run.url]
+    if run.recipe:
+        told.append(run.recipe.model.variant)
+    if run.metrics:
+        told.append(f"{run.metrics['task']}, {len(run.metrics['per_class'])} classes")
+    return " · ".join([*told, run.standing["state"]])
+
+
+def _figures(run: Run) -> list[tuple[str, str]]:
+    metrics, best, standing = run.metrics or {}, run.standing["best"], run.standing
+    cards = []
+    for key, name in METRICS.items():
+        if metrics.get(key) is not None:
+            chance = metrics.get(f"chance_{key}")
+            cards.append((score(metrics[key]), name if chance is None else f"{name}; by chance {score(chance)}"))
+    metric = main_metric(run)
+    if metric and run.averaged and run.averaged.get(metric) is not None:
+        cards.append((score(run.averaged[metric]), f"{METRICS[metric]} of averaged weights"))
+    if best and not (metric and metrics[metric] is not None and best["value"] <= metrics[metric]):
+        cards.append(
+            (
+                score(best["value"]),
+                f"best {best['metric']} on the way, at step {best['step']:,}; selected on these clips",
+            )
+        )
+    if metrics:
+        cards.append((f"{metrics['clips']:,}", f"clips evaluated, {percent(metrics['coverage'])} of those listed"))
+    if standing["steps"] is not None:
+        done = standing["step"] == standing["steps"]
+        cards.append((f"{standing['step']:,}", "steps" if done else f"of {standing['steps']:,} steps"))
+    if standing["goodput"] is not None:
+        cards.append((percent(standing["goodput"]), "goodput"))
+    return cards
+
+
+def _curves(run: Run, name: str) -> Markup:
+    if not any(line["event"] in ("Step", "Evaluated") for line in run.lines):
+        return page.soft("No step is logged so far.")
+    return run_curves(run.lines, name)
+
+
+def _classes(run: Run) -> list[Markup]:
+    if not run.metrics:
+        return []
+    per_class, confusion = run.metrics["per_class"], run.metrics.get("confusion")
+    left_out = run.metrics.get("left_out")
+    parts = [class_table(per_class, "accuracy" if confusion else "ap", confusion)]
+    if left_out:
+        parts.insert(0, page.paragraph(f"Left out of the means, without positives: {'; '.join(left_out)}."))
+    sections = [page.section("Classes", *parts)]
+    if confusion:
+        sections.append(page.section("Confusion matrix", confusion_matrix([c["name"] for c in per_class], confusion)))
+    return sections
+
+
+def _data(run: Run) -> Markup:
+    facts: list[tuple[str, str | Markup]] = []
+    if metrics := run.metrics:
+        share = f"{metrics['clips']:,} of {metrics['listed']:,} listed clips ({percent(metrics['coverage'])})"
+        facts += [("coverage", share), ("hash of the list", Markup("<code>{}</code>").format(metrics["list_hash"]))]
+    if run.recipe:
+        facts.insert(0, ("evaluated on", "; ".join(map(_source, run.recipe.data.eval))))
+        facts.append(("trained on", "; ".join(map(_source, run.recipe.data.train))))
+    if starts := run.events("Started"):
+        facts.append(("training clips", f"{starts[-1]['train_clips']:,}"))
+    hint = page.soft("Two evaluations were on the same clips if they show the same hash of the list.")
+    return page.facts(facts) + (hint if run.metrics else Markup())
+
+
+def _source(source: DataSource) -> str:
+    parts = [f"split {source.split}"] if source.split else []
+    parts += [f"fold{'s' * (len(source.fold) > 1)} {', '.join(map(str, source.fold))}"] if source.fold else []
+    parts += [f"the keys in {source.keys}"] if source.keys else []
+    parts += [f"without the keys in {source.without}"] if source.without else []
+    return ", ".join([source.url, *parts])
+
+
+def hardware(run: Run) -> str:
+    """What its workers ran on, at its last start."""
+    last = run.events("Started")[-1]
+    names: Counter[str] = Counter(last.get("hardware", []))
+    return (
+        ", ".join(f"{count} × {name}" for name, count in names.items()) or f"{last['device']}; its name was not logged"
+    )
+
+
+def average(run: Run, key: str) -> float:
+    """A value of the Step lines, of which there are some, over the time that steps took."""
+    steps = run.events("Step")
+    return sum(line[key] * line["seconds"] for line in steps) / sum(line["seconds"] for line in steps)
+
+
+def _machine(run: Run) -> Markup:
+    starts, steps = run.events("Started"), run.events("Step")
+    facts: list[tuple[str, str | Markup]] = []
+    if starts:
+        last = starts[-1]
+        hosts = list(dict.fromkeys(last["hosts"]))
+        versions = ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items())
+        facts += [
+            ("hardware", hardware(run)),
+            ("workers", f"{last['workers']} on {len(hosts)} host{'s' * (len(hosts) > 1)}: {', '.join(hosts)}"),
+            ("versions", versions or "not logged"),
+            ("started", f"{_when(starts[0]['time'])}" + (f", {len(starts)} times in all" if len(starts) > 1 else "")),
+        ]
+    if steps:
+        examples, clips, waiting = (average(run, key) for key in ("examples_per_s", "clips_per_s", "data_wait"))
+        speed = f"{examples:,.1f} examples/s, {clips:,.1f} clips/s decoded, {percent(waiting)} waiting for data"
+        facts += [("throughput", speed), ("time in steps", duration(sum(line["seconds"] for line in steps)))]
+    if run.standing["goodput"] is not None:
+        incidents = run.events("Incident")
+        lost = (
+            sum(line.get("steps_lost", 0) for line in incidents),
+            sum(line.get("seconds_lost", 0.0) for line in incidents),
+        )
+        told = f"; lost: {lost[0]:,} steps, {duration(lost[1])}" if any(lost) else ""
+        facts.append(("goodput", f"{percent(run.standing['goodput'])} of the time went into steps that count{told}"))
+    return page.facts(facts)
+
+
+def _incidents(run: Run) -> Markup:
+    incidents = run.events("Incident")
+    if not incidents:
+        return page.soft("No incidents.")
+    rows = [
+        [
+            page.text(_when(line["time"])),
+            page.number(f"{line['step']:,}"),
+            page.text(line["kind"].replace("_", " ")),
+            page.text(line["text"]),
+            page.number(str(line.get("steps_lost") or "")),
+            page.number(duration(seconds) if (seconds := line.get("seconds_lost", 0.0)) >= 0.5 else ""),
+        ]
+        for line in incidents
+    ]
+    head = ["time", "step:n", "incident", "", "steps lost:n", "time lost:n"]
+    return page.table(head, rows, css="long" if len(rows) > 20 else "")
+
+
+def _when(time: float) -> str:
+    return f"{datetime.fromtimestamp(time, UTC):%Y-%m-%d %H:%M} UTC"

@@ -1,0 +1,19 @@
+"""Sound files that a command is given."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from erann_dist.audio import DecodeError, load
+from erann_dist.errors import UsageError, UserError
+
+
+def read_sound(file: Path, rate: int) -> npt.NDArray[np.float32]:
+    """A file of any format as (n,) samples at a rate of choice, in Hz. Raises UserError."""
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file")
+    try:
+        return load(file, rate).samples
+    except DecodeError as error:
+        raise UserError(f"{file}: no sound could be decoded ({error})") from error

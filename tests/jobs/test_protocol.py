@@ -1,0 +1,241 @@
+"""Cross-validation: how a set is divided, what is refused before a run begins, and what the runs come to."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from erann_dist.errors import UsageError, UserError
+from erann_dist.folder import open_folder
+from erann_dist.model import ERANN
+from erann_dist.model_folder import ModelInfo, initialise, save_model
+from erann_dist.recipe import check, read_tree
+from jobs.finetune import finetune
+from jobs.pipeline import Pipeline
+from jobs.protocol import CrossValidation, load_cross_validation
+from jobs.recipes import find_recipe
+from tests.folded import LABELS, write_folded_set, write_protocol
+from tests.workers import train_alone
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_folded_set(tmp_path_factory.mktemp("tones"), [1, 2, 3])
+
+
+def a_model(folder: Path, variant: str = "ERANN-3-1", labels: int = 5) -> str:
+    """A model folder with weights of its own."""
+    torch.manual_seed(1)
+    names = [f"l{i}" for i in range(labels)]
+    info = ModelInfo(variant, "tagging", names, names, 44_100)
+    save_model(open_folder(str(folder)), ERANN.from_name(variant, labels), info, {}, "")
+    return str(folder)
+
+
+def run(validation: CrossValidation) -> dict[str, Any]:
+    (result,) = finetune([validation], None, lambda name, event: None)
+    return result
+
+
+def test_each_fold_is_held_out_once(shards: Path, tmp_path: Path) -> None:
+    validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
+    assert sorted(validation.recipes) == [1, 2, 3]
+    for fold, recipe in validation.recipes.items():
+        assert recipe.data.eval[0].fold == [fold]
+        assert sorted([fold, *(recipe.data.train[0].fold or [])]) == [1, 2, 3]
+        assert recipe.run_url == f"{tmp_path}/runs/t/fold-{fold}"
+        assert recipe.optim.lr == 2e-4
+
+
+def test_the_rate_is_the_protocols_unless_it_is_given(shards: Path, tmp_path: Path) -> None:
+    path, model = write_protocol(tmp_path / "t.yaml", shards), a_model(tmp_path / "m")
+    assert load_cross_validation(path, [], model).recipes[1].optim.lr == 1e-4
+    assert load_cross_validation(path, ["optim.lr=0.5"], model).recipes[1].optim.lr == 0.5
+
+
+def test_results_are_the_folds_own(shards: Path, tmp_path: Path) -> None:
+    result = run(load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None))
+    folder = tmp_path / "runs" / "t"
+    assert json.loads((folder / "results.json").read_text()) == result
+    hits, confusion = [], np.zeros((3, 3), int)
+    for fold in result["folds"]:
+        table = pq.read_table(folder / fold["run"] / "predictions.parquet")
+        predicted = np.array(table["scores"].to_pylist()).argmax(axis=1)
+        true = np.array(table["targets"].to_pylist())[:, 0]
+        np.add.at(confusion, (true, predicted), 1)
+        hits.append((true == predicted).mean())
+        evaluated = [json.loads(line) for line in (folder / fold["run"] / "metrics.jsonl").read_text().splitlines()]
+        scores = [line["metrics"]["accuracy"] for line in evaluated if line["event"] == "Evaluated"]
+        assert (fold["accuracy"], fold["best_accuracy"]) == (scores[-1], max(scores))
+        assert (fold["clips"], fold["train_clips"]) == (6, 12)
+    assert [fold["accuracy"] for fold in result["folds"]] == pytest.approx(hits)
+    assert (result["mean"], result["std"]) == pytest.approx((np.mean(hits), np.std(hits, ddof=1)))
+    assert result["confusion"] == confusion.tolist()
+    assert [each["name"] for each in result["per_class"]] == LABELS
+    assert (result["comparable"], result["paper"]) == (True, None)
+
+
+def test_finished_folds_are_not_run_again(shards: Path, tmp_path: Path) -> None:
+    path = write_protocol(tmp_path / "t.yaml", shards)
+    first = run(load_cross_validation(path, [], None))
+    logs = {p: p.read_bytes() for p in tmp_path.glob("runs/t/fold-*/metrics.jsonl")}
+    assert len(logs) == 3
+    assert run(load_cross_validation(path, [], None)) == first
+    assert {p: p.read_bytes() for p in logs} == logs
+
+
+def test_a_fold_that_fails_does_not_take_the_others_along(shards: Path, tmp_path: Path) -> None:
+    validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
+    (tmp_path / "runs" / "t" / "fold-2").mkdir(parents=True)
+    (tmp_path / "runs" / "t" / "fold-2" / "checkpoints").write_text("in the way")
+    result = run(validation)
+    assert [fold["fold"] for fold in result["folds"]] == [1, 3]
+    (failed,) = result["failed"]
+    assert failed["fold"] == 2
+    assert not result["comparable"]
+    (tmp_path / "runs" / "t" / "fold-2" / "checkpoints").unlink()
+    assert [fold["fold"] for fold in run(validation)["folds"]] == [1, 2, 3]
+
+
+def test_fine_tuning_begins_with_the_models_weights(shards: Path, tmp_path: Path) -> None:
+    url = a_model(tmp_path / "m")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "m").rename(tmp_path / "run" / "model")
+    given = ERANN.from_name("ERANN-3-1", 5)
+    initialise(given, str(tmp_path / "run"), [])  # a run's folder will do
+    ours = ERANN.from_name("ERANN-3-1", 3)
+    fresh = {name: value.clone() for name, value in ours.state_dict().items()}
+    initialise(ours, f"{tmp_path}/run/model", ["fc1", "fc2"])
+    for name, value in ours.state_dict().items():
+        if name.startswith(("fc1.", "fc2.")):
+            assert torch.equal(value, fresh[name]), name
+        else:
+            assert torch.equal(value, given.state_dict()[name]), name
+    assert not torch.equal(ours.stages[0][0].conv1.weight, fresh["stages.0.0.conv1.weight"])
+    assert url.endswith("/m")
+
+
+def test_a_run_begins_with_them_and_then_goes_its_own_way(shards: Path, tmp_path: Path) -> None:
+    model = a_model(tmp_path / "m")
+    path = write_protocol(tmp_path / "t.yaml", shards)
+    # So small a rate that the weights are still there.
+    recipe = load_cross_validation(path, ["optim.lr=1e-12", "optim.examples=16"], model).recipes[1]
+    train_alone(recipe)
+    ours, theirs = load_file(f"{recipe.run_url}/model/model.safetensors"), load_file(f"{model}/model.safetensors")
+    for name in ("stages.0.0.conv1.weight", "fc1.weight"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-9)
+    assert ours["fc2.weight"].shape == (3, 128)
+
+
+def bad_front_end(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["front_end"]["hop"] = 320
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def cut_short(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def other_shapes(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["variant"] = "ERANN-2-1"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (bad_front_end, "made for another front end"),
+        (cut_short, "model.safetensors: can't be read"),
+        (other_shapes, "do not belong together"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: can't be read"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a model's configuration"),
+        (lambda folder: (folder / "config.json").unlink(), "no model here"),
+    ],
+)
+def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil: Any, line: str) -> None:
+    model = a_model(tmp_path / "m")
+    spoil(tmp_path / "m")
+    with pytest.raises(UserError, match=line):
+        load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], model)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["model.variant=ERANN-2-1"], "is an ERANN-3-1, model.variant is ERANN-2-1"),
+        (["model.fresh=[fc3]"], "ERANN has no layer fc3"),
+        (["model.fresh=[]"], "has 5 labels, the clips have 3; add fc2 to model.fresh"),
+        (["protocol.fold=present"], "no such key; did you mean folds"),
+        (["protocol.folds=some"], "protocol: folds"),
+        (["protocol.folds=actors"], "actors, which is for ravdess"),
+    ],
+)
+def test_settings_that_do_not_fit(shards: Path, tmp_path: Path, overrides: list[str], line: str) -> None:
+    model = a_model(tmp_path / "m")
+    with pytest.raises((UserError, UsageError), match=line):
+        load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), overrides, model)
+
+
+def test_sets_that_do_not_fit(tone_shards: Path, tmp_path: Path) -> None:
+    def refused(shards: Path, line: str, **protocol: Any) -> None:
+        path = write_protocol(tmp_path / "t.yaml", shards, protocol={"shards": str(shards), **protocol})
+        with pytest.raises(UserError, match=line):
+            load_cross_validation(path, [], None)
+
+    refused(tone_shards, "is for tagging")
+    refused(write_folded_set(tmp_path / "one", [1]), "has 1 folds")
+    part = write_folded_set(tmp_path / "part", [1, 2, 10], "urbansound8k")
+    refused(part, "fold 3, 4, 5, 6, 7, 8, 9 of urbansound8k's 10 is missing; protocol.folds=present")
+    refused(
+        write_folded_set(tmp_path / "case", [1, 2], labels=["Dog", "dog", "cat"]), "Dog and dog differ only in case"
+    )
+    refused(write_folded_set(tmp_path / "class", [1, 2], without=("high", 2)), "no clip of high outside fold 2")
+
+
+def test_part_of_a_data_set_is_not_comparable(tmp_path: Path) -> None:
+    part = write_folded_set(tmp_path / "part", [1, 2, 10], "urbansound8k")
+    path = write_protocol(tmp_path / "t.yaml", part, protocol={"shards": str(part), "folds": "present"})
+    validation = load_cross_validation(path, [], None)
+    assert sorted(validation.recipes) == [1, 2, 10]
+    assert validation.not_comparable == "folds 1, 2, 10 of 10, 18 clips of 8732"
+
+
+def test_a_folder_that_holds_something_else(shards: Path, tmp_path: Path) -> None:
+    path = write_protocol(tmp_path / "t.yaml", shards)
+    run(load_cross_validation(path, ["optim.examples=16"], None))
+    with pytest.raises(UserError, match=r"made with another recipe \(optim.lr: 0.0002 -> 0.001\)"):
+        run(load_cross_validation(path, ["optim.examples=16", "optim.lr=1e-3"], None))
+    other = write_folded_set(tmp_path / "other", [1, 2], "others")
+    with pytest.raises(UserError, match="holds a study of tones"):
+        run(load_cross_validation(write_protocol(tmp_path / "o.yaml", other), ["run.name=t"], None))
+    inside = load_cross_validation(path, [f"run.dir={tmp_path}/runs/t", "run.name=fold-1"], None)
+    with pytest.raises(UserError, match="fold-1: is the folder of a run"):
+        run(inside)
+
+
+@pytest.mark.parametrize(("name", "folds"), [("esc50", 5), ("urbansound8k", 10), ("ravdess", 4)])
+def test_recipes_that_come_along(tmp_path: Path, name: str, folds: int) -> None:
+    shards = write_folded_set(tmp_path / "set", list(range(1, folds + 1)), name)
+    path = find_recipe(Path(f"{name}.yaml"))
+    validation = load_cross_validation(path, [f"protocol.shards={shards}", f"run.dir={tmp_path}"], None)
+    assert sorted(validation.recipes) == list(range(1, folds + 1))
+    first = validation.recipes[1]
+    assert (first.optim.lr, first.optim.schedule, first.optim.global_batch) == (2e-4, "constant", 32)
+    assert validation.not_comparable
+    assert validation.not_comparable.startswith(f"{6 * folds} clips of ")
+
+
+def test_the_pipeline_that_comes_along() -> None:
+    path = find_recipe(Path("pipeline.yaml"))
+    pipeline = check(Pipeline, read_tree(path, ["pretrain.set.run.workers=8"]), str(path))
+    assert pipeline.pretrain.settings() == ["run.workers=8"]
+    assert [find_recipe(Path(stage.recipe)).stem for stage in pipeline.finetune] == ["esc50", "urbansound8k", "ravdess"]
