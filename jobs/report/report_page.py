@@ -47,7 +47,7 @@ tfoot td { font-weight: 600; border-bottom: 0; }
 .clips ul { list-style: none; margin: 0; padding: 0; font-size: 13px; }
 .clips li { display: grid; grid-template-columns: minmax(0, 1fr) 70px 58px; gap: 8px; align-items: center; }
 .clips li > span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.clips em { font-style: normal; text-align: right; font-variant-numeric: tabular-nums; }
+.clips em { font-style: normal; text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .clips .true { font-weight: 600; }
 details { border-top: 1px solid var(--line); padding: 10px 0; } summary { cursor: pointer; }
 summary span { color: var(--soft); margin-left: 10px; }
