@@ -122,8 +122,8 @@ def _divide(clips: Manifest, protocol: Protocol) -> tuple[list[int], str | None]
         raise UsageError(f"protocol.folds is actors, which is for ravdess; {url} is {info.name}")
     if protocol.folds == "official" and missing:
         raise UserError(
-            f"{url}: fold {', '.join(map(str, missing))} of {info.name}'s {number} is missing; "
-            "protocol.folds=present runs those that are there"
+            f"{url}: without {info.name}'s fold {', '.join(map(str, missing))}; protocol.folds=present runs those that "
+            "are there"
         )
     labels = clips.targets(np.arange(len(clips))) > 0
     for fold in folds:
