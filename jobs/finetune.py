@@ -10,7 +10,7 @@ from erann_dist.run_log import LOG
 from jobs.fleet import Tell, run_all
 from jobs.protocol import RESULTS, CrossValidation, results
 
-_MARK = "study.json"
+MARK = "study.json"  # in the folder of a study, from its beginning
 
 
 def finetune(validations: list[CrossValidation], address: str | None, on_event: Tell) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def claim(folder: Folder, kind: str, of: str) -> None:
     mark = {"kind": kind, "of": of}
     if folder.exists(LOG):
         raise UserError(f"{folder}: is the folder of a run; give this study another run.name")
-    if not folder.exists(_MARK):
-        folder.write(_MARK, strict_json.dumps(mark).encode())
-    elif (found := json.loads(folder.read(_MARK))) != mark:
+    if not folder.exists(MARK):
+        folder.write(MARK, strict_json.dumps(mark).encode())
+    elif (found := json.loads(folder.read(MARK))) != mark:
         raise UserError(f"{folder}: holds a study of {found['of']} ({found['kind']}); give this one another run.name")

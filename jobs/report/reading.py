@@ -14,6 +14,7 @@ from erann_dist.evaluation import Predictions, read_predictions
 from erann_dist.folder import Folder, LocalFolder, open_folder
 from erann_dist.recipe import Recipe, parse_recipe
 from erann_dist.run_log import LOG, Line, read_log
+from jobs.finetune import MARK
 from jobs.runs import standing
 
 RESULTS = "results.json"
@@ -77,6 +78,8 @@ def read(url: str, endpoint: str | None) -> Run | Study:
         return _read_study(folder, endpoint)
     if folder.exists(LOG):
         return _read_run(folder)
+    if folder.exists(MARK):
+        raise UserError(f"{folder}: a study without {RESULTS}: it has not finished; run it again, or report its runs")
     raise UsageError(f"{folder}: no run ({LOG} is missing) and no study; erann runs FOLDER lists the runs below it")
 
 

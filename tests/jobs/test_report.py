@@ -517,6 +517,13 @@ def test_bad_input(erann: Any, run: Path, tmp_path: Path, arguments: list[str], 
     assert outcome == (code, "", f"erann: {line.format(**names)}")
 
 
+def test_a_study_that_has_not_finished(erann: Any, tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    code, _, line = erann(tmp_path)
+    assert code == 1
+    assert "it has not finished" in line
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"kind": "other"}', "3"])
 def test_damaged_results(erann: Any, tmp_path: Path, content: str) -> None:
     (tmp_path / "results.json").write_text(content)
