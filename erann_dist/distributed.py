@@ -92,7 +92,8 @@ def device_name(device: torch.device) -> str:
     """The name of the GPU, or of the processor as far as Linux tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    linux = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*:\s*(.+)$", linux.read_text() if linux.exists() else "", re.MULTILINE)
     return name[1] if name else platform.machine()
 
 
