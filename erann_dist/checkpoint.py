@@ -7,7 +7,7 @@
         COMMITTED                                  sha256 of both, written last
         metrics.json                               of the evaluation at this step, if there was one
 
-A checkpoint without its marker, or that does not match it, does not count. Loading one runs no code.
+A checkpoint without its marker, or that does not match it, is named and does not count. Loading one runs no code.
 """
 
 import hashlib
@@ -61,20 +61,26 @@ def _committed(files: Iterable[str]) -> list[str]:
 def latest(run: Folder) -> tuple[str | None, list[str]]:
     """The last committed checkpoint that is whole, and what is wrong with those behind it, a line each.
 
-    Raises UserError when there are checkpoints and none of them is whole.
+    Raises UserError when there are committed ones and none of them is whole.
     """
-    names = committed(run)
+    files = run.sizes(_CHECKPOINTS)
+    committed = _committed(files)
+    found: str | None = None
     problems: list[str] = []
-    for name in reversed(names):
+    for name in sorted({file.rpartition("/")[0] for file in files}, reverse=True):
         try:
+            if name not in committed:
+                raise _Damaged("writing it was not finished")
             _read(run, name)
         except _Damaged as damaged:
-            problems.append(f"{run}/{name}: {damaged}; the checkpoint before it is used")
+            problems.append(f"{run}/{name}: {damaged}")
         else:
-            return name, problems
-    if names:
-        raise UserError(f"{run}/{names[-1]}: damaged, and no other checkpoint is whole; remove {run} to start anew")
-    return None, problems
+            found = name
+            break
+    if committed and not found:
+        raise UserError(f"{run}/{committed[-1]}: damaged, and no other checkpoint is whole; remove {run} to start anew")
+    then = "the checkpoint before it is used" if found else "there is none before it"
+    return found, [f"{problem}; {then}" for problem in problems]
 
 
 def is_whole(run: Folder, name: str) -> bool:

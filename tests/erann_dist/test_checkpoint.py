@@ -96,15 +96,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         path.write_bytes(contents[damage])
     found, problems = checkpoint.latest(run)
     assert found == first
-    if (file, damage) == ("COMMITTED", "gone"):  # then it never was one
-        assert problems == []
-    else:
-        (problem,) = problems
-        assert problem.startswith(f"{run}/{second}: ")
-        assert file in problem or damage == "gone"
-        assert problem.endswith("the checkpoint before it is used")
-        with pytest.raises(UserError, match="step-00000002-0001: "):
-            checkpoint.load(run, second)
+    (problem,) = problems
+    assert problem.startswith(f"{run}/{second}: ")
+    assert file in problem or damage == "gone"
+    assert problem.endswith("the checkpoint before it is used")
+    with pytest.raises(UserError, match="step-00000002-0001: "):
+        checkpoint.load(run, second)
+
+
+def test_a_first_checkpoint_that_was_not_finished_is_none(run: LocalFolder, start: Start) -> None:
+    part = "checkpoints/step-00000001-0001"
+    run.write(f"{part}/state.safetensors", b"half")
+    assert checkpoint.latest(run) == (None, [f"{run}/{part}: writing it was not finished; there is none before it"])
 
 
 def test_no_whole_checkpoint_is_an_error(run: LocalFolder, start: Start) -> None:
@@ -124,7 +127,12 @@ def test_a_file_that_is_missing_before_the_marker_does_not_count(run: LocalFolde
         part = f"checkpoints/step-00000002-{late.number:04d}"
         for file in list(whole)[:number]:
             run.write(f"{part}/{file}", whole[file])
-        assert checkpoint.latest(run) == (name, [])
+        found, problems = checkpoint.latest(run)
+        assert found == name
+        assert problems == [
+            f"{run}/checkpoints/step-00000002-{each:04d}: writing it was not finished; the checkpoint before it is used"
+            for each in range(late.number, 2, -1)
+        ]
     save(late, 3, keep_last=1)  # and what lay about is gone
     assert len(list(Path(run.url, "checkpoints").iterdir())) == 1
 
