@@ -36,7 +36,7 @@ from erann_dist.events import (
 from erann_dist.folder import Folder, LocalFolder
 
 LOG, TENSORBOARD = "metrics.jsonl", "tensorboard"
-_REACHED = "step"  # a file beside it on a disk: the last step that was done, in decimal digits
+_REACHED = ".step"  # a file beside it on a disk: the last step that was done, in decimal digits
 UPLOAD_S = 30.0  # between uploads to S3
 
 Line = dict[str, Any]
