@@ -102,8 +102,6 @@ def run_under_torchrun(
                 elastic_launch(settings, sys.executable)("-m", "cluster.torchrun", address)
             except ChildFailedError as error:
                 codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            except SignalException as error:
-                raise KeyboardInterrupt from error
     _raise_cause(desk.ends, codes, heeds_notice)
 
 
@@ -171,6 +169,10 @@ def _send(number: int, pid: int) -> None:
         os.kill(pid, number)
 
 
+class _Interrupted(SignalException, KeyboardInterrupt):
+    """Ctrl-C in the words of torchrun's agent, which sends the workers the signal given."""
+
+
 @contextmanager
 def _signals_passed_on(desk: _Desk) -> Iterator[None]:
     """What is a notice goes to the workers; Ctrl-C, which does not reach them by itself, ends them at once."""
@@ -179,7 +181,7 @@ def _signals_passed_on(desk: _Desk) -> Iterator[None]:
         desk.pass_on(number)
 
     def end_workers(*_: object) -> None:
-        raise SignalException("Ctrl-C", signal.SIGKILL)  # the agent sends this signal to the workers
+        raise _Interrupted("Ctrl-C", signal.SIGKILL)
 
     handlers: dict[int, Callable[[int, object], None]] = {signal.SIGINT: end_workers}
     if desk.work.heeds_notice:
