@@ -1,5 +1,7 @@
 """Each engine takes the same steps, as plain PyTorch would: clipped, scaled, skipped when they are not finite."""
 
+import os
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -37,13 +39,15 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return (logits - targets).square().sum()
 
 
-def take_step(engine: Engine, workers: Workers, number: int, factor: float = 1.0) -> None:
-    """Each worker has a batch of its own; a factor is the last one's alone."""
+def take_step(engine: Engine, workers: Workers, number: int, factor: float = 1.0) -> float:
+    """Each worker has a batch of its own; a factor is the last one's alone. The step's loss."""
     inputs, targets = batch(workers.world_size * number + workers.rank)
     loss = loss_of(engine.forward(inputs, None), targets)
     loss = loss * (factor if workers.rank == workers.world_size - 1 else 1.0)
     engine.backward(loss)
-    engine.step(LR, workers.sum(loss.detach().clone()))
+    total = workers.sum(loss.detach().clone())
+    engine.step(LR, total)
+    return total.item()
 
 
 def state_of(engine: Engine) -> State:
@@ -129,6 +133,23 @@ def check_bf16(workers: Workers, kind: str, stage: int) -> None:
     state: State = {}
     engine.state(state)
     assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
+
+
+def check_compiled(workers: Workers, kind: str) -> None:
+    eager, compiled = (new_engine(kind, 0, workers, compile=each) for each in (False, True))
+    expected, found = ([take_step(each, workers, number) for number in range(3)] for each in (eager, compiled))
+    assert torch._dynamo.utils.counters["inductor"]["extern_calls"] > 0
+    assert expected[2] < 0.7 * expected[0]
+    assert found == pytest.approx(expected, rel=1e-4)  # fused kernels sum in another order
+    # To Adam's steps, and so to the losses, a wrong scale of the gradient makes no difference.
+    torch.testing.assert_close(compiled.adam.norm, eager.adam.norm, rtol=1e-3, atol=0)
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler, g++")
+@pytest.mark.parametrize(("kind", "world_size"), [("torch", 1), ("deepspeed", 2)])
+def test_compiled_steps_are_the_eager_ones(kind: str, world_size: int) -> None:
+    """The C++ compiler takes half a minute the first time; torch keeps what it made for the next."""
+    run_workers(check_compiled, world_size, kind)
 
 
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
