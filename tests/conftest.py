@@ -1,7 +1,9 @@
 """What tests share: the real data beside the repository, small shard sets, and worker processes over gloo."""
 
+import atexit
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # what tests start imports from them, on Ray's workers too
 os.environ["DS_ACCELERATOR"] = "cpu"
+if "ERANN_TESTS" not in os.environ:  # this is pytest's own process
+    # Killed processes leave files of theirs, Ray's too. Removed behind multiprocessing, which removes its own, and so
+    # registered before that is imported. The name is short: paths of sockets may not be long.
+    os.environ["TMPDIR"] = os.environ["ERANN_TESTS"] = tempfile.tempdir = tempfile.mkdtemp(prefix="erann-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 import numpy as np
 import pytest
