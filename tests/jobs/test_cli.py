@@ -216,7 +216,7 @@ def test_one_run_is_trained_by_one_command_at_a_time(
     run.mkdir(parents=True)
     with (run / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert_refused(erann("pretrain", recipe), 1, "mine: this run is being trained by another process; stop that")
+        assert_refused(erann("pretrain", recipe), 1, "mine: is being trained by another process; stop that")
     assert [path.name for path in run.iterdir()] == [".lock"]
 
     def no_locks(*_: object) -> None:
