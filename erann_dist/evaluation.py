@@ -207,7 +207,7 @@ def read_detail(data: bytes) -> dict[str, Any]:
     try:
         _Detail.model_validate(result)
     except ValidationError as error:
-        missing = [".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing"]
+        missing = sorted(".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing")
         first = error.errors()[0]
         wrong = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
         raise ValueError(f"without {', '.join(missing)}" if missing else wrong) from error

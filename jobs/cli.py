@@ -30,7 +30,8 @@ app.add_typer(bench_app, name="bench")
     help="Train by a recipe, from the run's last checkpoint if there is one. Keys of the recipe are set behind it. "
     "From one start to the next these may change: the keys of run but run.seed, those of checkpoint, those of "
     "evaluate but evaluate.pad_s, data.loader_threads, data.cache, data.max_bad_clips, optim.zero_stage, "
-    "optim.compile, optim.max_bad_steps and optim.small_micro_batch. With any other change it is another run, and needs another run.name."
+    "optim.compile, optim.max_bad_steps and optim.small_micro_batch. "
+    "With any other change it is another run, and needs another run.name."
     + EXAMPLE
     + "erann pretrain esc10.yaml run.name=esc10-short optim.epochs=2",
 )

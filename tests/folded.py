@@ -20,10 +20,12 @@ def write_folded_set(
     name: str = "tones",
     labels: list[str] = LABELS,
     without: tuple[str, int] | None = None,
+    **options: Any,
 ) -> Path:
     """Six tones of 0.05 to 1 s in each fold, two of each class; the shard set.
 
-    without: a class that is in this fold only.
+    folds: -1 for clips without one. without: a class that is in this fold, and among the clips without one, only.
+    options: of packing.
     """
     rng = np.random.default_rng(0)
     root.mkdir(parents=True, exist_ok=True)
@@ -31,15 +33,17 @@ def write_folded_set(
     for fold in folds:
         for number in range(6):
             label = number % 3
-            if without and labels[label] == without[0] and fold != without[1]:
+            if without and labels[label] == without[0] and fold not in (-1, without[1]):
                 continue
             key = f"{fold}-{number}"
             t = np.arange(round(44_100 * (0.05 if number == 0 else rng.uniform(0.5, 1.0)))) / 44_100
             tone = 0.3 * np.sin(2 * np.pi * 300 * 3**label * rng.uniform(0.95, 1.05) * t)
             soundfile.write(root / f"{key}.wav", tone + 0.01 * rng.standard_normal(len(t)), 44_100)
-            rows.append(SourceRow(key, [label], os.fsencode(root / f"{key}.wav"), key, fold=fold))
+            rows.append(
+                SourceRow(key, [label], os.fsencode(root / f"{key}.wav"), key, fold=fold if fold >= 0 else None)
+            )
     ids = [label.lower() + str(i) for i, label in enumerate(labels)]
-    return pack_here(Source(name, "classification", ids, labels, rows_table(rows), []), root / "shards")
+    return pack_here(Source(name, "classification", ids, labels, rows_table(rows), []), root / "shards", **options)
 
 
 def write_protocol(path: Path, shards: Path, **sections: dict[str, Any]) -> Path:

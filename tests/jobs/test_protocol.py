@@ -1,6 +1,7 @@
 """Cross-validation: how a set is divided, what is refused before a run begins, and what the runs come to."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from erann_dist.errors import UsageError, UserError
+from erann_dist.errors import UserError
 from erann_dist.folder import open_folder
 from erann_dist.model import ERANN
 from erann_dist.model_folder import ModelInfo, initialise, save_model
@@ -133,9 +134,8 @@ def test_a_run_begins_with_them_and_then_goes_its_own_way(shards: Path, tmp_path
 
 
 def bad_front_end(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["front_end"]["hop"] = 320
-    (folder / "config.json").write_text(json.dumps(config))
+    front_end = json.loads((folder / "config.json").read_text())["front_end"]
+    config(folder, front_end=front_end | {"hop": 320})
 
 
 def cut_short(folder: Path) -> None:
@@ -143,10 +143,22 @@ def cut_short(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
-def other_shapes(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["variant"] = "ERANN-2-1"
-    (folder / "config.json").write_text(json.dumps(config))
+def config(folder: Path, **changes: Any) -> None:
+    kept = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(kept | changes))
+
+
+def not_a_number(folder: Path, in_config: bool = True) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["fc1.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    if in_config:
+        config(folder, weights_sha256=None)
+
+
+def a_folder_in_place_of_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +166,14 @@ def other_shapes(folder: Path) -> None:
     [
         (bad_front_end, "made for another front end"),
         (cut_short, "model.safetensors: can't be read"),
-        (other_shapes, "do not belong together"),
+        (lambda folder: config(folder, variant="ERANN-2-1"), "do not belong together"),
+        (lambda folder: config(folder, sample_rate=32_000), "takes 32000 Hz, ERANN is trained at 44100 Hz"),
+        (lambda folder: config(folder, label_names=["one"]), "has 5 label_ids, but 1 label_names"),
+        (lambda folder: config(folder, label_ids="l0l1l"), r"not a model's configuration \(label_ids: "),
+        (lambda folder: config(folder, depth=3), r"not a model's configuration \(depth: "),
+        (not_a_number, "fc1.weight is not finite"),
+        (lambda folder: not_a_number(folder, in_config=False), "damaged, or not the weights that config.json was"),
+        (a_folder_in_place_of_weights, "model.safetensors: can't be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: can't be read"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a model's configuration"),
         (lambda folder: (folder / "config.json").unlink(), "no model here"),
@@ -164,7 +183,7 @@ def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil:
     model = a_model(tmp_path / "m")
     spoil(tmp_path / "m")
     with pytest.raises(UserError, match=line):
-        load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], model)
+        run(load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], model))
     assert not (tmp_path / "runs").exists()
 
 
@@ -177,12 +196,25 @@ def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil:
         (["protocol.fold=present"], "no such key; did you mean folds"),
         (["protocol.folds=some"], "protocol: folds"),
         (["protocol.folds=actors"], "actors, which is for ravdess"),
+        (["data.train=x"], "data.train: a cross-validation's clips are those of protocol.shards; remove this key"),
+        (["data=x"], "data: input should be a section {key: value, ...}, not 'x'"),
+        (["model=X"], "model: input should be a section {key: value, ...}, not 'X'"),
+        (["model=null"], "model.variant: this key is needed"),
+        (["optim=3"], "optim: input should be a section {key: value, ...}, not 3"),
+        (["run=foo"], "run: input should be a section {key: value, ...}, not 'foo'"),
+        (["run.dir=5"], "run: dir: input should be a valid string, not 5"),
+        (["run.name=../up"], "run: name: string should match pattern"),
+        (["run.launcher=torchrun"], "run.launcher torchrun trains one run"),
+        (["optim.precision=fp16", "run.device=cpu"], "fp16 needs a GPU"),
+        (["optim.precision=fp16"], "fp16 needs a GPU"),
+        (["data.cache={dir: /proc/none, max_bytes: 1GB}"], "/proc/none: no cache can be kept here"),
     ],
 )
 def test_settings_that_do_not_fit(shards: Path, tmp_path: Path, overrides: list[str], line: str) -> None:
     model = a_model(tmp_path / "m")
-    with pytest.raises((UserError, UsageError), match=line):
-        load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), overrides, model)
+    with pytest.raises(UserError, match=re.escape(line)):
+        run(load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), overrides, model))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_sets_that_do_not_fit(tone_shards: Path, tmp_path: Path) -> None:
@@ -199,6 +231,16 @@ def test_sets_that_do_not_fit(tone_shards: Path, tmp_path: Path) -> None:
         write_folded_set(tmp_path / "case", [1, 2], labels=["Dog", "dog", "cat"]), "Dog and dog differ only in case"
     )
     refused(write_folded_set(tmp_path / "class", [1, 2], without=("high", 2)), "no clip of high outside fold 2")
+    elsewhere = write_folded_set(tmp_path / "elsewhere", [-1, 1, 2], without=("high", 2))
+    refused(elsewhere, "no clip of high outside fold 2")
+    refused(write_folded_set(tmp_path / "slow", [1, 2], sample_rate=32_000), "holds 32000 Hz, ERANN takes 44100 Hz")
+
+
+def test_the_folds_of_ones_own_set_are_those_that_it_has(tmp_path: Path) -> None:
+    shards = write_folded_set(tmp_path / "set", [-1, 0, 2, 4])
+    validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
+    assert sorted(validation.recipes) == [0, 2, 4]
+    assert (validation.division.missing_clips, validation.division.not_comparable) == (0, None)
 
 
 def test_part_of_a_data_set_is_not_comparable(tmp_path: Path) -> None:
@@ -206,7 +248,7 @@ def test_part_of_a_data_set_is_not_comparable(tmp_path: Path) -> None:
     path = write_protocol(tmp_path / "t.yaml", part, protocol={"shards": str(part), "folds": "present"})
     validation = load_cross_validation(path, [], None)
     assert sorted(validation.recipes) == [1, 2, 10]
-    assert validation.not_comparable == "folds 1, 2, 10 of 10, 18 clips of 8732"
+    assert validation.division.not_comparable == "folds 1, 2, 10 of 10, 18 clips of 8732"
 
 
 def test_a_folder_that_holds_something_else(shards: Path, tmp_path: Path) -> None:
@@ -230,8 +272,8 @@ def test_recipes_that_come_along(tmp_path: Path, name: str, folds: int) -> None:
     assert sorted(validation.recipes) == list(range(1, folds + 1))
     first = validation.recipes[1]
     assert (first.optim.lr, first.optim.schedule, first.optim.global_batch) == (2e-4, "constant", 32)
-    assert validation.not_comparable
-    assert validation.not_comparable.startswith(f"{6 * folds} clips of ")
+    assert validation.division.not_comparable
+    assert validation.division.not_comparable.startswith(f"{6 * folds} clips of ")
 
 
 def test_the_pipeline_that_comes_along() -> None:
