@@ -345,7 +345,8 @@ def _explain(schema: type[Section], error: Any) -> str:
     if error["type"] == "byte_size":
         return f"{path}: input should be a number of bytes such as 200GB, not {error['input']!r}"
     if error["type"] == "model_type":
-        return f"{path}: input should be a section {{key: value, ...}}, not {error['input']!r}"
+        at = f"{path}: " if path else ""
+        return f"{at}input should be a section {{key: value, ...}}, not {error['input']!r}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path}: {message}" if path else message

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import Field
 
+from cluster.notice import signals_as_notice
 from erann_dist.data import load_train_and_eval
 from erann_dist.errors import UsageError
 from erann_dist.folder import open_folder
@@ -101,7 +102,8 @@ def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan
 
 def run_pipeline(plan: Plan, address: str | None) -> dict[str, Any]:
     """All stages, those that are finished not again, and the report. What they came to. Raises UserError."""
-    with _cluster(plan, address):
+    # Behind Ray's start, which handles SIGTERM itself. A notice that comes as one stage ends holds for the next.
+    with _cluster(plan, address), signals_as_notice():
         console.print(f"1 of 2  pretrain {plan.pretrain.model.variant}, and evaluate it", style="bold")
         with RunView() as view:
             pretrained = pretrain(plan.pretrain, "auto", address, view)

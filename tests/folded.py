@@ -1,4 +1,4 @@
-"""A small data set with folds: tones of one class each."""
+"""A small data set with folds, tones of one class each; a recipe for it, and a model to begin with."""
 
 import os
 from pathlib import Path
@@ -6,8 +6,12 @@ from typing import Any
 
 import numpy as np
 import soundfile
+import torch
 import yaml
 
+from erann_dist.folder import open_folder
+from erann_dist.model import ERANN
+from erann_dist.model_folder import ModelInfo, save_model
 from shards.sources.rows import Source, SourceRow, rows_table
 from tests.conftest import pack_here
 
@@ -61,3 +65,12 @@ def write_protocol(path: Path, shards: Path, **sections: dict[str, Any]) -> Path
         tree.setdefault(name, {}).update(keys)
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def a_model(folder: Path, variant: str = "ERANN-3-1", labels: int = 5, seed: int = 1) -> str:
+    """A model folder with weights of its own."""
+    torch.manual_seed(seed)
+    names = [f"l{i}" for i in range(labels)]
+    info = ModelInfo(variant, "tagging", names, names, 44_100)
+    save_model(open_folder(str(folder)), ERANN.from_name(variant, labels), info, {}, "")
+    return str(folder)

@@ -12,30 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from erann_dist.errors import UserError
-from erann_dist.folder import open_folder
 from erann_dist.model import ERANN
-from erann_dist.model_folder import ModelInfo, initialise, save_model
+from erann_dist.model_folder import initialise
 from erann_dist.recipe import check, read_tree
 from jobs.finetune import finetune
 from jobs.pipeline import Pipeline
 from jobs.protocol import CrossValidation, load_cross_validation
 from jobs.recipes import find_recipe
-from tests.folded import LABELS, write_folded_set, write_protocol
+from tests.folded import LABELS, a_model, write_folded_set, write_protocol
 from tests.workers import train_alone
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folded_set(tmp_path_factory.mktemp("tones"), [1, 2, 3])
-
-
-def a_model(folder: Path, variant: str = "ERANN-3-1", labels: int = 5) -> str:
-    """A model folder with weights of its own."""
-    torch.manual_seed(1)
-    names = [f"l{i}" for i in range(labels)]
-    info = ModelInfo(variant, "tagging", names, names, 44_100)
-    save_model(open_folder(str(folder)), ERANN.from_name(variant, labels), info, {}, "")
-    return str(folder)
 
 
 def run(validation: CrossValidation) -> dict[str, Any]:
