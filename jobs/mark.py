@@ -32,7 +32,7 @@ def require_own(folder: Folder, mark: Mark, begun: bool) -> None:
     found = _read(folder)
     if (found.kind, found.of) != (mark.kind, mark.of):
         raise UserError(f"{folder}: holds a study of {found.of} ({found.kind}); give this one another run.name")
-    if not begun:
+    if not begun or not found.data:  # which marks had not from the beginning
         return
     for key, content in mark.data.items():
         if found.data.get(key) != content:

@@ -126,4 +126,8 @@ def check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
 
 
 def _recipe_of(run: Folder) -> Recipe:
-    return parse_recipe(yaml.safe_load(run.read(_RECIPE)), f"{run}/{_RECIPE}")
+    try:
+        tree = yaml.safe_load(run.read(_RECIPE))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{run}/{_RECIPE}: damaged; remove {run} to begin the run anew") from error
+    return parse_recipe(tree, f"{run}/{_RECIPE}")

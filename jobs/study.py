@@ -124,7 +124,7 @@ def run_grid(
             model = ERANN.from_name(recipe.model.variant, clips.num_classes)
             weights = initialise(model, recipe.model.init, recipe.model.fresh).weights_sha256
     hashes = {"data.train": training_clips.info.content_hash, "data.eval": clips.info.content_hash}
-    mark = Mark(kind, base.run.name, hashes, weights)
+    mark = Mark(kind, clips.info.name, hashes, weights)
     runs = [open_folder(recipe.run_url) for recipe in recipes.values()]
     require_own(folder, mark, any(is_finished(run) or checkpoint.committed(run) for run in runs))
     with only_one(folder):

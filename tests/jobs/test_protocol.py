@@ -1,7 +1,10 @@
 """Cross-validation: how a set is divided, what is refused before a run begins, and what the runs come to."""
 
 import json
+import os
 import re
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from erann_dist.errors import UserError
+from erann_dist.errors import Stopped, UserError
+from erann_dist.folder import open_folder
 from erann_dist.model import ERANN
 from erann_dist.model_folder import initialise
-from erann_dist.recipe import check, read_tree
+from erann_dist.recipe import Recipe, check, read_tree
+from jobs import fleet, protocol
 from jobs.finetune import finetune
 from jobs.pipeline import Pipeline
+from jobs.pretrain import check_run, only_one
 from jobs.protocol import CrossValidation, load_cross_validation
 from jobs.recipes import find_recipe
+from jobs.show import folds_page
+from tests.conftest import small_recipe
 from tests.folded import LABELS, a_model, write_folded_set, write_protocol
 from tests.workers import train_alone
 
@@ -78,18 +86,44 @@ def test_finished_folds_are_not_run_again(shards: Path, tmp_path: Path) -> None:
     assert len(logs) == 3
     assert run(load_cross_validation(path, [], None)) == first
     assert {p: p.read_bytes() for p in logs} == logs
+    # What can't be read of a finished fold is told; the others count.
+    folder = tmp_path / "runs/t"
+    (folder / "fold-1/metrics.jsonl").write_text("")
+    (folder / "fold-2/model/metrics.json").write_text('{"task": "classification"}')
+    result = run(load_cross_validation(path, [], None))
+    assert [fold["fold"] for fold in result["folds"]] == [1, 3]
+    assert result["folds"][0]["accuracy"] == first["folds"][0]["accuracy"]
+    assert (result["folds"][0]["best_accuracy"], result["folds"][0]["seconds"]) == (None, None)
+    (failed,) = result["failed"]
+    assert failed["why"].startswith(f"{folder}/fold-2/model/metrics.json: damaged (without ")
+    folds_page(result)
+    # Nor may a run of its own or another command have the folder.
+    recipe = small_recipe(shards, folder)
+    with pytest.raises(UserError, match="is the folder of a study; give this run another run.name"):
+        check_run(recipe, open_folder(str(folder)), "auto")
+    with only_one(open_folder(str(folder))), pytest.raises(UserError, match="is being trained by another process"):
+        run(load_cross_validation(path, [], None))
+    for content in ("{}", "[", '{"kind": 3}'):
+        (folder / "study.json").write_text(content)
+        with pytest.raises(UserError, match="study.json: damaged; remove it if"):
+            run(load_cross_validation(path, [], None))
 
 
-def test_a_fold_that_fails_does_not_take_the_others_along(shards: Path, tmp_path: Path) -> None:
+def test_a_fold_that_fails_does_not_take_the_others_along(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
     (tmp_path / "runs" / "t" / "fold-2").mkdir(parents=True)
-    (tmp_path / "runs" / "t" / "fold-2" / "checkpoints").write_text("in the way")
+    (tmp_path / "runs" / "t" / "fold-2" / "model").write_text("in the way")
     result = run(validation)
     assert [fold["fold"] for fold in result["folds"]] == [1, 3]
     (failed,) = result["failed"]
     assert failed["fold"] == 2
+    assert failed["why"].startswith(f"{tmp_path}/runs/t/fold-2/model")
+    assert failed["why"].endswith("Not a directory, at the last of 3 starts")
+    assert "Traceback" not in capfd.readouterr().err
     assert not result["comparable"]
-    (tmp_path / "runs" / "t" / "fold-2" / "checkpoints").unlink()
+    (tmp_path / "runs" / "t" / "fold-2" / "model").unlink()
     assert [fold["fold"] for fold in run(validation)["folds"]] == [1, 2, 3]
 
 
@@ -231,6 +265,38 @@ def test_the_folds_of_ones_own_set_are_those_that_it_has(tmp_path: Path) -> None
     validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
     assert sorted(validation.recipes) == [0, 2, 4]
     assert (validation.division.missing_clips, validation.division.not_comparable) == (0, None)
+
+
+def test_clips_that_a_data_set_lacks_are_counted(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_protocol(tmp_path / "t.yaml", shards)
+    monkeypatch.setitem(protocol._OFFICIAL, "tones", (3, 19))
+    division = load_cross_validation(path, [], None).division
+    assert (division.missing_clips, division.not_comparable) == (1, "18 clips of 19")
+    monkeypatch.setattr(protocol, "_ENOUGH", 0.9)
+    division = load_cross_validation(path, [], None).division
+    assert (division.missing_clips, division.not_comparable) == (1, None)
+
+
+def test_two_in_one_folder(shards: Path, tmp_path: Path) -> None:
+    validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
+    with pytest.raises(UserError, match="two cross-validations are called t; give each a run.name of its own"):
+        finetune([validation, validation], None, lambda name, event: None)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("all_finished", [True, False])
+def test_told_to_stop_as_the_last_run_ends(
+    shards: Path, tmp_path: Path, all_finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None).recipes
+
+    def told(waiting: dict[str, Recipe], *_: Any) -> dict[str, fleet.Ended]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {name: fleet.Ended({"accuracy": 1.0}) for name in waiting if all_finished or name != "2"}
+
+    monkeypatch.setattr(fleet, "_run", told)
+    with nullcontext() if all_finished else pytest.raises(Stopped, match="told to stop by SIGTERM"):
+        fleet.run_all({str(fold): recipe for fold, recipe in recipes.items()}, None, lambda name, event: None)
 
 
 def test_part_of_a_data_set_is_not_comparable(tmp_path: Path) -> None:

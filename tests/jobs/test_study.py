@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from erann_dist.errors import UserError
 from erann_dist.events import Event
+from erann_dist.folder import LocalFolder
 from erann_dist.manifest import load_manifest
 from jobs import cli, paper, study
 from jobs.show import study_page
@@ -154,6 +156,15 @@ def test_the_transfer_study(shards: Path, tmp_path: Path, speeds: list[tuple[str
     other = write_folded_set(tmp_path / "other", [1, 2], "others")
     with pytest.raises(UserError, match=r"runs/both: holds a study of tones \(transfer\)"):
         transfer(write_protocol(tmp_path / "o.yaml", other), "none", "run.name=both")
+
+
+def test_the_models_are_measured_at_the_median_clip(shards: Path, tmp_path: Path) -> None:
+    clips = load_manifest(shards)
+    measure = study._Measure(LocalFolder(str(tmp_path)))
+    samples = np.full(len(clips), 44_100)
+    expected = measure.of("ERANN-3-1", dataclasses.replace(clips, samples=samples))
+    samples[len(samples) // 2] *= 10
+    assert measure.of("ERANN-3-1", dataclasses.replace(clips, samples=samples)) == expected
 
 
 def outcome(mean: float, failed: bool = False, comparable: bool = True) -> dict[str, Any]:
