@@ -5,10 +5,10 @@ from typing import Any
 
 from erann_dist import checkpoint, strict_json
 from erann_dist.errors import UsageError
-from erann_dist.folder import open_folder
+from erann_dist.folder import Folder, open_folder
 from erann_dist.recipe import Recipe
 from jobs.fleet import Tell, check_runs, run_all
-from jobs.mark import Mark, require_own, write_mark
+from jobs.mark import Mark, require_own, require_unchanged, write_mark
 from jobs.pretrain import is_finished, only_one
 from jobs.protocol import CrossValidation, begin_with, results
 from jobs.results import RESULTS
@@ -40,7 +40,8 @@ def check_all(validations: list[CrossValidation], address: str | None) -> list[M
     check_folds(validations, address)
     marks = [_mark(validation, begin_with(validation)) for validation in validations]
     for validation, mark in zip(validations, marks, strict=True):
-        require_own(validation.folder, mark, has_begun(validation))
+        if has_begun(validation.folder):
+            require_unchanged(validation.folder, mark)
     return marks
 
 
@@ -51,12 +52,14 @@ def check_folds(validations: list[CrossValidation], address: str | None) -> None
         if validation.name in names:
             raise UsageError(f"two cross-validations are called {validation.name}; give each a run.name of its own")
         names.add(validation.name)
-        require_own(validation.folder, _mark(validation, None), begun=False)
+        require_own(validation.folder, _mark(validation, None))
     check_runs(_runs(validations), address)
 
 
-def has_begun(validation: CrossValidation) -> bool:
-    runs = [open_folder(recipe.run_url) for recipe in validation.recipes.values()]
+def has_begun(study: Folder) -> bool:
+    """Whether any run below the study's folder has. Until then it may begin with other clips or weights."""
+    names = {name.partition("/")[0] for name in study.sizes() if "/" in name}
+    runs = [open_folder(f"{study}/{name}") for name in names]
     return any(is_finished(run) or checkpoint.committed(run) for run in runs)
 
 

@@ -20,19 +20,19 @@ class Mark:
     weights: str | None = None  # sha256 of those that its runs begin with
 
 
-def require_own(folder: Folder, mark: Mark, begun: bool) -> None:
-    """Raise UserError when the folder holds something else.
-
-    begun: whether any of the study's runs has. Until then it may begin with other clips or weights than it was to.
-    """
+def require_own(folder: Folder, mark: Mark) -> None:
+    """Raise UserError when the folder holds something else."""
     if folder.exists(LOG):
         raise UserError(f"{folder}: is the folder of a run; give this study another run.name")
-    if not folder.exists(MARK):
-        return
     found = _read(folder)
-    if (found.kind, found.of) != (mark.kind, mark.of):
+    if found and (found.kind, found.of) != (mark.kind, mark.of):
         raise UserError(f"{folder}: holds a study of {found.of} ({found.kind}); give this one another run.name")
-    if not begun or not found.data:  # which marks had not from the beginning
+
+
+def require_unchanged(folder: Folder, mark: Mark) -> None:
+    """Raise UserError when its runs, some of which have begun, did so with other clips or weights."""
+    found = _read(folder)
+    if not found or not found.data:  # which marks had not from the beginning
         return
     for key, content in mark.data.items():
         if found.data.get(key) != content:
@@ -45,7 +45,9 @@ def write_mark(folder: Folder, mark: Mark) -> None:
     folder.write(MARK, strict_json.dumps(asdict(mark)).encode())
 
 
-def _read(folder: Folder) -> Mark:
+def _read(folder: Folder) -> Mark | None:
+    if not folder.exists(MARK):
+        return None
     try:
         return TypeAdapter(Mark).validate_json(folder.read(MARK))
     except ValidationError as error:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from erann_dist import checkpoint, strict_json
+from erann_dist import strict_json
 from erann_dist.data import load_train_and_eval
 from erann_dist.distributed import device_name
 from erann_dist.errors import UsageError, UserError
@@ -31,8 +31,8 @@ from erann_dist.recipe import RunSection, check, load_recipe, read_tree
 from jobs import paper
 from jobs.finetune import check_all, finetune, has_begun
 from jobs.fleet import Ended, Tell, check_runs, run_all
-from jobs.mark import Mark, require_own, write_mark
-from jobs.pretrain import is_finished, only_one
+from jobs.mark import Mark, require_own, require_unchanged, write_mark
+from jobs.pretrain import only_one
 from jobs.protocol import CrossValidation, load_cross_validation
 from jobs.results import RESULTS, read_results
 
@@ -125,8 +125,9 @@ def run_grid(
             weights = initialise(model, recipe.model.init, recipe.model.fresh).weights_sha256
     hashes = {"data.train": training_clips.info.content_hash, "data.eval": clips.info.content_hash}
     mark = Mark(kind, clips.info.name, hashes, weights)
-    runs = [open_folder(recipe.run_url) for recipe in recipes.values()]
-    require_own(folder, mark, any(is_finished(run) or checkpoint.committed(run) for run in runs))
+    require_own(folder, mark)
+    if has_begun(folder):
+        require_unchanged(folder, mark)
     with only_one(folder):
         write_mark(folder, mark)
         measure = _Measure(folder)
@@ -208,6 +209,8 @@ class _Measure:
         if key not in self._known:
             model.to(self._device)
             self._known[key] = {_speed_column(batch): _speed(model, batch, frames) for batch in _BATCHES}
+            model.cpu()
+            torch.cuda.empty_cache()  # for the runs
         return {"params_M": params, "GMACs": macs, **self._known[key]}
 
 
@@ -268,7 +271,7 @@ def run_transfer(
     validations = [validation for row in rows.values() for validation in row]
     folder = open_folder(place)
     mark = Mark("transfer", ", ".join(sorted({validation.data_set for validation in validations})))
-    require_own(folder, mark, any(map(has_begun, validations)))
+    require_own(folder, mark)
     check_all(validations, address)
     with only_one(folder):
         write_mark(folder, mark)

@@ -495,7 +495,7 @@ def test_study(erann, tmp_path: Path, tone_shards: Path) -> None:
     assert first["clips_per_s_1"] > 0
     with (tmp_path / "runs/grid/table.csv").open() as file:
         assert [row["variant"] for row in csv.DictReader(file)] == ["ERANN-3-1", "ERANN-2-1"]
-    assert_refused(erann("study", "transfer", path), 2, "needs --from")
+    assert_refused(erann("study", "transfer", path), 2, "study transfer needs recipes of erann finetune, and --from")
     assert_refused(erann("study", "augmentation", path, path), 2, "takes one recipe")
 
 
