@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -120,8 +121,13 @@ class Watch:
                 for event in ray.get(self._board.take.remote(0 if last else 1)):
                     self.step = event.step
                     self.saved |= isinstance(event, CheckpointSaved)
-                    with suppress(OSError):  # as when nobody reads its output any more
+                    try:
                         self._on_event(event)
+                    except OSError:
+                        pass  # as when nobody reads its output any more
+                    except Exception:  # a fault of a reader's; the run goes on without it
+                        traceback.print_exc()
+                        self._on_event = lambda _: None
                 if not told and (reason := self._reason()):
                     self._board.tell.remote(self._number, reason)
                     told = True

@@ -1,26 +1,19 @@
 """Start a run's workers: in this process, under torchrun, or by Ray Train. Their function is the same for all."""
 
 import os
-import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
-
-from cluster.environment import WORKER_ENVIRONMENT
-from cluster.notice import Notice, no_notice, signals_as_notice
-from erann_dist.distributed import Workers, pick_device, process_group_backend, single_worker
+from cluster.notice import no_notice, signals_as_notice
+from erann_dist.distributed import Workers, pick_device, single_worker
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import UsageError
 from erann_dist.events import Emit
 
 # Called on every worker with the configuration. The first worker's events reach the caller of `launch`.
 WorkerFunction = Callable[[dict[str, Any], Workers, Emit], None]
-_LAUNCHED = "ERANN_LAUNCHED"  # when the user's command was started, for the same command on torchrun's workers
 
 
 def launch(
@@ -70,43 +63,37 @@ def launch(
             run=run,
         )
         return
-    with signals_as_notice() if heeds_notice else nullcontext(no_notice) as notice:
-        if launcher == "torchrun":
-            _launch_under_torchrun(function, config, num_workers, device, on_event, notice, hang_timeout)
-        elif num_workers != 1:
-            raise UsageError(f"launcher none runs 1 worker, not {num_workers}; use launcher ray or torchrun")
-        else:
-            with single_worker(pick_device(device)) as workers:
-                function(config, replace(workers, notice=notice), on_event)
+    if launcher == "torchrun" and not _is_torchruns_worker():
+        from cluster.torchrun import run_under_torchrun
+
+        run_under_torchrun(
+            function,
+            config,
+            num_workers=num_workers,
+            device=device,
+            on_event=on_event,
+            heeds_notice=heeds_notice,
+            hang_timeout=hang_timeout,
+        )
+        return
+    if launcher == "torchrun":
+        from cluster.torchrun import torchrun_worker
+
+        end_with_parent()  # a torchrun that is killed leaves its workers, which would train on beside the next start
+        worker: AbstractContextManager[Workers] = torchrun_worker(device, hang_timeout)
+    elif num_workers != 1:
+        raise UsageError(f"launcher none runs 1 worker, not {num_workers}; use launcher ray or torchrun")
+    else:
+        worker = single_worker(pick_device(device))
+    with signals_as_notice() if heeds_notice else nullcontext(no_notice) as notice, worker as workers:
+        function(config, replace(workers, notice=notice), on_event)
 
 
 def is_first_process() -> bool:
-    """False in all but the first of the processes that torchrun started: what is done once is done there."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """False in all but the first of the processes that a user's torchrun started: what is done once is done there."""
+    return not _is_torchruns_worker() or os.environ["RANK"] == "0"
 
 
-def _launch_under_torchrun(
-    function: WorkerFunction,
-    config: dict[str, Any],
-    num_workers: int,
-    device: str,
-    on_event: Emit,
-    notice: Notice,
-    hang_timeout: float,
-) -> None:
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        # This is the user's own command: it becomes torchrun, which runs the same command on each worker.
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_workers)]
-        signals = ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]  # they are passed on to the workers
-        environment = WORKER_ENVIRONMENT | {_LAUNCHED: str(time.time())}
-        os.execve(sys.executable, [*command, *signals, *sys.argv], os.environ | environment)
-    end_with_parent()  # torchrun's workers would train on beside the next start of the run
-    local_device = pick_device(device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    launched = float(os.environ.get(_LAUNCHED, time.time()))
-    # The loop's own watchdog is to see a hang first.
-    dist.init_process_group(process_group_backend(local_device), timeout=timedelta(seconds=2 * hang_timeout))
-    try:
-        workers = Workers(dist.get_rank(), dist.get_world_size(), local_device, launched, notice=notice)
-        function(config, workers, on_event)
-    finally:
-        dist.destroy_process_group()
+def _is_torchruns_worker() -> bool:
+    # RANK alone is set by batch systems too.
+    return "TORCHELASTIC_RUN_ID" in os.environ

@@ -38,7 +38,7 @@ from cluster.gauges import with_gauges
 from cluster.notice import Notice, first_of, no_notice, signals_as_notice
 from cluster.room import Bundle, bundle_of, count, room_for, wait_for_room
 from erann_dist.distributed import Workers
-from erann_dist.errors import Stopped, UserError
+from erann_dist.errors import Stopped, Unavailable, UserError
 from erann_dist.events import Emit, Event, Incident
 
 _ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
@@ -54,6 +54,7 @@ class Start:
     number: int  # 1, 2, …
     workers: int
     failure: str | None  # why those before ended
+    reached: int  # the last step that those before were heard to have done
     function: Any
     config: dict[str, Any]
     launched: float
@@ -96,6 +97,9 @@ def run_on_ray(
         bundle = bundle_of(device, least)
         if embedded and any(resources.get(kind, 0) < least for kind in bundle):
             wait_for_workers = 0  # it does not grow
+        if device == "auto" and "GPU" not in bundle and (gpus := resources.get("GPU", 0)):
+            text = f"training on CPUs: the cluster has {count(gpus, 'GPU')} for {count(least, 'worker')}"
+            on_event(Incident(0, "resize", f"{text}; run.device=cuda waits for more, fewer run.workers use them"))
         number = failures = step = 0
         failure: str | None = None
         places: dict[int, Place] = {}
@@ -110,7 +114,7 @@ def run_on_ray(
             )
             failure = _why_again(failure, places, workers)
             number += 1
-            start = Start(number, workers, failure, function, config, launched, os.getcwd(), board)
+            start = Start(number, workers, failure, step, function, config, launched, os.getcwd(), board)
             with (
                 _growth(board, workers, bundle, most - workers) as growth,
                 Watch(board, number, on_event, first_of(stop, growth), step) as watch,
@@ -193,9 +197,15 @@ def _growth(board: Any, workers: int, bundle: Bundle, more: int) -> Iterator[Not
 def _ray_worker(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on each worker."""
     start: Start = settings["start"]
-    os.chdir(start.cwd)
     context, board = ray.train.get_context(), start.board
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    try:
+        os.chdir(start.cwd)
+    except OSError as error:
+        raise UserError(
+            f"{start.cwd}, where the command was started, is not on {socket.gethostname()} ({error.strerror}); "
+            "start it in a folder that all hosts have"
+        ) from error
     place = Place(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id())
     sent = [board.join.remote(start.number, rank, place)]
 
@@ -204,7 +214,8 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         del sent[:-1]
 
     notice = _worker_notice(start)
-    workers = Workers(rank, world_size, ray.train.torch.get_device(), start.launched, start.failure, notice)
+    device = ray.train.torch.get_device()
+    workers = Workers(rank, world_size, device, start.launched, start.failure, start.reached, notice)
     try:
         start.function(start.config, workers, emit)
     except UserError:
@@ -243,11 +254,14 @@ def _worker_notice(start: Start) -> Notice:
 
 
 def _explain(error: Exception, places: dict[int, Place]) -> tuple[Stopped | None, str]:
-    """Whether the workers stopped as they were told to, and why they ended. Raises the UserError of one that did."""
+    """Whether the workers stopped as they were told to, and why they ended.
+
+    Raises the UserError of one that another start would meet too.
+    """
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     raised = [cause for failure in failures.values() for cause in _causes(failure) if isinstance(cause, UserError)]
     for cause in raised:
-        if not isinstance(cause, Stopped):
+        if not isinstance(cause, Stopped | Unavailable):
             raise cause
     # Of several the one that was lost: it is why the others failed.
     first = min(failures, key=lambda rank: (not isinstance(failures[rank], _LOST), rank), default=None)
@@ -255,6 +269,8 @@ def _explain(error: Exception, places: dict[int, Place]) -> tuple[Stopped | None
         text = _line(getattr(error, "controller_failure", error))
     elif lost := _lost_nodes(places):
         text = f"node {', '.join(lost)} lost"
+    elif away := next((cause for cause in raised if isinstance(cause, Unavailable)), None):
+        text = str(away)
     else:
         where = f" on {places[first].ip}" if first in places else ""
         text = f"worker {first}{where}: {_line(failures[first])}"

@@ -28,6 +28,7 @@ class Workers:
     device: torch.device
     launched: float = field(default_factory=time.time)  # when the command was started, in unix time
     failure: str | None = None  # why the workers before these ended, if this command started those too
+    reached: int = 0  # the last step that they were heard to have done
     notice: Callable[[], str | None] = lambda: None  # says why this worker is about to be taken away, once it knows
 
     @property

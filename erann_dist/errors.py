@@ -1,7 +1,8 @@
 """Errors that are the user's to mend: shown as one line, never as a traceback.
 
 Exit codes of the `erann` command: 2 when what was typed can't be used (a command, an option, a recipe, a path that
-does not exist), 1 when the work failed on what it found (data, shards, checkpoints), 130 after Ctrl-C.
+does not exist), 1 when the work failed on what it found (data, shards, checkpoints), 130 after Ctrl-C, 143 when a run
+was told to stop and has saved what it had.
 """
 
 
@@ -15,6 +16,10 @@ class UsageError(UserError):
     """What was typed can't be used, whatever the data says."""
 
     exit_code = 2
+
+
+class Unavailable(UserError):
+    """S3 can't be reached or used now. The same may go well later."""
 
 
 class Stopped(UserError):

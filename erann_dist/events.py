@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# failure: workers were lost, hung, or the command before this one ended; resize: there are more or fewer of them.
-IncidentKind = Literal["bad_clip", "cache", "bad_step", "checkpoint", "log", "failure", "preemption", "resize"]
+# failure: workers were lost, hung, or the command before this one ended; stop: that was told to; resize: there are more
+# or fewer workers.
+IncidentKind = Literal["bad_clip", "cache", "bad_step", "checkpoint", "log", "failure", "stop", "preemption", "resize"]
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,21 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """In metrics.jsonl, when the command gives up a run that is not finished, or was told to stop."""
+
+    step: int  # done, as far as the log knows
+    text: str  # one line: why
+    told: bool  # to stop: by a signal, Ctrl-C
+    launched: float  # when the command was started, in unix time
+
+
+@dataclass(frozen=True)
 class Discarded:
     """In metrics.jsonl, in place of the last lines of a start whose steps are computed again: until when it ran."""
 
     step: int  # of the last of them
 
 
-Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished | Discarded
+Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished | Ended | Discarded
 Emit = Callable[[Event], None]

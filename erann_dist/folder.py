@@ -100,8 +100,10 @@ class LocalFolder:
                 file.flush()
                 os.fsync(file.fileno())  # a name that outlives a power cut must not lead to an empty file
             part.replace(path)
-        except BaseException:
+        except BaseException as error:
             part.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:  # a full disk
+                error.filename = str(path)
             raise
 
     def write(self, name: str, data: bytes) -> None:
@@ -117,10 +119,10 @@ class LocalFolder:
                 path = path.parent
                 path.rmdir()
 
-    def discard_unfinished(self) -> None:
-        """Remove what killed processes left. No process may be writing in the folder."""
+    def discard_unfinished(self, prefix: str = "") -> None:
+        """Remove what killed processes left of files whose name starts with prefix; one still written then fails."""
         for path in self._files():
-            if path.suffix == ".part":
+            if path.suffix == ".part" and path.relative_to(self.url).as_posix().startswith(prefix):
                 path.unlink(missing_ok=True)
 
     def _files(self) -> Iterator[Path]:

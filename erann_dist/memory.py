@@ -1,10 +1,14 @@
 """When a GPU's memory is too small for a micro-batch."""
 
+import numpy as np
 import torch
 
+from erann_dist import SAMPLE_RATE
 from erann_dist.engine import autocast
 from erann_dist.errors import UserError
+from erann_dist.evaluation import MICRO_BATCH
 from erann_dist.features import padded_frames
+from erann_dist.manifest import Manifest
 from erann_dist.model import ERANN, MEL_BINS
 from erann_dist.recipe import LEAST_MICRO_BATCH, OptimSection
 
@@ -21,13 +25,26 @@ def too_small(model: ERANN, optim: OptimSection, crop_samples: int) -> UserError
     )
 
 
+def too_small_to_evaluate(clips: Manifest) -> UserError:
+    """What to say when whole clips are too much."""
+    longest = int(np.argmax(clips.samples))
+    return UserError(
+        f"the GPU's memory is too small to evaluate clips at their whole length, {MICRO_BATCH} at once; the longest is "
+        f"{clips.keys[longest].as_py()} of {clips.samples[longest] / SAMPLE_RATE:.0f} s: leave such out by "
+        "data.eval.without, or use a smaller model.variant"
+    )
+
+
 def _fits(model: ERANN, optim: OptimSection, size: int, frames: int) -> bool:
-    device = next(model.parameters()).device
+    parameters = list(model.parameters())
+    device = parameters[0].device
     try:
+        moments = [torch.empty_like(p) for p in parameters for _ in range(2)]  # Adam's, which the first step makes
         inputs = torch.zeros(size, 1, MEL_BINS, frames, device=device)
         with autocast(device, optim.precision):
             loss = model(inputs).float().sum()
-        torch.autograd.grad(loss, list(model.parameters()))  # no hooks of an engine's
+        torch.autograd.grad(loss, parameters)  # no hooks of an engine's
+        del moments
     except torch.OutOfMemoryError:
         return False
     finally:

@@ -185,7 +185,7 @@ class RunSection(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     log_every: int = Field(10, ge=1)  # steps
     max_failures: int = Field(3, ge=0)  # of workers under ray, in a row without a checkpoint; one more ends the run
-    hang_timeout: float = Field(600.0, gt=0)  # seconds without progress, after which the workers are restarted
+    hang_timeout: float = Field(600.0, ge=1)  # seconds without progress, after which the workers are restarted
     wait_for_workers: float = Field(300.0, ge=0)  # seconds that a cluster gets to have room for them
 
     @property
@@ -248,20 +248,22 @@ class Recipe(Section):
             examples = max(1, round(self.optim.epochs * training_clips))
         return -(-examples // self.optim.global_batch)
 
-    def function(self) -> dict[str, Any]:
+    def function(self, exclude_defaults: bool = False) -> dict[str, Any]:
         """The part that decides what is computed: without where it runs, how often it logs, saves and evaluates."""
-        settings = self.model_dump(exclude={"checkpoint", "evaluate"})
+        settings = self.model_dump(exclude={"checkpoint", "evaluate"}, exclude_defaults=exclude_defaults)
         settings["run"] = {"seed": self.run.seed}
         if self.evaluate.pad_s:  # what the evaluation computes; the keys beside it say only when
             settings["evaluate"] = {"pad_s": self.evaluate.pad_s}
         for name in ("zero_stage", "compile", "max_bad_steps", "small_micro_batch"):
-            del settings["optim"][name]
+            settings["optim"].pop(name, None)
         for name in ("loader_threads", "cache", "max_bad_clips"):
-            del settings["data"][name]
+            settings["data"].pop(name, None)
         return settings
 
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.function(), sort_keys=True).encode()).hexdigest()
+        """Of what is computed; a key that a later version adds leaves it as it is."""
+        function = self.function(exclude_defaults=True)
+        return hashlib.sha256(json.dumps(function, sort_keys=True).encode()).hexdigest()
 
 
 def load_recipe(path: Path, overrides: list[str] = []) -> Recipe:  # noqa: B006 - never changed

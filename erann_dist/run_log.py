@@ -8,6 +8,7 @@ A command is what the user started; its workers may start several times. Time be
 """
 
 import json
+import os
 import tempfile
 import threading
 import time
@@ -16,13 +17,14 @@ from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from erann_dist import strict_json
 from erann_dist.errors import UserError
 from erann_dist.events import (
     CheckpointSaved,
     Discarded,
+    Ended,
     Evaluated,
     EvaluationProgress,
     Event,
@@ -34,11 +36,12 @@ from erann_dist.events import (
 from erann_dist.folder import Folder, LocalFolder
 
 LOG, TENSORBOARD = "metrics.jsonl", "tensorboard"
+_REACHED = ".step"  # a file beside it on a disk: the last step that was done, in decimal digits
 UPLOAD_S = 30.0  # between uploads to S3
 
 Line = dict[str, Any]
 
-_WORK, _HISTORY = (Step, Evaluated, CheckpointSaved), (Started, Incident, Finished, Discarded)
+_WORK, _HISTORY = (Step, Evaluated, CheckpointSaved), (Started, Incident, Finished, Ended, Discarded)
 _KEYS = {  # that a line must have
     kind.__name__: {"time", *(f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)}
     for kind in (*_WORK, *_HISTORY)
@@ -64,7 +67,7 @@ class RunLog:
     To S3 it is uploaded in the background; an upload that fails is tried again at the next one. A start of the run that
     another one has replaced no longer changes the log.
 
-    found: the lines that were there, for `lost`.
+    found: the lines that were there, and reached: the last step that was done then, for `lost`.
     lines: those of them that count and what was logged since, for `goodput`: the keys that it needs.
     """
 
@@ -72,14 +75,19 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self.found = read_log(folder)
+        self.reached = _reached(folder)
         kept = continued(self.found, from_step)
         # Also when nothing changes: a process that was replaced holds the old file open, and writes there.
         text = "".join(strict_json.dumps(line) + "\n" for line in kept)
         folder.write(LOG, text.encode())
         self.lines = [_accounted(line) for line in kept]
         self._copy: _Copy | None = None
+        self._step: BinaryIO | None = None
         directory = Path(folder.url)
-        if not isinstance(folder, LocalFolder):
+        if isinstance(folder, LocalFolder):
+            folder.write(_REACHED, b"")
+            self._step = (directory / _REACHED).open("wb", buffering=0)
+        else:
             self._scratch = tempfile.TemporaryDirectory(prefix="erann-log-", ignore_cleanup_errors=True)
             directory = Path(self._scratch.name)
             (directory / LOG).write_text(text, encoding="utf-8")
@@ -99,6 +107,12 @@ class RunLog:
             self._log_scalars(event)
         if isinstance(event, Started | CheckpointSaved):
             self.flush()
+
+    def reach(self, step: int) -> None:
+        """This step is done. The log says so only every now and then; on a disk it is written down all the same."""
+        if self._step:
+            with suppress(OSError):
+                os.pwrite(self._step.fileno(), str(step).encode(), 0)
 
     def _write(self) -> None:
         with suppress(OSError):
@@ -133,6 +147,8 @@ class RunLog:
         """Waits for the last upload."""
         self._write()
         self._file.close()
+        if self._step:
+            self._step.close()
         with suppress(OSError):
             self._tensorboard.close()
         if self._copy:
@@ -212,6 +228,26 @@ def read_log(folder: Folder) -> list[Line]:
     return [line for line in map(_parse, text.split("\n")) if line]
 
 
+def end(folder: Folder, ended: Ended) -> None:
+    """Add the end of a command to the run's log, if it has one. Nothing else may be writing there."""
+    with suppress(FileNotFoundError):
+        text = folder.read(LOG)
+        cut = b"" if text.endswith(b"\n") else b"\n"  # a line that was cut short
+        folder.write(LOG, text + cut + f"{strict_json.dumps(as_line(ended, time.time()))}\n".encode())
+
+
+def last_step(folder: Folder) -> int:
+    """The last step of a run that is known to be done."""
+    return max([_reached(folder), *(line["step"] for line in read_log(folder) if line["event"] == "Step")])
+
+
+def _reached(folder: Folder) -> int:
+    try:
+        return int(folder.read(_REACHED))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
 def _parse(text: str) -> Line | None:
     """A line, unless it was cut short or does not have what such an event has."""
     try:
@@ -237,20 +273,21 @@ def continued(lines: Sequence[Line], from_step: int) -> list[Line]:
     return kept
 
 
-def lost(lines: Sequence[Line], from_step: int, launched: float, now: float) -> Lost:
+def lost(lines: Sequence[Line], from_step: int, launched: float, now: float, reached: int = 0) -> Lost:
     """What the start of the run that goes on from a step does again; `lines` are those that it found.
 
-    launched: when its command was. Seconds that an earlier incident has counted are not counted again.
+    launched: when its command was. reached: the last step that is known to be done, beside what the lines say. Seconds
+    that an earlier incident has counted are not counted again.
     """
     if not lines:
         return Lost(0, 0.0, from_step)
-    reached = [line for line in lines if line["event"] in _IS_WORK and line["step"] <= from_step]
-    done = max([lines[0]["time"], *map(_done_at, reached)])
+    before = [line for line in lines if line["event"] in _IS_WORK and line["step"] <= from_step]
+    done = max([lines[0]["time"], *map(_done_at, before)])
     commands = _commands([*lines, {"event": "Started", "time": now, "launched": launched}])
     running = sum(max(0.0, end - max(start, done)) for start, end in commands)
     counted = sum(line.get("seconds_lost", 0.0) for line in lines if line["time"] > done)
-    last_step = max([from_step, *(line["step"] for line in lines if line["event"] == "Step")])
-    return Lost(last_step - from_step, max(0.0, running - counted), last_step)
+    last = max([from_step, reached, *(line["step"] for line in lines if line["event"] == "Step")])
+    return Lost(last - from_step, max(0.0, running - counted), last)
 
 
 def goodput(lines: Sequence[Line], now: float) -> float:

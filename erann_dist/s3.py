@@ -31,7 +31,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from fsspec.asyn import FSTimeoutError, sync  # type: ignore[import-untyped]
 from s3fs.core import S3_RETRYABLE_ERRORS, S3FileSystem  # type: ignore[import-untyped]
 
-from erann_dist.errors import UserError
+from erann_dist.errors import Unavailable, UserError
 from erann_dist.pieces import sequential_file
 
 T = TypeVar("T")
@@ -174,9 +174,10 @@ class S3Folder:
         """No error when there is none."""
         self._request("deleted", name, "delete_object", Key=self._key(name))
 
-    def discard_unfinished(self) -> None:
-        """Abort the uploads that killed processes left. No process may be writing in the folder."""
-        query: dict[str, Any] = {"Prefix": self._key("")}
+    def discard_unfinished(self, prefix: str = "") -> None:
+        """Abort the uploads that killed processes left of files whose name starts with prefix; one that still goes on
+        fails."""
+        query: dict[str, Any] = {"Prefix": self._key(prefix)}
         while True:
             page = self._request("cleared of unfinished uploads", "", "list_multipart_uploads", **query)
             for upload in page.get("Uploads", ()):
@@ -338,22 +339,28 @@ class S3Folder:
     def _wait(self, done: str, name: str, seconds: float, work: Callable[[S3FileSystem], Awaitable[T]]) -> T:
         """Run work on s3fs's event loop, for so many seconds at most; its failure in words."""
         s3 = _file_system(self.endpoint)
+        kind: type[UserError]
         try:
             return sync(s3.loop, work, s3, timeout=seconds)
         except FSTimeoutError:
-            reason = f"no answer within {round(seconds, 1):g} s: check the network and the endpoint"
+            reason, kind = f"no answer within {round(seconds, 1):g} s: check the network and the endpoint", Unavailable
         except _Missing:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self.url}/{name}") from None
         except _Refused as error:
-            reason = str(error)
-        raise self._error(done, name, reason)
+            reason, kind = str(error), Unavailable if error.passes else UserError
+        raise self._error(done, name, reason, kind)
 
-    def _error(self, done: str, name: str, reason: str) -> UserError:
-        return UserError(f"{self.url}/{name}".rstrip("/") + f" could not be {done}: {reason}")
+    def _error(self, done: str, name: str, reason: str, kind: type[UserError] = UserError) -> UserError:
+        return kind(f"{self.url}/{name}".rstrip("/") + f" could not be {done}: {reason}")
 
 
 class _Refused(Exception):
     """An answer, or the lack of one, that stays. The message is the reason and what to do."""
+
+    def __init__(self, reason: str, passes: bool = False) -> None:
+        """passes: it stayed for all attempts, but may be gone later."""
+        super().__init__(reason)
+        self.passes = passes
 
 
 class _Missing(Exception):
@@ -461,14 +468,14 @@ def _explained(error: BaseException, attempts: int) -> Exception:
                 reason = "the bucket is in another region: set AWS_DEFAULT_REGION"
             case _:
                 reason = "S3 can't do it now: try again later" if again else "S3 refuses"
-        return _Refused(f"{reason} ({code}{again})")
+        return _Refused(f"{reason} ({code}{again})", bool(again))
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
         return _Refused("no credentials for S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
     if isinstance(error, EndpointConnectionError | ConnectTimeoutError):
         server = urlsplit(error.kwargs["endpoint_url"]).netloc
-        return _Refused(f"could not connect to {server}{again}: check the endpoint and the network")
+        return _Refused(f"could not connect to {server}{again}: check the endpoint and the network", bool(again))
     if again:
-        return _Refused(f"no answer, or one cut short ({type(error).__name__}{again}): check the network")
+        return _Refused(f"no answer, or one cut short ({type(error).__name__}{again}): check the network", True)
     return _Refused(" ".join(str(error).split()))
 
 

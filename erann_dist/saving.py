@@ -1,6 +1,7 @@
 """Checkpoints written beside the training."""
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from erann_dist import checkpoint
@@ -17,12 +18,14 @@ _PAUSES_S = (0.0, 2.0, 5.0, 15.0, 30.0)
 class Saver:
     """Writes the checkpoints of one start of a run, one at a time, in a thread of its own."""
 
-    def __init__(self, start: Start, settings: CheckpointSection) -> None:
+    def __init__(self, start: Start, settings: CheckpointSection, due: Callable[[int], bool]) -> None:
+        """due: at which steps there is a checkpoint whatever happens."""
         self.start = start
         self.state: State = {}  # the copy that is written; not to be changed before `finish` has told of it
         self.saved_step: int | None = None
         self.last: str | None = None  # the name of the checkpoint of that step
         self._settings = settings
+        self._due = due
         self._failed = 0  # in a row
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[list[Event]] | None = None
@@ -85,7 +88,8 @@ class Saver:
         self.saved_step = facts.step
         saved = CheckpointSaved(facts.step, f"{self.start.run}/{self.last}", time.perf_counter() - began, stall_s)
         try:
-            checkpoint.delete_others(self.start, self.last, self._settings.keep_last, self._settings.keep_best)
+            keep_last, keep_best = self._settings.keep_last, self._settings.keep_best
+            checkpoint.delete_others(self.start, self.last, self._due, keep_last, keep_best)
         except Superseded:
             raise
         except (OSError, UserError) as error:

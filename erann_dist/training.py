@@ -9,7 +9,8 @@ import math
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing
 from itertools import chain, tee
 from pathlib import Path
@@ -80,7 +81,13 @@ def train(recipe: Recipe, workers: Workers, emit: Emit) -> None:
     ):
         eval_clips = load_sources(recipe.data.eval)
         require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
-        training = _Training(recipe, workers, emit, clips, eval_clips, watchdog, resources)
+        try:
+            training = _Training(recipe, workers, emit, clips, eval_clips, watchdog, resources)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU's memory is too small for the weights of {recipe.model.variant} and their optimizer's state; "
+                "use a smaller model.variant"
+            ) from error
         try:
             training.run()
             return
@@ -115,7 +122,13 @@ class _Training:
         torch.set_num_threads(recipe.run.threads)
         torch.manual_seed(recipe.run.seed)  # the initial weights; no other random choice is torch's
         self.model = ERANN.from_name(recipe.model.variant, clips.num_classes).to(workers.device)
-        found = checkpoint.latest(self.run_folder) if workers.is_first else None
+        self.saver: Saver | None = None
+        found = None
+        if workers.is_first:
+            # The right to write first: a start before that still lives could delete the checkpoint that is found.
+            self.saver = Saver(self._begin(), recipe.checkpoint, self._is_checkpoint_due)
+            resources.enter_context(closing(self.saver))
+            found = checkpoint.latest(self.run_folder)
         self.resumed_from, self.damaged = workers.first(found) or (None, [])
         if recipe.model.init != "none" and not self.resumed_from:
             initialise(self.model, recipe.model.init, recipe.model.fresh)
@@ -125,10 +138,6 @@ class _Training:
         self.first_step = 0
         self.bad_clips = loader.BadClips(recipe.data.max_bad_clips)
         self.bad_steps: list[int] = []
-        self.saver: Saver | None = None
-        if workers.is_first:
-            self.saver = Saver(checkpoint.begin(self.run_folder), recipe.checkpoint)
-            resources.enter_context(closing(self.saver))
         if self.resumed_from:
             self._resume(self.resumed_from)
             if self.saver:
@@ -162,14 +171,15 @@ class _Training:
             self._compute(step)
             done = step + 1
             evaluates = self._is_evaluation_due(done)
-            # Before an evaluation too: one that takes long costs no steps if it is the run's last.
-            saves = evaluates or done % recipe.checkpoint.every == 0 or done == self.steps
+            saves = self._is_checkpoint_due(done)
             reports = saves or done % recipe.run.log_every == 0
             stops = self._hear_outcomes(all_of_them=reports)
             if stops and not reports:
                 self._hear_outcomes(all_of_them=True)
             if reports or stops:
                 self._report(done)
+            if self.log:
+                self.log.reach(done)
             self.watchdog.alive()
             self._tell_incidents(done)
             self._tell_saved()
@@ -273,7 +283,7 @@ class _Training:
             told = last and f"last checkpoint {self.run_folder}/{last}"
             raise UserError(
                 f"step {step}: {text}; {told or 'no checkpoint yet'}; bad step number {len(self.bad_steps)}, "
-                f"optim.max_bad_steps is {allowed}; a lower optim.lr may help"
+                f"optim.max_bad_steps is {allowed}; more may be skipped, or another run may take a lower optim.lr"
             )
         self.say(Incident(step, "bad_step", f"skipped: {text}", keys=keys))
 
@@ -308,6 +318,21 @@ class _Training:
         """Whether there is one on the way at this step; the end has one of its own."""
         every = self.recipe.evaluate.every
         return every is not None and step % every == 0 and 0 < step < self.steps
+
+    def _is_checkpoint_due(self, step: int) -> bool:
+        """Whether one is saved at this step whatever happens."""
+        # Before an evaluation too: one that takes long costs no steps if it is the run's last.
+        return self._is_evaluation_due(step) or step % self.recipe.checkpoint.every == 0 or step == self.steps
+
+    def _begin(self) -> checkpoint.Start:
+        """Take over the run's folder. Raises UserError."""
+        try:
+            return checkpoint.begin(self.run_folder)
+        except OSError as error:
+            raise UserError(
+                f"{self.run_folder}: {socket.gethostname()} can't write there ({error.strerror}); run.dir is a folder "
+                "that all hosts share, or s3://bucket/prefix"
+            ) from error
 
     def _save(self, step: int) -> None:
         """Copy the state; it is written while the training goes on."""
@@ -350,14 +375,17 @@ class _Training:
             self.watchdog.alive()
             self.say(EvaluationProgress(step, done, total))
 
-        predictions = evaluation.score(
-            self.model,
-            self.eval_clips,
-            self.workers,
-            loader_threads=self.recipe.data.loader_threads,
-            pad_samples=self.recipe.evaluate.pad_samples,
-            progress=progress,
-        )
+        try:
+            predictions = evaluation.score(
+                self.model,
+                self.eval_clips,
+                self.workers,
+                loader_threads=self.recipe.data.loader_threads,
+                pad_samples=self.recipe.evaluate.pad_samples,
+                progress=progress,
+            )
+        except torch.OutOfMemoryError as error:
+            raise memory.too_small_to_evaluate(self.eval_clips) from error
         records = bool(self.recipe.checkpoint.keep_best) and averaged is None
         if records:
             self._await_saving()
@@ -373,24 +401,33 @@ class _Training:
         if self.recipe.evaluate.average_last:
             weights = {name: value.clone() for name, value in self.model.state_dict().items()}
             number = self._average_weights(self.recipe.evaluate.average_last)
-            self._write_model("model-averaged", self._evaluate(self.steps, averaged=number))
+            averaged = self._evaluate(self.steps, averaged=number)
+            self._on_first_worker(lambda: self._write_model("model-averaged", averaged))
             self.model.load_state_dict(weights)
         predictions = self._evaluate(self.steps)
-        if predictions:
-            with self.run_folder.writing("predictions.parquet") as file:
-                evaluation.write_predictions(file, predictions, self.eval_clips)
-        self._write_model("model", predictions)  # by which the run is known as finished
+        self._on_first_worker(lambda: self._write_results(predictions))
         if predictions and self.log:
             outcome = evaluation.summarise(predictions, self.clips.info.task) | {"model": f"{self.run_folder}/model"}
             share = goodput(self.log.lines, time.time())
             self.say(Finished(self.steps, time.perf_counter() - self.began, share, outcome))
         self.workers.wait_for_all()
 
+    def _on_first_worker(self, work: Callable[[], None]) -> None:
+        """Let the first worker do it while all wait for it, and none looks as if it hung. All workers call it."""
+        with ThreadPoolExecutor(1) as thread:
+            doing = thread.submit(work) if self.workers.is_first else None
+            while not self.workers.first(doing is None or bool(wait([doing], timeout=1.0).done)):
+                self.watchdog.alive()
+            if doing:
+                doing.result()
+
     def _average_weights(self, number: int) -> int:
         """Load the mean of the last checkpoints' weights; of how many there are."""
-        last = checkpoint.committed(self.run_folder)[-number:] if self.workers.is_first else []
-        whole = [name for name in last if checkpoint.is_whole(self.run_folder, name)]
-        names = self.workers.first(whole)
+        names: list[str] = []
+        if self.workers.is_first:
+            names = checkpoint.regular(checkpoint.committed(self.run_folder), self._is_checkpoint_due)
+            names = [name for name in names if checkpoint.is_whole(self.run_folder, name)][-number:]
+        names = self.workers.first(names)
         mean: State = {}
         for name in names:
             self.watchdog.alive()
@@ -402,15 +439,25 @@ class _Training:
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in mean.items() if k.startswith("model.")})
         return len(names)
 
+    def _write_results(self, predictions: evaluation.Predictions | None) -> None:
+        """The evaluation's scores; then the model, by which the run is known as finished."""
+        assert predictions
+        assert self.saver
+        self.saver.start.require_last()
+        with self.run_folder.writing("predictions.parquet") as file:
+            evaluation.write_predictions(file, predictions, self.eval_clips)
+        self._write_model("model", predictions)
+
     def _write_model(self, name: str, predictions: evaluation.Predictions | None) -> None:
-        if predictions is None:
-            return
+        assert predictions
+        assert self.saver
         info = self.clips.info
         listed = len(self.eval_clips) + sum(count_reported(source) for source in self.recipe.data.eval)
         metrics = evaluation.detail(predictions, self.eval_clips, listed)
         variant, pad_samples = self.recipe.model.variant, self.recipe.evaluate.pad_samples
         model_info = ModelInfo(variant, info.task, info.label_ids, info.label_names, info.sample_rate, pad_samples)
         card = model_card(model_info, metrics, self.recipe)
+        self.saver.start.require_last()
         save_model(open_folder(f"{self.run_folder}/{name}"), self.model, model_info, metrics, card)
 
     def _resume(self, name: str) -> None:
@@ -472,13 +519,17 @@ class _Training:
         for problem in self.damaged:
             self.say(Incident(step, "checkpoint", problem))
         if self.log.found:
-            gone = lost(self.log.found, step, workers.launched, time.time())
-            text = workers.failure or f"the command before this one ended at step {gone.last_step}"
+            gone = lost(self.log.found, step, workers.launched, time.time(), max(self.log.reached, workers.reached))
+            before = self.log.found[-1]
+            why = f": {before['text']}" if before["event"] == "Ended" else ""
+            text = workers.failure or f"the command before this one ended at step {gone.last_step}{why}"
             if stacks:
                 name = f"stacks/start-{self.saver.start.number:04d}.txt"
                 self.run_folder.write(name, "".join(f"{rank}\n{stack}\n" for rank, stack in stacks).encode())
                 text += f"; the stacks of {', '.join(rank for rank, _ in stacks)} are in {self.run_folder}/{name}"
             kind = _KINDS.get(text.split(" ")[0].rstrip(":"), "failure")
+            if not workers.failure and before.get("told"):
+                kind = "stop"
             self.say(Incident(step, kind, text, gone.steps, gone.seconds))
 
 

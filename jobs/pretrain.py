@@ -1,20 +1,22 @@
 """A training run: check that it can be started or resumed, launch its workers, say what came of it."""
 
 import fcntl
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from cluster.launch import is_first_process, launch
-from erann_dist import checkpoint
+from erann_dist import checkpoint, run_log
+from erann_dist.checkpoint import Superseded
 from erann_dist.data import load_train_and_eval
 from erann_dist.distributed import Workers
-from erann_dist.errors import UserError
+from erann_dist.errors import Stopped, UserError
 from erann_dist.evaluation import read_detail
-from erann_dist.events import Emit
+from erann_dist.events import Emit, Ended
 from erann_dist.folder import Folder, LocalFolder, open_folder
 from erann_dist.recipe import Recipe, differences, parse_recipe
 from erann_dist.training import train
@@ -33,14 +35,14 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
     if is_first_process():
         check_run(recipe, run, resume)
     if not is_finished(run):
-        with _prepared(recipe, run) if is_first_process() else nullcontext():
+        with _prepared(recipe, run) if is_first_process() else nullcontext(), _end_is_logged(run):
             launch(
                 train_worker,
                 {"recipe": recipe.model_dump(mode="json")},
                 launcher=recipe.run.launcher,
                 num_workers=recipe.run.max_workers,
                 min_workers=recipe.run.min_workers,
-                device=recipe.run.device,
+                device=_device(recipe, run),
                 on_event=on_event,
                 address=address,
                 heeds_notice=True,
@@ -80,6 +82,31 @@ def only_one(run: Folder) -> Iterator[None]:
         except OSError:
             pass  # a file system without locks
         yield
+
+
+@contextmanager
+def _end_is_logged(run: Folder) -> Iterator[None]:
+    """Why the command gives up a run, or was told to stop, is in the run's log."""
+    launched = time.time()
+    try:
+        yield
+    except BaseException as error:
+        if is_first_process() and not isinstance(error, Superseded):  # then the log is another's
+            told = isinstance(error, Stopped | KeyboardInterrupt)
+            text = "interrupted by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
+            if not isinstance(error, UserError | KeyboardInterrupt | OSError):
+                text = f"{type(error).__name__}: {text}"
+            with suppress(UserError, OSError):  # the disk may be full, or S3 away
+                run_log.end(run, Ended(run_log.last_step(run), text, told, launched))
+        raise
+
+
+def _device(recipe: Recipe, run: Folder) -> str:
+    """A run that began on GPUs does not go on without because a cluster is only half there."""
+    started = [line for line in run_log.read_log(run) if line["event"] == "Started"]
+    if recipe.run.device == "auto" and started and started[-1]["device"].startswith("cuda"):
+        return "cuda"
+    return recipe.run.device
 
 
 def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
@@ -126,8 +153,10 @@ def check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
 
 
 def _recipe_of(run: Folder) -> Recipe:
+    path = f"{run}/{_RECIPE}"
     try:
         tree = yaml.safe_load(run.read(_RECIPE))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{run}/{_RECIPE}: damaged; remove {run} to begin the run anew") from error
-    return parse_recipe(tree, f"{run}/{_RECIPE}")
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError) as error:
+        state = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise UserError(f"{path}: {state}, so it is not known what the run is; give another run.name") from error
+    return parse_recipe(tree, path)

@@ -20,7 +20,7 @@ def list_runs(url: str, endpoint: str | None) -> dict[str, Any]:
     """How each run below a folder stands. Raises UsageError when there is no such folder or no run in it."""
     now = time.time()
     names = _names(open_folder(url, endpoint))
-    return {"folder": url, "runs": [standing(name, _lines(url, name, endpoint), now) for name in names]}
+    return {"folder": url, "runs": [_standing(url, name, _lines(url, name, endpoint), now, endpoint) for name in names]}
 
 
 def show_run(url: str, name: str, endpoint: str | None, plot: Path | None) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def show_run(url: str, name: str, endpoint: str | None, plot: Path | None) -> di
 
         draw_run(lines, _run_url(url, name), plot)
     return (
-        standing(name, lines, time.time())
+        _standing(url, name, lines, time.time(), endpoint)
         | {"folder": url, "starts": _events(lines, "Started"), "incident_list": _events(lines, "Incident")}
         | {"evaluations": evaluations(lines), "plot": str(plot) if plot else None}
     )
@@ -83,22 +83,34 @@ def _events(lines: Sequence[Line], kind: str) -> list[Line]:
     return [line for line in lines if line["event"] == kind]
 
 
+def _standing(url: str, name: str, lines: Sequence[Line], now: float, endpoint: str | None) -> dict[str, Any]:
+    found = standing(name, lines, now)
+    if found["state"] != "finished" and open_folder(_run_url(url, name), endpoint).exists("model/config.json"):
+        found |= {"state": "finished", "why": None}  # the model is there; what the log would say of it was lost
+    return found
+
+
 def standing(name: str, lines: Sequence[Line], now: float) -> dict[str, Any]:
-    """How a run stands by its log: state, step, best evaluation, goodput; None for what is not known yet."""
-    found: dict[str, Any] = dict.fromkeys(("step", "steps", "workers", "best", "goodput", "last_event", "silent_s"))
+    """How a run stands by its log: state, step, best evaluation, goodput; None for what is not known yet.
+
+    why: what ended the command of a run that is not finished.
+    """
+    names = ("step", "steps", "workers", "best", "goodput", "last_event", "silent_s", "why")
+    found: dict[str, Any] = dict.fromkeys(names)
     found |= {"run": name, "state": "empty", "incidents": len(_events(lines, "Incident"))}
     if not lines:
         return found
     last = lines[-1]["time"]
     state = _state(lines, now)
     for line in lines:
-        if line["event"] in ("Started", "Step", "Finished"):
+        if line["event"] in ("Started", "Step", "Finished", "Ended"):
             found["step"] = line["step"]
     if starts := _events(lines, "Started"):
         found |= {key: starts[-1][key] for key in ("steps", "workers")}
     share = goodput(lines, now if state == "running" else last)
     return found | {
         "state": state,
+        "why": lines[-1]["text"] if lines[-1]["event"] == "Ended" else None,
         "best": _best(lines),
         "goodput": share,
         "last_event": last,
@@ -109,6 +121,8 @@ def standing(name: str, lines: Sequence[Line], now: float) -> dict[str, Any]:
 def _state(lines: Sequence[Line], now: float) -> str:
     if _events(lines, "Finished"):
         return "finished"
+    if lines[-1]["event"] == "Ended":
+        return "stopped"
     # A pause before a command's start is not a silence of the run.
     silences = [b["time"] - a["time"] for a, b in pairwise(lines) if b["event"] != "Started"]
     return "running" if now - lines[-1]["time"] <= max(_SILENCE_S, _SILENCES * max(silences, default=0)) else "stopped"

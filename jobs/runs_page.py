@@ -31,6 +31,8 @@ def run_page(result: dict[str, Any]) -> None:
     seconds = sum(line.get("seconds_lost", 0.0) for line in result["incident_list"])
     console.print(f"run      {result['folder'].rstrip('/')}/{result['run']}")
     console.print(f"state    {result['state']}, step {_step(result)}, last event {_ago(result)}")
+    if result["why"]:
+        console.print(f"why      {result['why']}")
     if result["best"]:
         console.print(f"best     {_best(result)} at step {result['best']['step']:,}")
     console.print(f"goodput  {result['goodput']:.1%}; lost: {steps:,} steps, {duration(seconds)}")

@@ -61,6 +61,7 @@ from erann_dist.schedule import micro_batches_per_rank
 from erann_dist.storage import ClipReader
 from erann_dist.training import example_losses, train
 from erann_dist.watchdog import Watchdog
+from jobs.bench.flops import peak_flops, training_flops
 from jobs.progress import console
 from jobs.show import console as out
 from jobs.show import facts_page
@@ -122,7 +123,7 @@ class Measured:
 def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dict[str, Any]:
     """Each way against the bare loop, first with the recipe's model, then with the null model."""
     os.environ.update(WORKER_ENVIRONMENT)
-    load_train_and_eval(recipe.data)  # what is wrong with them shows here
+    classes = load_train_and_eval(recipe.data)[0].num_classes  # what is wrong with the sets shows here
     engines = ["plain", *(f"deepspeed_{stage}" for stage in _STAGES)]
     launcher, engine = recipe.run.launcher, _engine_way(recipe)
     short, long = endless(recipe, _WARM_UP), endless(recipe, _LOG_EVERY)
@@ -132,6 +133,11 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
         augment={"mixup_on": "waveform", "pitch_shift": 0, "specaugment": False},
         optim={"micro_batch": _NULL_MICRO_BATCH, "global_batch": _NULL_MICRO_BATCH * recipe.run.max_workers},
     )
+    device = pick_device(recipe.run.device)
+    use = None  # share of the GPUs' peak that one example a second takes
+    if device.type == "cuda":
+        peak = recipe.run.max_workers * peak_flops(recipe.run.device, recipe.optim.precision)
+        use = training_flops(recipe.model.variant, classes, recipe.data.crop_samples) / peak
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, Groups(recipe, scratch) as groups:
 
         def real(way: str) -> Measured:
@@ -155,7 +161,7 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
     bare_s = statistics.median(bare.step_s for each in pairs.values() for _, bare in each)
     return {
         "variant": recipe.model.variant,
-        "device": str(pick_device(recipe.run.device)),
+        "device": str(device),
         "workers": recipe.run.max_workers,
         "threads": recipe.run.threads,
         "precision": recipe.optim.precision,
@@ -163,7 +169,7 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
         "micro_batch": recipe.optim.micro_batch,
         "crop_s": recipe.data.crop_s,
         "bare_step_ms": round(1000 * bare_s, 2),
-        "bare_examples_per_s": round(recipe.optim.global_batch / bare_s, 2),
+        **{f"bare_{name}": value for name, value in _speeds(recipe, bare_s, use).items()},
         "plain_ratio": medians["plain"],
         "deepspeed_ratio": medians[f"deepspeed_{recipe.optim.zero_stage}"],
         **{f"deepspeed_{stage}_ratio": medians[f"deepspeed_{stage}"] for stage in _STAGES},
@@ -172,7 +178,7 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
         "data_wait": round(statistics.median(own.data_wait for own, _ in pairs["job"]), 4),
         "ways": {
             way: {
-                "examples_per_s": round(recipe.optim.global_batch / statistics.median(o.step_s for o, _ in each), 2),
+                **_speeds(recipe, statistics.median(own.step_s for own, _ in each), use),
                 "ratio": medians[way],
                 "rounds": [round(ratio, 4) for ratio in ratios[way]],
             }
@@ -182,6 +188,14 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
         "us_per_step": {layer: round(1e6 * seconds) for layer, seconds in layers.items()},
         "share_of_gpu_step": {layer: round(seconds / _GPU_STEP, 5) for layer, seconds in layers.items()},
     }
+
+
+def _speeds(recipe: Recipe, step_s: float, use: float | None) -> dict[str, float]:
+    """use: what one example a second takes of the GPUs' peak; None on CPUs, of which it says little."""
+    examples = recipe.optim.global_batch / step_s
+    clips = len(clip_positions(np.arange(1), recipe.augment.mixup, recipe.augment.partner))
+    mfu = {} if use is None else {"mfu": round(examples * use, 4)}
+    return {"examples_per_s": round(examples, 2), "clips_per_s": round(examples * clips, 2), **mfu}
 
 
 Pair = tuple[Measured, Measured]  # a way's turn, and the mean of the bare loop's before and behind it
@@ -358,10 +372,21 @@ def _job_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
 
 def measure(turn: Turn, workers: Workers) -> Measured:
     """One turn of a way, on one of its workers."""
+    try:
+        return _measure_bare(turn, workers) if turn.way == _BARE else _measure_ours(turn, workers)
+    finally:
+        gc.collect()  # DeepSpeed's engine refers to itself
+        if workers.device.type == "cuda":
+            torch.cuda.empty_cache()  # the other ways' processes need the memory
+
+
+def _measure_bare(turn: Turn, workers: Workers) -> Measured:
+    with _substitutes(turn, workers.world_size):
+        return _measured(turn, _bare(turn, workers))
+
+
+def _measure_ours(turn: Turn, workers: Workers) -> Measured:
     windows: list[Window] = []
-    if turn.way == _BARE:
-        with _substitutes(turn, workers.world_size):
-            return _measured(turn, _bare(turn, workers))
     parts: dict[str, float] = defaultdict(float)
 
     def emit(event: Event) -> None:
@@ -449,7 +474,6 @@ def _train(turn: Turn, workers: Workers, emit: Emit) -> None:
     """Our loop, cut off by its loader behind the turn's steps: what follows a run's last step is not measured."""
     with _substitutes(turn, workers.world_size), suppress(_EnoughError):
         train(turn.recipe, workers, emit)
-    gc.collect()  # DeepSpeed's engine refers to itself
 
 
 @contextmanager
@@ -538,11 +562,13 @@ def training_page(result: dict[str, Any]) -> None:
     """The facts, then the ways, then the layers."""
     facts_page(result)
     ways = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("", "examples/s", "ratio to bare", "of the rounds"):
-        ways.add_column(title, justify="left" if not title else "right")
+    for title in ("", "examples/s", "clips/s", "FLOP utilisation", "ratio to bare", "of the rounds"):
+        if title != "FLOP utilisation" or "bare_mfu" in result:
+            ways.add_column(title, justify="left" if not title else "right")
     for name, figures in result["ways"].items():
-        rounds = figures["rounds"]
-        ways.add_row(name, f"{figures['examples_per_s']:.1f}", f"{figures['ratio']:.3f}", _spread(rounds))
+        speeds = [f"{figures['examples_per_s']:.1f}", f"{figures['clips_per_s']:.1f}"]
+        speeds += [f"{figures['mfu']:.1%}"] if "mfu" in figures else []
+        ways.add_row(name, *speeds, f"{figures['ratio']:.3f}", _spread(figures["rounds"]))
     layers = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("with the null model", "µs a step", "of a 38 ms step"):
         layers.add_column(title, justify="left" if title.startswith("with") else "right")

@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -17,9 +16,8 @@ from rich.table import Table
 from erann_dist.data import load_sources
 from erann_dist.distributed import pick_device, single_worker
 from erann_dist.errors import UsageError, UserError
-from erann_dist.features import padded_frames
-from erann_dist.model import Variant, count_macs
 from erann_dist.recipe import Recipe
+from jobs.bench.flops import peak_flops, training_flops
 from jobs.bench.training import Turn, changed, endless, measure
 from jobs.progress import console
 from jobs.show import console as out
@@ -29,7 +27,6 @@ VARIANTS = ("ERANN-1-6", "ERANN-2-5")
 MICRO_BATCHES = (8, 16, 32, 64, 128)
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 _WARM_UP, _STEPS = 10, 30
-_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -59,13 +56,10 @@ def bench_table(recipe: Recipe, lines: Sequence[Setting], warm_up: int = _WARM_U
     classes = load_sources(recipe.data.train).num_classes
     context = multiprocessing.get_context("spawn")
     table = []
-    with ProcessPoolExecutor(1, context) as process:
-        peaks = {
-            precision: process.submit(_peak, recipe.run.device, precision).result()
-            for precision in dict.fromkeys(line.precision for line in lines)
-        }
+    precisions = dict.fromkeys(line.precision for line in lines)
+    peaks = {precision: peak_flops(recipe.run.device, precision) for precision in precisions}
     for line in lines:
-        macs = count_macs(Variant.parse(line.variant), classes, padded_frames(recipe.data.crop_samples))
+        flops = training_flops(line.variant, classes, recipe.data.crop_samples)
         with ProcessPoolExecutor(1, context) as process, tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch:
             try:
                 seconds = process.submit(_step_seconds, recipe, line, scratch, warm_up, steps).result()
@@ -73,8 +67,8 @@ def bench_table(recipe: Recipe, lines: Sequence[Setting], warm_up: int = _WARM_U
                 table.append(asdict(line) | {"examples_per_s": None, "mfu": None, "problem": str(error)})
             else:
                 speed = line.micro_batch / seconds
-                mfu = speed * macs * 2 * 3 / peaks[line.precision]  # the backward pass takes twice the forward one's
-                figures = {"examples_per_s": round(speed, 1), "mfu": round(mfu, 4), "problem": None}
+                mfu = round(speed * flops / peaks[line.precision], 4)
+                figures = {"examples_per_s": round(speed, 1), "mfu": mfu, "problem": None}
                 table.append(asdict(line) | figures)
         console.print(" ".join(f"{name} {value}" for name, value in table[-1].items()))
     return {
@@ -103,22 +97,6 @@ def _step_seconds(recipe: Recipe, line: Setting, scratch: str, warm_up: int, ste
     format = nullcontext() if line.channels_last else patch.object(torch, "channels_last", torch.contiguous_format)
     with format, single_worker(pick_device(recipe.run.device)) as workers:
         return measure(Turn("plain", recipe, warm_up, steps), workers).step_s
-
-
-def _peak(wanted: str, precision: str) -> float:
-    """FLOP/s of a product of large square matrices: the fastest of some."""
-    device = pick_device(wanted)
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    size = 8192 if device.type == "cuda" else 512
-    a = torch.randn(size, size, device=device).to(_DTYPES[precision])
-    best = float("inf")
-    for _ in range(10):
-        began = time.perf_counter()
-        torch.mm(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
 
 
 def table_page(result: dict[str, Any]) -> None:

@@ -78,7 +78,8 @@ def _what(run: Run) -> str:
         told.append(run.recipe.model.variant)
     if run.metrics:
         told.append(f"{run.metrics['task']}, {len(run.metrics['per_class'])} classes")
-    return " · ".join([*told, run.standing["state"]])
+    why = run.standing["why"]
+    return " · ".join([*told, run.standing["state"] + (f": {why}" if why else "")])
 
 
 def _figures(run: Run) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ _AVERAGED, _WAIT = "#8a5aa8", "#c9a227"
 KINDS: dict[IncidentKind, str] = {
     "failure": "#c0392b",
     "preemption": "#d9822b",
+    "stop": "#4a6fa5",
     "resize": "#5d8a3a",
     "checkpoint": "#7d5ba6",
     "bad_step": INK,

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from erann_dist.batchnorm import RunningStatistics
-from erann_dist.distributed import single_worker
+from erann_dist.distributed import Workers, single_worker
+from erann_dist.errors import UserError
 from erann_dist.model import ERANN, Variant, count_macs
-from jobs.bench.training import Groups, NullModel, Turn, endless, measure, with_engine
+from jobs.bench import training
+from jobs.bench.training import Groups, NullModel, Turn, _speeds, endless, measure, with_engine
 from jobs.bench.training_table import Setting, bench_table, settings
 from shards.sources.audioset import read_audioset
 from tests.commands import erann
@@ -66,6 +68,7 @@ def test_bench_kills(tmp_path: Path, tone_shards: Path) -> None:
 
 def test_bench_train(tmp_path: Path, tone_shards: Path) -> None:
     recipe = [f"data.train={tone_shards}", f"data.eval={tone_shards}", "data.crop_s=0.5", "optim.zero_stage=1"]
+    recipe += ["augment.partner=fresh"]
     options = ["--launcher", "torchrun", "--steps", 3, "--rounds", 1, "--job-rounds", 1]
     result = erann(tmp_path, "bench", "train", "demo.yaml", *recipe, *options)
     assert result["workers"] == 2
@@ -73,6 +76,9 @@ def test_bench_train(tmp_path: Path, tone_shards: Path) -> None:
     for name, way in result["ways"].items():
         key = "torchrun_ratio" if name == "job" else f"{name}_ratio"
         assert result[key] == way["ratio"] == way["rounds"][0] > 0
+        assert way["clips_per_s"] == pytest.approx(2 * way["examples_per_s"], abs=0.02)
+        assert "mfu" not in way  # of a GPU only
+    assert result["bare_clips_per_s"] == pytest.approx(2 * result["bare_examples_per_s"], abs=0.02)
     assert result["deepspeed_ratio"] == result["deepspeed_1_ratio"]
     assert 0 <= result["data_wait"] < 1
     layers = result["us_per_step"]
@@ -81,6 +87,32 @@ def test_bench_train(tmp_path: Path, tone_shards: Path) -> None:
     for layer, share in result["share_of_gpu_step"].items():
         assert share == pytest.approx(layers[layer] / 38_000, abs=3e-5)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_speeds_of_a_way(tmp_path: Path) -> None:
+    """A step of 16 examples in half a second; an example a second takes a thousandth of the GPUs' peak."""
+    recipe = small_recipe(tmp_path / "shards", tmp_path / "run", augment={"partner": "in_batch"})
+    assert _speeds(recipe, 0.5, 0.001) == {"examples_per_s": 32, "clips_per_s": 32, "mfu": 0.032}
+    recipe = small_recipe(tmp_path / "shards", tmp_path / "run", augment={"partner": "fresh"})
+    assert _speeds(recipe, 0.5, None) == {"examples_per_s": 32, "clips_per_s": 64}
+
+
+@pytest.mark.parametrize("way", ["bare", "plain"])
+def test_a_turn_leaves_nothing_in_a_gpus_cache(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ways' processes share its memory. Also when the turn fails."""
+    emptied: list[str] = []
+
+    def fail(*_: object) -> None:
+        raise UserError("the GPU is too small")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(way))
+    monkeypatch.setattr(training, "_bare", fail)
+    monkeypatch.setattr(training, "train", fail)
+    turn = Turn(way, small_recipe(tmp_path / "shards", tmp_path / "run"), 1, 1)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(UserError):
+            measure(turn, Workers(0, 1, torch.device(device)))
+    assert emptied == [way]
 
 
 def test_the_whole_job_under_ray(tmp_path: Path, tone_shards: Path) -> None:

@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import load_file
 
 from erann_dist.distributed import Workers
-from erann_dist.errors import Stopped, UserError
+from erann_dist.errors import Stopped, Unavailable, UserError
 from erann_dist.events import CheckpointSaved, Emit
 from erann_dist.recipe import Recipe
 from erann_dist.storage import write_text
@@ -67,8 +67,10 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
                 raise UserError("clip 7 is bad")
             if config["fault"] == "exception":
                 raise RuntimeError("no such device")
-            if not (place / "stuck").exists():
-                (place / "stuck").touch()
+            if not (place / "once").exists():
+                (place / "once").touch()
+                if config["fault"] == "S3 away":
+                    raise Unavailable("s3://bucket/set/0.tar could not be read: S3 can't do it now")
                 time.sleep(SECONDS)
         if workers.is_first:
             write_text(place / "step", str(step + 1))
@@ -289,6 +291,14 @@ def test_a_failure_at_the_same_step_again_and_again_ends_the_run(two_nodes: Node
     assert "RuntimeError: no such device; run the same command again" in line
 
 
+def test_an_outage_of_s3_is_followed_by_another_start(two_nodes: Nodes, tmp_path: Path) -> None:
+    fault = {"fault": "S3 away", "fault_step": 15}
+    with running(tmp_path, fault, address=two_nodes.address) as command:
+        _, second = command.end()
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert second[0]["failure"] == "s3://bucket/set/0.tar could not be read: S3 can't do it now"
+
+
 def test_a_users_error_ends_the_run_at_once(two_nodes: Nodes, tmp_path: Path) -> None:
     with running(tmp_path, {"fault": "user error", "fault_step": 3}, address=two_nodes.address) as command:
         assert len(command.end(1)) == 1
@@ -364,7 +374,7 @@ def test_signals_without_ray(tmp_path: Path, launcher: str, workers: int, how: s
     with running(tmp_path, {"steps": 400}, launcher=launcher, num_workers=workers) as command:
         command.wait_for_step(15)
         command.process.send_signal(how)
-        (start,) = command.end(143 if launcher == "none" else 1)  # torchrun has an exit code of its own
+        (start,) = command.end(143)
     assert len(start) == workers
     assert f"told to stop by {how.name}" in command.log.read_text()
     assert (tmp_path / "saved").read_text() == (tmp_path / "step").read_text()
@@ -421,6 +431,34 @@ def test_training_goes_on_bit_for_bit_when_a_worker_is_killed(two_nodes: Nodes, 
     assert [line["loss"] for line in found] == [line["loss"] for line in expected]
     models = [load_file(place / "runs" / name / "model" / "model.safetensors") for name in ("expected", "killed")]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_training_goes_on_when_a_worker_freezes_and_leaves_the_others_stacks(two_nodes: Nodes, place: Path) -> None:
+    with pretraining(place, "frozen", two_nodes, hang_timeout=12) as command:
+        command.wait_for(place / "runs/frozen/checkpoints/step-00000010-0001/COMMITTED", SECONDS)
+        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline())]
+        assert len(workers) == 2
+        workers[0].suspend()
+        assert command.process.wait(SECONDS) == 0, command.text()
+    (incident,) = restarts(place, "frozen")
+    assert incident["kind"] == "failure"
+    (stacks,) = (place / "runs/frozen/stacks").iterdir()
+    assert incident["text"].endswith(f" are in {place}/runs/frozen/stacks/{stacks.name}")
+    assert "in _compute" in stacks.read_text()  # where the other one waited
+    models = [load_file(place / "runs" / name / "model" / "model.safetensors") for name in ("expected", "frozen")]
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+def test_training_loses_no_step_to_a_preemption(own_nodes: Callable[[int], Nodes], place: Path) -> None:
+    nodes = own_nodes(2)
+    with pretraining(place, "preempted", nodes, workers={"min": 1, "max": 2}, max_failures=0) as command:
+        command.wait_for(place / "runs/preempted/checkpoints/step-00000005-0001/COMMITTED", SECONDS)
+        nodes.drain(nodes.nodes[1])
+        assert command.process.wait(SECONDS) == 0, command.text()
+    (incident,) = restarts(place, "preempted")
+    assert (incident["kind"], incident["steps_lost"]) == ("preemption", 0)
+    assert incident["text"].endswith("; resized from 2 to 1 worker")
+    assert [line["step"] for line in lines(place, "preempted", "Step")] == list(range(1, STEPS + 1))
 
 
 def test_training_goes_on_without_a_node_and_takes_another_in(own_nodes: Callable[[int], Nodes], place: Path) -> None:

@@ -147,8 +147,6 @@ def test_a_run_goes_on_when_the_caches_disk_is_full(tone_shards: Path, tmp_path:
         cache = {"dir": str(disk / "cache"), "max_bytes": 64 * MB}
         recipe = small_recipe(tone_shards, tmp_path / "run", data={"cache": cache})
         events = train_alone(recipe)
-        for slab in (disk / "cache").glob("slab-*"):
-            assert slab.stat().st_size <= MB
     assert_same_weights(without, recipe)
     (incident,) = [event for event in events if isinstance(event, Incident)]
     assert incident.text == f"{disk}/cache: nothing more is kept in the cache (No space left on device)"

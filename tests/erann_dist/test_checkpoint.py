@@ -1,11 +1,16 @@
 """Checkpoints: what is committed is whole, what is damaged is named, who was replaced writes nothing that counts."""
 
+import hashlib
 import json
+import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
+import safetensors.torch
 import torch
 
 from erann_dist import checkpoint
@@ -31,10 +36,14 @@ def facts_of(step: int) -> Facts:
     return Facts(step, "recipe", "data", "ERANN-0-1", 1, ["bad"], [3], {"torch": "x"})
 
 
+def always(_: int) -> bool:
+    return True
+
+
 def save(start: Start, step: int, keep_last: int = 9, keep_best: int = 0) -> str:
     state = {"model.w": torch.full((2, 3), float(step))}
     name = checkpoint.save(start, facts_of(step), state)
-    checkpoint.delete_others(start, name, keep_last, keep_best)
+    checkpoint.delete_others(start, name, always, keep_last, keep_best)
     return name
 
 
@@ -51,11 +60,29 @@ def test_what_was_saved_is_loaded(run: LocalFolder, start: Start) -> None:
     assert torch.equal(state["model.w"], torch.full((2, 3), 7.0))
 
 
-def test_the_same_state_gives_the_same_bytes(run: LocalFolder, start: Start) -> None:
-    one, other = save(start, 7), save(checkpoint.begin(run), 7)
-    assert one != other
+def test_the_same_state_gives_the_same_bytes(run: LocalFolder, start: Start, tmp_path: Path) -> None:
+    other = LocalFolder(str(tmp_path / "other"))
+    name = save(start, 7)
+    assert name == save(checkpoint.begin(other), 7)
     for file in ("state.safetensors", "state.json", "COMMITTED"):
-        assert run.read(f"{one}/{file}") == run.read(f"{other}/{file}")
+        assert run.read(f"{name}/{file}") == other.read(f"{name}/{file}")
+
+
+def test_what_is_written_is_what_safetensors_writes(run: LocalFolder, start: Start) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        "model.b": torch.randn(3, 5, generator=generator),
+        'model.été "quoted"': torch.randn(7, generator=generator),
+        "model.a.num_batches_tracked": torch.tensor(2**40),
+        "adam.step": torch.tensor(3.0),
+        "exp_avg.turned": torch.randn(4, 6, generator=generator).t(),
+        "exp_avg.none": torch.zeros(0, 2),
+    }
+    whole = {name: value.contiguous() for name, value in state.items()}
+    for number in range(len(state) + 1):  # names of all lengths, for the header is padded
+        some = dict(list(state.items())[:number])
+        expected = safetensors.torch.save({name: whole[name] for name in some})
+        assert b"".join(checkpoint.serialised(some)) == expected
 
 
 def test_keeps_the_last_ones(run: LocalFolder, start: Start) -> None:
@@ -69,6 +96,57 @@ def test_keeps_the_last_ones(run: LocalFolder, start: Start) -> None:
     save(again, 5, keep_last=1)
     assert steps(run) == [5]
     assert {path.name for path in Path(run.url, "checkpoints").iterdir()} == {"step-00000005-0002"}
+
+
+def test_what_was_saved_on_a_notice_is_not_counted(run: LocalFolder, start: Start) -> None:
+    """It is kept for as long as it is the newest, and takes no other's place."""
+    for step in (2, 4, 5):
+        name = save(start, step)
+        checkpoint.delete_others(start, name, lambda step: step % 2 == 0, keep_last=2, keep_best=0)
+    assert steps(run) == [2, 4, 5]
+    name = save(checkpoint.begin(run), 6)
+    checkpoint.delete_others(checkpoint.begin(run), name, lambda step: step % 2 == 0, keep_last=2, keep_best=0)
+    assert steps(run) == [4, 6]
+
+
+def test_of_two_checkpoints_of_one_step_the_later_starts_counts() -> None:
+    names = [f"checkpoints/step-{step:08d}-{number:04d}" for step, number in ((2, 1), (4, 1), (4, 2), (5, 2), (6, 2))]
+    assert checkpoint.regular(names, lambda step: step % 2 == 0) == [names[0], names[2], names[4]]
+
+
+def test_what_else_lies_in_the_folders_is_left_alone(run: LocalFolder, start: Start) -> None:
+    """As a copy that somebody keeps, or a note."""
+    kept = save(start, 1)
+    shutil.copytree(Path(run.url, kept), Path(run.url, f"{kept}-keep"))
+    others = ("checkpoints/notes.txt", "checkpoints/step-best/COMMITTED", "starts/.nfs0001", "starts/notes")
+    for name in others:
+        run.write(name, b"mine")
+    again = checkpoint.begin(run)
+    newest = save(again, 2, keep_last=1)
+    assert checkpoint.latest(run) == (newest, [])
+    assert steps(run) == [2]
+    assert all(run.read(name) == b"mine" for name in others)
+    assert run.exists(f"{kept}-keep/state.safetensors")
+
+
+def test_a_new_start_removes_what_killed_writers_left(run: LocalFolder, start: Start) -> None:
+    save(start, 1)
+    left = Path(run.url, "checkpoints/step-00000002-0001/state.safetensors.0123456789abcdef.part")
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    checkpoint.begin(run)
+    assert not left.exists()
+    assert steps(run) == [1]
+
+
+def test_another_versions_checkpoint_is_an_error(run: LocalFolder, start: Start) -> None:
+    name = save(start, 1)
+    facts = json.dumps(json.loads(run.read(f"{name}/state.json")) | {"another": 1}).encode()
+    run.write(f"{name}/state.json", facts)
+    marker = json.loads(run.read(f"{name}/COMMITTED")) | {"state.json": hashlib.sha256(facts).hexdigest()}
+    run.write(f"{name}/COMMITTED", json.dumps(marker).encode())
+    with pytest.raises(UserError, match=f"{name}: written by another version of this program .*another"):
+        checkpoint.load(run, name)
 
 
 def test_keeps_the_best_ones_besides(run: LocalFolder, start: Start) -> None:
@@ -152,10 +230,12 @@ def test_a_start_that_was_replaced_writes_no_more(run: LocalFolder, start: Start
 class CutOff(LocalFolder):
     """A folder whose writer is held up before one file, while the world goes on."""
 
-    def write(self, name: str, data: bytes) -> None:
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
         if name.endswith(HOLDS["before"]):
             HOLDS["held"]()
-        super().write(name, data)
+        with super().writing(name) as file:
+            yield file
 
 
 HOLDS: dict[str, object] = {}
@@ -185,7 +265,7 @@ def test_a_writer_that_was_cut_off_comes_too_late_to_do_harm(run: LocalFolder, s
 
 
 def in_background(start: Start, **settings: int) -> Saver:
-    saver = Saver(start, CheckpointSection(**settings))
+    saver = Saver(start, CheckpointSection(**settings), always)
     saver.state["model.w"] = torch.zeros(2, 3)
     return saver
 

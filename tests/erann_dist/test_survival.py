@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from erann_dist import training, watchdog
-from erann_dist.distributed import Workers
+from erann_dist import checkpoint, training, watchdog
+from erann_dist.checkpoint import Superseded
+from erann_dist.distributed import Workers, single_worker
 from erann_dist.errors import Stopped, UsageError, UserError
 from erann_dist.events import CheckpointSaved, Evaluated, Event, Finished, Incident, Started, Step
 from erann_dist.folder import LocalFolder
@@ -25,7 +26,7 @@ from erann_dist.recipe import Recipe
 from erann_dist.schedule import Draws
 from erann_dist.training import example_losses, train
 from tests.conftest import small_recipe
-from tests.workers import of_kind, run_workers, train_alone, train_on
+from tests.workers import CPU, of_kind, run_workers, train_alone, train_on
 
 
 def weights(recipe: Recipe, name: str = "model") -> dict[str, Tensor]:
@@ -61,7 +62,7 @@ def test_an_undefined_loss_ends_the_run(
     assert str(error.value) == (
         f"step 3: the loss is {value}; clips {', '.join(keys[:8])}, …; last checkpoint "
         f"{tmp_path}/run/checkpoints/step-00000002-0001; bad step number 1, optim.max_bad_steps is 0; "
-        "a lower optim.lr may help"
+        "more may be skipped, or another run may take a lower optim.lr"
     )
 
 
@@ -146,6 +147,56 @@ def test_a_notice_loses_no_step(tone_shards: Path, tmp_path: Path, told_rank: in
         assert torch.equal(weights(recipe)[name], value), name
 
 
+def test_a_notice_changes_nothing_of_the_mean_of_the_last_checkpoints(tone_shards: Path, tmp_path: Path) -> None:
+    """What was saved because of it is no part of the mean, and pushes nothing out that is."""
+    settings: dict[str, Any] = {
+        "optim": {"examples": 96},
+        "evaluate": {"average_last": 2},
+        "checkpoint": {"every": 2, "keep_last": 2},
+    }
+    whole = small_recipe(tone_shards, tmp_path / "whole", **settings)
+    train_alone(whole)
+    recipe = small_recipe(tone_shards, tmp_path / "run", **settings)
+    for step in (2, 1):  # of each start: it stops behind steps 3 and 5
+        with single_worker(CPU) as workers:
+            text, _ = train_until_told(workers, recipe.model_dump(), 0, step)
+        assert text
+    train_alone(recipe)
+    for name, value in weights(whole, "model-averaged").items():
+        assert torch.equal(weights(recipe, "model-averaged")[name], value), name
+
+
+def test_a_start_that_was_replaced_writes_no_model(
+    tone_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_recipe(tone_shards, tmp_path / "run")
+    score = training.evaluation.score
+
+    def replaced_meanwhile(*arguments: Any, **settings: Any) -> Any:
+        checkpoint.begin(LocalFolder(recipe.run_url))
+        return score(*arguments, **settings)
+
+    monkeypatch.setattr("erann_dist.evaluation.score", replaced_meanwhile)
+    with pytest.raises(Superseded):
+        train_alone(recipe)
+    assert not (tmp_path / "run/model").exists()
+    assert not (tmp_path / "run/predictions.parquet").exists()
+
+
+def test_steps_that_the_log_does_not_tell_of_are_counted_as_lost(
+    tone_shards: Path, tmp_path: Path, nan_at: Callable[..., None]
+) -> None:
+    settings: dict[str, Any] = {"optim": {"examples": 96}, "checkpoint": {"every": 2}, "run": {"log_every": 100}}
+    recipe = small_recipe(tone_shards, tmp_path / "run", **settings)
+    nan_at(12)  # in step 4
+    with pytest.raises(UserError):
+        train_alone(recipe)
+    nan_at()
+    (incident,) = of_kind(train_alone(recipe), Incident)
+    assert (incident.step, incident.steps_lost) == (2, 1)
+    assert incident.text == "the command before this one ended at step 3"
+
+
 def test_the_mean_of_the_last_checkpoints_is_evaluated_too(tone_shards: Path, tmp_path: Path) -> None:
     settings = {"checkpoint": {"every": 1, "keep_last": 3}}
     recipe = small_recipe(tone_shards, tmp_path / "run", evaluate={"average_last": 3}, **settings)
@@ -219,6 +270,28 @@ def test_a_checkpoint_that_fails_does_not_end_the_run(
 def test_fp16_on_a_cpu_is_refused(tone_shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="optim.precision fp16 needs a GPU"):
         train_alone(small_recipe(tone_shards, tmp_path / "run", optim={"precision": "fp16"}))
+
+
+def test_memory_that_is_too_small_for_whole_clips_says_so(
+    tone_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("erann_dist.evaluation.score", too_much)
+    with pytest.raises(UserError, match=r"too small to evaluate clips at their whole length, 16 at once; the longest"):
+        train_alone(small_recipe(tone_shards, tmp_path / "run"))
+
+
+def test_memory_that_is_too_small_for_the_weights_says_so(
+    tone_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training, "make_engine", too_much)
+    with pytest.raises(UserError, match="too small for the weights of ERANN-.* use a smaller model.variant"):
+        train_alone(small_recipe(tone_shards, tmp_path / "run"))
 
 
 def test_memory_that_is_too_small_says_what_would_fit(

@@ -4,10 +4,14 @@ import csv
 import errno
 import fcntl
 import json
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -17,11 +21,15 @@ import typer
 import yaml
 from matplotlib.image import imread
 
+from erann_dist import training
+from erann_dist.folder import LocalFolder
 from erann_dist.manifest import MANIFEST
+from erann_dist.run_log import read_log
 from jobs import cli
 from shards.sources.audioset import read_audioset
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
 from tests.folded import write_folded_set, write_protocol
+from tests.run_logs import started, write_log
 
 COMMANDS = [
     "pack",
@@ -168,6 +176,7 @@ def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
             r"no clip has split None and fold \[7\]; there are the splits \['tone'\]",
         ),
         ("run.workers=3", 2, "run.launcher none runs 1 worker, not 3"),
+        ("run.dir=/proc/runs", 1, "erann: /proc/runs"),  # nothing can be written there
     ],
 )
 def test_a_wrong_recipe_is_one_line_and_leaves_nothing(
@@ -195,6 +204,7 @@ def test_a_run_is_not_run_again_nor_with_another_recipe(erann, recipe: Path, tmp
         "starts",
         "tensorboard",
         ".lock",
+        ".step",
     }
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
     again = erann("pretrain", recipe, "--json")
@@ -207,6 +217,58 @@ def test_a_run_is_not_run_again_nor_with_another_recipe(erann, recipe: Path, tmp
     )
     assert_refused(erann("pretrain", recipe, "--resume", "never"), 1, "this run exists")
     assert erann("pretrain", recipe, "run.threads=2", "checkpoint.every=7").code == 0
+
+
+def test_what_ended_a_run_is_in_its_log(erann, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "runs" / "mine"
+    arguments = ("pretrain", recipe, "optim.examples=64", "checkpoint.every=1")
+    launched = time.time()
+
+    def ended() -> list[dict[str, Any]]:
+        return [line for line in read_log(LocalFolder(str(run))) if line["event"] == "Ended"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "example_losses", lambda logits, *_: logits.sum(dim=1) * float("nan"))
+        assert_refused(erann(*arguments), 1, "step 1: the loss is nan")
+    (why,) = ended()
+    assert why["text"].startswith("step 1: the loss is nan")
+    assert (why["step"], why["told"]) == (0, False)
+    assert launched <= why["launched"] <= why["time"] <= time.time()
+
+    compute = training._Training._compute
+
+    def interrupted(self: Any, step: int) -> None:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        compute(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Training, "_compute", interrupted)
+        assert_refused(erann(*arguments), 143, "told to stop by SIGTERM: stopped at step 2 of")
+    assert [(line["step"], line["told"]) for line in ended()] == [(0, False), (2, True)]
+    shown = erann("runs", tmp_path / "runs", "mine").out
+    assert "stopped, step 2/" in shown
+    assert "told to stop by SIGTERM: stopped at step 2" in shown
+
+    assert erann(*arguments).code == 0
+    found = [
+        (line["kind"], line["steps_lost"]) for line in read_log(LocalFolder(str(run))) if line["event"] == "Incident"
+    ]
+    assert found == [("failure", 0), ("stop", 0)]
+
+
+def test_a_damaged_recipe_of_a_run_is_one_line(erann, recipe: Path, tmp_path: Path) -> None:
+    assert erann("pretrain", recipe).code == 0
+    kept = tmp_path / "runs" / "mine" / "recipe.yaml"
+    kept.write_text("model: {")
+    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: damaged, so it is not known what the run is")
+    kept.unlink()
+    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: missing, so it is not known what the run is")
+
+
+def test_a_run_that_began_on_gpus_does_not_go_on_without(erann, recipe: Path, tmp_path: Path) -> None:
+    write_log(LocalFolder(str(tmp_path / "runs" / "mine")), (1.0, started(device="cuda:0", launched=0.0)))
+    assert_refused(erann("pretrain", recipe), 2, "run.device is cuda, but this host has 0 GPUs for 1 workers")
 
 
 def test_one_run_is_trained_by_one_command_at_a_time(

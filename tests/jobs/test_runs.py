@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from erann_dist.events import Evaluated, Finished, Incident, IncidentKind
+from erann_dist.events import Ended, Evaluated, Finished, Incident, IncidentKind
 from erann_dist.folder import LocalFolder
 from jobs import cli
 from jobs.runs import list_runs, show_run
@@ -66,6 +66,26 @@ def test_how_the_runs_of_a_folder_stand(runs: Path) -> None:
     assert 0.1 < going["goodput"] <= 0.5
     assert (stopped["state"], stopped["step"], stopped["goodput"]) == ("stopped", 3, pytest.approx(0.5, abs=1e-6))
     assert (empty["state"], empty["step"], empty["goodput"]) == ("empty", None, None)
+
+
+def test_why_a_run_was_stopped(tmp_path: Path) -> None:
+    now = time.time()
+    ended = Ended(3, "told to stop by SIGTERM", told=True, launched=now - 50)
+    begun = [(now - 40, started(launched=now - 50)), (now - 5, step(2, seconds=25.0)), (now - 4, ended)]
+    write_log(LocalFolder(f"{tmp_path}/told"), *begun)
+    write_log(LocalFolder(f"{tmp_path}/again"), *begun, (now - 2, started(2, launched=now - 3)))
+    write_log(LocalFolder(f"{tmp_path}/done"), *begun)
+    Path(tmp_path, "done/model").mkdir()
+    Path(tmp_path, "done/model/config.json").write_text("{}")
+    found = {run["run"]: (run["state"], run["step"], run["why"]) for run in list_runs(str(tmp_path), None)["runs"]}
+    assert found == {
+        "told": ("stopped", 3, "told to stop by SIGTERM"),
+        "again": ("running", 2, None),
+        "done": ("finished", 3, None),  # it was killed before its log said so
+    }
+    # Between the commands nothing ran.
+    (again,) = (run for run in list_runs(str(tmp_path), None)["runs"] if run["run"] == "again")
+    assert again["goodput"] == pytest.approx(25 / (46 + 3), rel=0.05)
 
 
 def test_a_run_that_is_silent_for_long_as_it_was_before_still_runs(tmp_path: Path) -> None:

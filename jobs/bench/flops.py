@@ -1,0 +1,39 @@
+"""How well training uses a device: its floating-point operations against those of the fastest matrix product."""
+
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from erann_dist.distributed import pick_device
+from erann_dist.features import padded_frames
+from erann_dist.model import Variant, count_macs
+
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def training_flops(variant: str, num_classes: int, crop_samples: int) -> int:
+    """Of one example, forwards and backwards, which takes twice as many; a multiplication and an addition are two."""
+    return 3 * 2 * count_macs(Variant.parse(variant), num_classes, padded_frames(crop_samples))
+
+
+def peak_flops(device: str, precision: str) -> float:
+    """FLOP/s of a product of large square matrices: the fastest of some, in a process that leaves nothing behind."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(_peak, device, precision).result()
+
+
+def _peak(wanted: str, precision: str) -> float:
+    device = pick_device(wanted)
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    size = 8192 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device).to(_DTYPES[precision])
+    best = float("inf")
+    for _ in range(10):
+        began = time.perf_counter()
+        torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
