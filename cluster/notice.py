@@ -15,17 +15,27 @@ def first_of(*notices: Notice) -> Notice:
     return lambda: next((text for notice in notices if (text := notice())), None)
 
 
+class _Note:
+    """A handler of signals that notes them."""
+
+    def __init__(self) -> None:
+        self.received: list[str] = []
+
+    def __call__(self, number: int, _: object) -> None:
+        self.received.append(signal.Signals(number).name)
+
+
 @contextmanager
 def signals_as_notice() -> Iterator[Notice]:
-    """SIGTERM, and the SIGUSR1 that Slurm's --signal sends ahead of a limit, end nothing here but are noted."""
-    received: list[str] = []
+    """SIGTERM, and the SIGUSR1 that Slurm's --signal sends ahead of a limit, end nothing here but are noted.
 
-    def note(number: int, _: object) -> None:
-        received.append(signal.Signals(number).name)
-
+    One of these contexts in another hears what the outer one has heard, and the outer one what it hears.
+    """
+    outer = signal.getsignal(signal.SIGTERM)
+    note = outer if isinstance(outer, _Note) else _Note()
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        yield lambda: f"told to stop by {received[0]}" if received else None
+        yield lambda: f"told to stop by {note.received[0]}" if note.received else None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -36,7 +36,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from cluster.board import Place, Watch, open_board
 from cluster.gauges import with_gauges
 from cluster.notice import Notice, first_of, no_notice, signals_as_notice
-from cluster.room import Bundle, count, room_for, wait_for_room
+from cluster.room import Bundle, bundle_of, count, room_for, wait_for_room
 from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, Unavailable, UserError
 from erann_dist.events import Emit, Event, Incident
@@ -94,11 +94,10 @@ def run_on_ray(
         if run:
             on_event = with_gauges(on_event, run)
         resources = ray.cluster_resources()
-        use_gpu = device == "cuda" or (device == "auto" and resources.get("GPU", 0) >= least)
-        bundle: Bundle = {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}
+        bundle = bundle_of(device, least)
         if embedded and any(resources.get(kind, 0) < least for kind in bundle):
             wait_for_workers = 0  # it does not grow
-        if device == "auto" and not use_gpu and (gpus := resources.get("GPU", 0)):
+        if device == "auto" and "GPU" not in bundle and (gpus := resources.get("GPU", 0)):
             text = f"training on CPUs: the cluster has {count(gpus, 'GPU')} for {count(least, 'worker')}"
             on_event(Incident(0, "resize", f"{text}; run.device=cuda waits for more, fewer run.workers use them"))
         number = failures = step = 0
@@ -120,7 +119,7 @@ def run_on_ray(
                 _growth(board, workers, bundle, most - workers) as growth,
                 Watch(board, number, on_event, first_of(stop, growth), step) as watch,
             ):
-                error = _fit(start, use_gpu, bundle, storage, hang_timeout)
+                error = _fit(start, "GPU" in bundle, bundle, storage, hang_timeout)
             if error is None:
                 return
             step, failures = watch.step, 0 if watch.saved else failures

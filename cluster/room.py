@@ -12,7 +12,7 @@ import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from cluster.notice import Notice
-from erann_dist.errors import Stopped, UserError
+from erann_dist.errors import NoRoom, Stopped
 
 Bundle = dict[str, float]
 _SETTLE_S = 2.0  # without more room; what workers before held comes back in less
@@ -29,10 +29,31 @@ def room_for(bundle: Bundle, most: int) -> Iterator[Callable[[], int]]:
             remove_placement_group(group)
 
 
+def free_room(bundle: Bundle) -> int:
+    """For how many workers there is room now, as far as that can be told without asking for it."""
+    return _workers(bundle, ray.available_resources())
+
+
+def all_room(bundle: Bundle) -> int:
+    """For how many workers there is room when nobody else works on the cluster."""
+    return _workers(bundle, ray.cluster_resources())
+
+
+def _workers(bundle: Bundle, resources: dict[str, float]) -> int:
+    return min(int(resources.get(kind, 0) // amount) for kind, amount in bundle.items())
+
+
+def bundle_of(device: str, least: int) -> Bundle:
+    """What a worker of a run of at least so many asks for. device: auto, cpu or cuda."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = device == "cuda" or (device == "auto" and gpus >= least)
+    return {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}
+
+
 def wait_for_room(
     bundle: Bundle, least: int, most: int, *, seconds: float, say: Callable[[str], None], stop: Notice
 ) -> int:
-    """How many workers there is room for, as soon as it is enough. Raises UserError when it is not in so many seconds.
+    """How many workers there is room for, as soon as it is enough. Raises NoRoom when it is not in so many seconds.
 
     say: is told once what is waited for.
     """
@@ -52,7 +73,7 @@ def wait_for_room(
                 missing = _missing(bundle, least, found)
                 if now - began >= seconds:
                     waited = f" after {seconds:g} s" if seconds else ""
-                    raise UserError(f"{missing}{waited}; start fewer (run.workers) or add nodes")
+                    raise NoRoom(f"{missing}{waited}; start fewer (run.workers) or add nodes")
                 if not said:
                     say(f"{missing}; waiting up to {seconds:g} s for more")
                     said = True

@@ -26,3 +26,7 @@ class Stopped(UserError):
     """The run was told to stop, and has saved what it had."""
 
     exit_code = 143  # as of a process that SIGTERM ended
+
+
+class NoRoom(UserError):
+    """The cluster had no room for a run's workers for as long as they were to wait."""

@@ -1,5 +1,6 @@
 """Every clip of a shard set scored exactly once, on any number of workers, with the same result."""
 
+import json
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from erann_dist import loader
 from erann_dist.distributed import Workers
@@ -164,6 +166,51 @@ def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[st
         {"id": id_, "name": name, "positives": positives[c], **{k: float(v[c]) for k, v in columns.items()}}
         for c, (id_, name) in enumerate(zip(info.label_ids, info.label_names, strict=True))
     ]
+    return result
+
+
+class _OfClass(BaseModel):
+    id: str
+    name: str
+    positives: int
+    ap: float | None = None
+    accuracy: float | None = None
+
+
+class _Detail(BaseModel):
+    """What others rely on in `detail`."""
+
+    task: Task
+    clips: int
+    listed: int
+    coverage: float
+    list_hash: str
+    per_class: list[_OfClass] = Field(min_length=1)
+    mAP: float | None = None
+    accuracy: float | None = None
+    confusion: list[list[int]] | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> "_Detail":
+        metric, of_class = ("mAP", "ap") if self.task == "tagging" else ("accuracy", "accuracy")
+        if metric not in self.model_fields_set or any(of_class not in each.model_fields_set for each in self.per_class):
+            raise ValueError(f"without {metric} or a class's {of_class}")
+        lengths = {len(self.confusion or []), *map(len, self.confusion or [])}
+        if self.task == "classification" and lengths != {len(self.per_class)}:
+            raise ValueError(f"the confusion matrix is not one of {len(self.per_class)} classes")
+        return self
+
+
+def read_detail(data: bytes) -> dict[str, Any]:
+    """What `detail` gave, from a metrics.json. Raises ValueError, in one line, for anything else."""
+    result: dict[str, Any] = json.loads(data)
+    try:
+        _Detail.model_validate(result)
+    except ValidationError as error:
+        missing = sorted(".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing")
+        first = error.errors()[0]
+        wrong = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
+        raise ValueError(f"without {', '.join(missing)}" if missing else wrong) from error
     return result
 
 

@@ -7,19 +7,21 @@ README.md           the model card
 """
 
 import dataclasses
-import json
+import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors.torch
+import torch
 import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from erann_dist import checkpoint, features, strict_json
+from erann_dist import SAMPLE_RATE, checkpoint, features, strict_json
 from erann_dist.errors import UsageError, UserError
 from erann_dist.folder import Folder, open_folder
 from erann_dist.manifest import SetInfo, Task
-from erann_dist.model import ERANN, MEL_BINS
+from erann_dist.model import ERANN, MEL_BINS, Variant
 from erann_dist.recipe import Recipe
 
 FORMAT = 1
@@ -39,6 +41,8 @@ FRONT_END = {
 class ModelInfo:
     """What a model's outputs and inputs are."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)  # of a config.json that is read
+
     variant: str
     task: Task
     label_ids: list[str]
@@ -47,15 +51,18 @@ class ModelInfo:
     pad_samples: int = 0  # to which a shorter clip is zero-padded
     front_end: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(FRONT_END))
     format: int = FORMAT
+    weights_sha256: str | None = None  # of model.safetensors; save_model and load_model fill it in
 
 
 def save_model(folder: Folder, model: ERANN, info: ModelInfo, metrics: dict[str, Any], card: str) -> None:
     """Write a model folder; its config.json comes last, and one that stood there goes first."""
     folder.delete(_CONFIG)
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    folder.write(_WEIGHTS, safetensors.torch.save(weights))
+    data = safetensors.torch.save(weights)
+    folder.write(_WEIGHTS, data)
     folder.write("metrics.json", strict_json.dumps(metrics, indent=1).encode())
     folder.write("README.md", card.encode())
+    info = dataclasses.replace(info, weights_sha256=hashlib.sha256(data).hexdigest())
     folder.write(_CONFIG, strict_json.dumps(dataclasses.asdict(info), indent=1).encode())
 
 
@@ -69,43 +76,78 @@ def find_model(url: str) -> Folder:
 
 def load_model(folder: Folder) -> tuple[ERANN, ModelInfo]:
     """The model of a folder, in evaluation mode. Raises UserError: which file, what is wrong."""
-    try:
-        info = ModelInfo(**json.loads(folder.read(_CONFIG)))
-        model = ERANN.from_name(info.variant, len(info.label_ids))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{folder}/{_CONFIG}: not a model's configuration ({error})") from error
-    if info.format != FORMAT or info.front_end != FRONT_END:
-        raise UserError(f"{folder}/{_CONFIG}: made for another front end or format than this program's")
+    info = _read_info(folder)
     path = f"{folder}/{_WEIGHTS}"
     try:
-        weights = safetensors.torch.load(folder.read(_WEIGHTS))
-    except (FileNotFoundError, SafetensorError) as error:
+        data = folder.read(_WEIGHTS)
+        weights = safetensors.torch.load(data)
+    except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
+    found = hashlib.sha256(data).hexdigest()
+    if info.weights_sha256 not in (None, found):
+        raise UserError(f"{path}: damaged, or not the weights that {_CONFIG} was written with")
+    model = ERANN.from_name(info.variant, len(info.label_ids))
     checkpoint.require_shapes(path, weights, dict(model.state_dict()))
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: {name} is not finite; the training that made it failed")
     model.load_state_dict(weights)
-    return model.eval(), info
+    return model.eval(), dataclasses.replace(info, weights_sha256=found)
 
 
-def initialise(model: ERANN, url: str, fresh: list[str]) -> None:
+def _read_info(folder: Folder) -> ModelInfo:
+    path = f"{folder}/{_CONFIG}"
+    try:
+        info = TypeAdapter(ModelInfo).validate_json(folder.read(_CONFIG))
+        Variant.parse(info.variant)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{part}: " for part in first["loc"])
+        raise UserError(f"{path}: not a model's configuration ({key}{first['msg']})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a model's configuration ({error})") from error
+    if info.format != FORMAT or info.front_end != FRONT_END:
+        raise UserError(f"{path}: made for another front end or format than this program's")
+    if len(info.label_names) != len(info.label_ids):
+        raise UserError(f"{path}: has {len(info.label_ids)} label_ids, but {len(info.label_names)} label_names")
+    return info
+
+
+def initialise(model: ERANN, url: str, fresh: list[str]) -> ModelInfo:
     """Give the model the weights and running statistics of another one of its variant, but for the layers `fresh`.
 
-    Raises UserError when they do not fit, UsageError when it has no such layer.
+    What that one is. Raises UserError when they do not fit, UsageError when the model has no such layer.
     """
+    folder = find_model(url)
+    pretrained, info = load_model(folder)
+    require_beginning(model, str(folder), info, fresh)
+    begins_anew = tuple(f"{layer}." for layer in fresh)
+    kept = {name: value for name, value in pretrained.state_dict().items() if not name.startswith(begins_anew)}
+    model.load_state_dict(kept, strict=False)
+    return info
+
+
+def require_beginning(model: ERANN, name: str, pretrained: ModelInfo, fresh: list[str]) -> None:
+    """Raise UserError unless the model can begin with the weights of the pretrained one but for the layers `fresh`.
+
+    name: what the pretrained one is called.
+    """
+    require_layers(model, fresh)
+    if pretrained.variant != str(model.variant):
+        raise UserError(f"{name}: is an {pretrained.variant}, model.variant is {model.variant}; they must be the same")
+    if pretrained.sample_rate != SAMPLE_RATE:
+        raise UserError(f"{name}: takes {pretrained.sample_rate} Hz, ERANN is trained at {SAMPLE_RATE} Hz")
+    labels = len(pretrained.label_ids)
+    if "fc2" not in fresh and labels != model.num_classes:
+        raise UserError(f"{name}: has {labels} labels, the clips have {model.num_classes}; add fc2 to model.fresh")
+
+
+def require_layers(model: ERANN, fresh: list[str]) -> None:
+    """Raise UsageError when the model has not all of these layers."""
     layers = [name for name, _ in model.named_modules()]
     for layer in fresh:
         if layer not in layers:
             raise UsageError(f"model.fresh: ERANN has no layer {layer}; its last ones are fc1 and fc2")
-    folder = find_model(url)
-    pretrained, info = load_model(folder)
-    if info.variant != str(model.variant):
-        raise UserError(f"{folder}: is an {info.variant}, model.variant is {model.variant}; they must be the same")
-    if "fc2" not in fresh and len(info.label_ids) != model.num_classes:
-        raise UserError(
-            f"{folder}: has {len(info.label_ids)} labels, the clips have {model.num_classes}; add fc2 to model.fresh"
-        )
-    begins_anew = tuple(f"{layer}." for layer in fresh)
-    kept = {name: value for name, value in pretrained.state_dict().items() if not name.startswith(begins_anew)}
-    model.load_state_dict(kept, strict=False)
 
 
 def require_rate(model_folder: Folder, model: ModelInfo, shards: str, info: SetInfo) -> None:

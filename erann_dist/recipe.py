@@ -252,6 +252,8 @@ class Recipe(Section):
         """The part that decides what is computed: without where it runs, how often it logs, saves and evaluates."""
         settings = self.model_dump(exclude={"checkpoint", "evaluate"}, exclude_defaults=exclude_defaults)
         settings["run"] = {"seed": self.run.seed}
+        if self.evaluate.pad_s:  # what the evaluation computes; the keys beside it say only when
+            settings["evaluate"] = {"pad_s": self.evaluate.pad_s}
         for name in ("zero_stage", "compile", "max_bad_steps", "small_micro_batch"):
             settings["optim"].pop(name, None)
         for name in ("loader_threads", "cache", "max_bad_clips"):
@@ -288,6 +290,14 @@ def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
     return tree
 
 
+def read_section(tree: dict[str, Any], name: str, origin: str) -> dict[str, Any]:
+    """A section of a tree that was read, empty when it is not there. Raises UsageError when it is something else."""
+    section = {} if tree.get(name) is None else tree[name]
+    if not isinstance(section, dict):
+        raise UsageError(f"{origin}: {name}: input should be a section {{key: value, ...}}, not {section!r}")
+    return section
+
+
 def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
     """Check a recipe that was read. Raises UsageError, which names `origin` and the key."""
     return check(Recipe, tree, origin)
@@ -315,7 +325,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     try:
         for name in parents:
-            node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
+            if isinstance(node, dict) and node.get(name) is None:  # it is not there, or there is nothing in it
+                node[name] = {}
+            node = node[int(name) if isinstance(node, list) else name]
         node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
     except (TypeError, AttributeError, ValueError, IndexError, yaml.YAMLError) as error:
         raise UsageError(f"{override!r}: the recipe has no place for {key}") from error
@@ -335,7 +347,8 @@ def _explain(schema: type[Section], error: Any) -> str:
     if error["type"] == "byte_size":
         return f"{path}: input should be a number of bytes such as 200GB, not {error['input']!r}"
     if error["type"] == "model_type":
-        return f"{path}: input should be a section {{key: value, ...}}, not {error['input']!r}"
+        at = f"{path}: " if path else ""
+        return f"{at}input should be a section {{key: value, ...}}, not {error['input']!r}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path}: {message}" if path else message

@@ -297,6 +297,11 @@ def goodput(lines: Sequence[Line], now: float) -> float:
     return min(1.0, counted / running) if running else 0.0  # clocks of several hosts may disagree
 
 
+def seconds_run(lines: Sequence[Line]) -> float:
+    """How long commands ran, without the pauses between them."""
+    return sum(end - start for start, end in _commands(lines))
+
+
 class CommandGoodput:
     """The goodput of a command from its events, for those that watch it; the log knows of the commands before too."""
 

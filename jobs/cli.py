@@ -28,9 +28,10 @@ app.add_typer(bench_app, name="bench")
 
 @app.command(
     help="Train by a recipe, from the run's last checkpoint if there is one. Keys of the recipe are set behind it. "
-    "From one start to the next these may change: the keys of run but run.seed, those of checkpoint and evaluate, "
-    "data.loader_threads, data.cache, data.max_bad_clips, optim.zero_stage, optim.compile, optim.max_bad_steps and "
-    "optim.small_micro_batch. With any other change it is another run, and needs another run.name."
+    "From one start to the next these may change: the keys of run but run.seed, those of checkpoint, those of "
+    "evaluate but evaluate.pad_s, data.loader_threads, data.cache, data.max_bad_clips, optim.zero_stage, "
+    "optim.compile, optim.max_bad_steps and optim.small_micro_batch. "
+    "With any other change it is another run, and needs another run.name."
     + EXAMPLE
     + "erann pretrain esc10.yaml run.name=esc10-short optim.epochs=2",
 )
@@ -101,7 +102,8 @@ def finetune(
 @app.command(
     help="The paper's tables: augmentation (mixup, SpecAugment, crop) and hyperparameters (s_m and W) on a recipe of "
     "erann pretrain; transfer (from scratch against fine-tuned) on recipes of erann finetune. The runs go in parallel "
-    "as the cluster allows. A key set behind the recipe holds for all rows. The same command again goes on."
+    "as the cluster allows. A key set behind the recipe holds for all rows, and can't be one that they are about. "
+    "The same command again goes on."
     + EXAMPLE
     + "erann study augmentation audioset.yaml run.name=augmentation --seed 0 --seed 1"
     + "\n\n    erann study hyperparameters audioset.yaml run.name=variants --variant ERANN-1-6 --variant ERANN-2-5"
@@ -116,7 +118,11 @@ def study(
         list[str] | None, typer.Option(help="Of hyperparameters and transfer, in place of the paper's; several.")
     ] = None,
     init: Annotated[
-        str | None, typer.Option("--from", help="Of transfer: pretrained model or run, {variant} replaced by each.")
+        str | None,
+        typer.Option(
+            "--from",
+            help="Of transfer: pretrained model or run, {variant} replaced by each; none: rows from scratch alone.",
+        ),
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Each row is run with each; 0 if not given.")] = None,
     address: Address = None,
@@ -131,14 +137,18 @@ def study(
     overrides, seeds = [each for each in recipes if "=" in each], seed or [0]
     with FleetView() as view:
         if kind == "transfer":
-            if not init:
-                raise UsageError("study transfer needs --from, the pretrained model or run to fine-tune from")
-            result = studies.run_transfer(
-                paths, variant or studies.TRANSFER_VARIANTS, init, overrides, seeds, address, view
-            )
+            if not paths or not init:
+                raise UsageError(
+                    "study transfer needs recipes of erann finetune, and --from: the pretrained model or run to "
+                    "fine-tune from, or none"
+                )
+            variants = variant or studies.transfer_variants(init)
+            result = studies.run_transfer(paths, variants, init, overrides, seeds, address, view)
         else:
             if len(paths) != 1 or init:
                 raise UsageError(f"study {kind} takes one recipe of erann pretrain, and no --from")
+            if kind == "augmentation" and variant:
+                raise UsageError("study augmentation takes no --variant; its rows are the paper's, each of a variant")
             rows = studies.augmentation_rows() if kind == "augmentation" else studies.hyperparameter_rows(variant)
             result = studies.run_grid(kind, rows, paths[0], overrides, seeds, address, view)
     show(result, as_json, study_page)
@@ -160,7 +170,7 @@ def pipeline(
     from jobs.recipes import find_recipe
     from jobs.show import pipeline_page
 
-    result = run_pipeline(load_pipeline(find_recipe(recipe), overrides or []), address)
+    result = run_pipeline(load_pipeline(find_recipe(recipe), overrides or [], address), address)
     show(result, as_json, pipeline_page)
     if any(each["failed"] for each in result["finetuned"]):
         raise typer.Exit(1)

@@ -1,16 +1,17 @@
 """Fine-tuning on data sets with folds, or training on them from scratch: the paper's protocol."""
 
-import json
+from contextlib import ExitStack
 from typing import Any
 
-from erann_dist import strict_json
-from erann_dist.errors import UserError
-from erann_dist.folder import Folder
-from erann_dist.run_log import LOG
-from jobs.fleet import Tell, run_all
-from jobs.protocol import RESULTS, CrossValidation, results
-
-MARK = "study.json"  # in the folder of a study, from its beginning
+from erann_dist import checkpoint, strict_json
+from erann_dist.errors import UsageError
+from erann_dist.folder import Folder, open_folder
+from erann_dist.recipe import Recipe
+from jobs.fleet import Tell, check_runs, run_all
+from jobs.mark import Mark, require_own, require_unchanged, write_mark
+from jobs.pretrain import is_finished, only_one
+from jobs.protocol import CrossValidation, begin_with, results
+from jobs.results import RESULTS
 
 
 def finetune(validations: list[CrossValidation], address: str | None, on_event: Tell) -> list[dict[str, Any]]:
@@ -18,17 +19,48 @@ def finetune(validations: list[CrossValidation], address: str | None, on_event: 
 
     Folds that are finished are not run again. One that fails leaves its place empty.
     """
-    for validation in validations:
-        claim(validation.folder, "folds", validation.data_set)
-    recipes = {run_name(v, fold): recipe for v in validations for fold, recipe in v.recipes.items()}
-    ended = run_all(recipes, address, on_event)
-    outcomes = []
-    for validation in validations:
-        why = {fold: ended[run_name(validation, fold)].why for fold in validation.recipes}
-        outcome = results(validation, {fold: reason for fold, reason in why.items() if reason})
-        validation.folder.write(RESULTS, strict_json.dumps(outcome, indent=1).encode())
-        outcomes.append(outcome)
+    marks = check_all(validations, address)
+    recipes = _runs(validations)
+    with ExitStack() as held:
+        for validation, mark in zip(validations, marks, strict=True):
+            held.enter_context(only_one(validation.folder))
+            write_mark(validation.folder, mark)
+        ended = run_all(recipes, address, on_event)
+        outcomes = []
+        for validation in validations:
+            why = {fold: ended[run_name(validation, fold)].why for fold in validation.recipes}
+            outcome = results(validation, {fold: reason for fold, reason in why.items() if reason})
+            validation.folder.write(RESULTS, strict_json.dumps(outcome, indent=1).encode())
+            outcomes.append(outcome)
     return outcomes
+
+
+def check_all(validations: list[CrossValidation], address: str | None) -> list[Mark]:
+    """The marks of their folders. Raises UserError for what keeps the folds from running."""
+    check_folds(validations, address)
+    marks = [_mark(validation, begin_with(validation)) for validation in validations]
+    for validation, mark in zip(validations, marks, strict=True):
+        if has_begun(validation.folder):
+            require_unchanged(validation.folder, mark)
+    return marks
+
+
+def check_folds(validations: list[CrossValidation], address: str | None) -> None:
+    """Raise UserError for what keeps the folds from running, but for the pretrained model, which may be yet to come."""
+    names = set[str]()
+    for validation in validations:
+        if validation.name in names:
+            raise UsageError(f"two cross-validations are called {validation.name}; give each a run.name of its own")
+        names.add(validation.name)
+        require_own(validation.folder, _mark(validation, None))
+    check_runs(_runs(validations), address)
+
+
+def has_begun(study: Folder) -> bool:
+    """Whether any run below the study's folder has. Until then it may begin with other clips or weights."""
+    names = {name.partition("/")[0] for name in study.sizes() if "/" in name}
+    runs = [open_folder(f"{study}/{name}") for name in names]
+    return any(is_finished(run) or checkpoint.committed(run) for run in runs)
 
 
 def run_name(validation: CrossValidation, fold: int) -> str:
@@ -36,12 +68,9 @@ def run_name(validation: CrossValidation, fold: int) -> str:
     return f"{validation.name}/fold-{fold}"
 
 
-def claim(folder: Folder, kind: str, of: str) -> None:
-    """Mark the folder as a study's. Raises UserError when it holds something else."""
-    mark = {"kind": kind, "of": of}
-    if folder.exists(LOG):
-        raise UserError(f"{folder}: is the folder of a run; give this study another run.name")
-    if not folder.exists(MARK):
-        folder.write(MARK, strict_json.dumps(mark).encode())
-    elif (found := json.loads(folder.read(MARK))) != mark:
-        raise UserError(f"{folder}: holds a study of {found['of']} ({found['kind']}); give this one another run.name")
+def _runs(validations: list[CrossValidation]) -> dict[str, Recipe]:
+    return {run_name(v, fold): recipe for v in validations for fold, recipe in v.recipes.items()}
+
+
+def _mark(validation: CrossValidation, weights: str | None) -> Mark:
+    return Mark("folds", validation.data_set, {"protocol.shards": validation.clips.info.content_hash}, weights)

@@ -15,18 +15,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
 
 from cluster.notice import signals_as_notice
+from erann_dist.cache import ClipCache
 from erann_dist.environment import end_with_parent
-from erann_dist.errors import Stopped, UsageError, UserError
-from erann_dist.events import Event
+from erann_dist.errors import NoRoom, Stopped, UsageError, UserError
+from erann_dist.events import Event, Incident, Started
 from erann_dist.folder import open_folder
-from erann_dist.recipe import Recipe, parse_recipe
+from erann_dist.recipe import Recipe, RunSection, parse_recipe
 from jobs.pretrain import check_run, is_finished, outcome, pretrain
 
-_ATTEMPTS = 3  # of a run whose process is lost
+_ATTEMPTS = 3  # of a run whose process is lost, or that fails by a fault of the program or the machine
 _POLL_S = 1.0
+_PATIENCE = 10  # polls without room for any run, after which a person is told; what a run held comes back in less
 
 Tell = Callable[[str, Event], None]  # is told a run's name and each of its events
 
@@ -37,60 +42,90 @@ class Ended:
 
     outcome: dict[str, Any] | None = None
     why: str | None = None
+    then: Literal["", "again", "wait"] = ""  # what may help: to start it again, or when there is room
 
 
 @dataclass
 class _Going:
     """A run in its process."""
 
+    run: RunSection
     process: ForkServerProcess
     pipe: Connection
+    has_begun: bool = False  # its workers have, and the room that they need is theirs
     ended: Ended | None = None
 
 
-def run_all(recipes: dict[str, Recipe], address: str | None, on_event: Tell) -> dict[str, Ended]:
-    """Train by each recipe; how each run ended, by its name.
+@dataclass(frozen=True)
+class _Room:
+    """For how many of a run's workers a cluster has room."""
 
-    Raises UserError, before one begins, when a folder holds a run by another recipe; and Stopped when it is told to
-    stop, by SIGTERM or SIGUSR1: each run has saved a checkpoint then.
+    free: Callable[[RunSection], int]  # now
+    most: Callable[[RunSection], int]  # with nobody else on it
+
+
+def check_runs(recipes: dict[str, Recipe], address: str | None) -> None:
+    """Raise UserError for what keeps these runs from beginning, or all of them from training on this machine."""
+    launchers = {recipe.run.launcher for recipe in recipes.values()}
+    if "torchrun" in launchers:
+        raise UsageError("run.launcher torchrun trains one run; several take ray, or none for one after the other")
+    if len(launchers) > 1:
+        raise UsageError("run.launcher is ray for some runs and none for others; those that share a command share it")
+    elsewhere = launchers == {"ray"} and (address or os.environ.get("RAY_ADDRESS"))
+    for recipe in recipes.values():
+        check_run(recipe, open_folder(recipe.run_url), "auto")
+        on_cpu = recipe.run.device == "cpu" or (
+            recipe.run.device == "auto" and not elsewhere and not torch.cuda.is_available()
+        )
+        if recipe.optim.precision == "fp16" and on_cpu:
+            raise UsageError("optim.precision fp16 needs a GPU; bf16 and fp32 run on CPUs")
+        if recipe.data.cache and not elsewhere:
+            ClipCache(Path(recipe.data.cache.dir), recipe.data.cache.max_bytes).close()
+
+
+def run_all(recipes: dict[str, Recipe], address: str | None, on_event: Tell) -> dict[str, Ended]:
+    """Train by each recipe; how each run ended, by its name. `check_runs` has nothing against them.
+
+    Raises Stopped when it is told to stop, by SIGTERM or SIGUSR1, and not all are finished: each that ran has saved a
+    checkpoint then.
     """
     ended: dict[str, Ended] = {}
     for name, recipe in recipes.items():
-        if recipe.run.launcher == "torchrun":
-            raise UsageError("run.launcher torchrun trains one run; several take ray, or none for one after the other")
         run = open_folder(recipe.run_url)
-        check_run(recipe, run, "auto")
         if is_finished(run):
-            ended[name] = Ended(outcome(run))
+            try:
+                ended[name] = Ended(outcome(run))
+            except UserError as error:
+                ended[name] = Ended(why=str(error))
     if waiting := {name: recipe for name, recipe in recipes.items() if name not in ended}:
         with _cluster(waiting, address) as (found, room), signals_as_notice() as notice:
             ended |= _run(waiting, found, room, on_event, notice)
-            if reason := notice():
+            if (reason := notice()) and not all(name in ended and ended[name].outcome for name in waiting):
                 raise Stopped(f"{reason}: the checkpoint of each run is saved")
     return ended
 
 
 def _run(
-    recipes: dict[str, Recipe],
-    address: str | None,
-    room: Callable[[], int],
-    on_event: Tell,
-    notice: Callable[[], str | None],
+    recipes: dict[str, Recipe], address: str | None, room: _Room, on_event: Tell, notice: Callable[[], str | None]
 ) -> dict[str, Ended]:
     waiting = deque(recipes)
     starts = Counter[str]()
     going: dict[str, _Going] = {}
     ended: dict[str, Ended] = {}
+    polls_without_room = 0
     try:
         while waiting or going:
             if notice():
                 waiting.clear()
                 for each in going.values():
                     each.process.terminate()  # it takes that as a notice, and saves a checkpoint
-            while waiting and _fits(recipes[waiting[0]], [recipes[name] for name in going], room()):
+            while waiting and _fits(recipes[waiting[0]].run, list(going.values()), room):
                 name = waiting.popleft()
                 starts[name] += 1
                 going[name] = _start(recipes[name], address)
+            polls_without_room = 0 if going else polls_without_room + 1
+            if waiting and polls_without_room == _PATIENCE:
+                on_event(waiting[0], Incident(0, "resize", "waits until the cluster has room; others work on it"))
             wait([end for each in going.values() for end in (each.pipe, each.process.sentinel)], _POLL_S)
             for name, each in list(going.items()):
                 alive = each.process.is_alive()  # before its last words are heard
@@ -98,12 +133,16 @@ def _run(
                 if alive:
                     continue
                 del going[name]
-                if each.ended is None and starts[name] < _ATTEMPTS and not notice():
+                end = each.ended or Ended(why=f"its process was lost (exit code {each.process.exitcode})", then="again")
+                if end.then == "wait" and not notice() and room.most(each.run) >= each.run.min_workers:
+                    starts[name] -= 1  # there would be room, were others not there
+                    waiting.append(name)
+                elif end.then == "again" and not notice() and starts[name] < _ATTEMPTS:
                     waiting.appendleft(name)
+                elif end.then == "again":
+                    ended[name] = Ended(why=f"{end.why}, at the last of {starts[name]} starts")
                 else:
-                    code = each.process.exitcode
-                    lost = Ended(why=f"its process was lost (exit code {code}), {starts[name]} times in all")
-                    ended[name] = each.ended or lost
+                    ended[name] = end
     finally:
         for each in going.values():  # after Ctrl-C, which their processes have got too, or an error of this one
             each.process.join(timeout=20)
@@ -112,29 +151,36 @@ def _run(
     return ended
 
 
-def _fits(recipe: Recipe, others: list[Recipe], room: int) -> bool:
-    return not others or sum(each.run.max_workers for each in [recipe, *others]) <= room
+def _fits(run: RunSection, others: list[_Going], room: _Room) -> bool:
+    """Whether a run may be started beside the others."""
+    # Those that have not begun are about to take of what is free.
+    free = room.free(run) - sum(other.run.max_workers for other in others if not other.has_begun)
+    if others:
+        return free >= run.max_workers
+    # Where there is never room enough, the run itself waits for the cluster to grow, and says so.
+    return free >= run.min_workers or room.most(run) < run.min_workers
 
 
 @contextmanager
-def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[str | None, Callable[[], int]]]:
-    """The address of the cluster for all runs, and how many of their workers its nodes hold."""
+def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[str | None, _Room]]:
+    """The address of the cluster for all runs, and its room for their workers."""
     runs = [recipe.run for recipe in recipes.values()]
     if runs[0].launcher == "none":
-        yield None, lambda: 1
+        yield None, _Room(free=lambda run: 0, most=lambda run: 0)  # none beside another
         return
     from cluster.embedded import ray_cluster  # before Ray, whose environment it sets
 
     # isort: split
     import ray
 
-    def room() -> int:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        gpus, cpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("GPU", "CPU"))
-        return gpus if runs[0].device == "cuda" or (runs[0].device == "auto" and gpus) else cpus
+    from cluster.room import all_room, bundle_of, free_room
+
+    def bundle(run: RunSection) -> dict[str, float]:
+        return bundle_of(run.device, run.min_workers)
 
     with ray_cluster(address, max(run.max_workers for run in runs)):
-        yield address or os.environ.get("RAY_ADDRESS") or ray.get_runtime_context().gcs_address, room
+        found = address or os.environ.get("RAY_ADDRESS") or ray.get_runtime_context().gcs_address
+        yield found, _Room(lambda run: free_room(bundle(run)), lambda run: all_room(bundle(run)))
 
 
 def _start(recipe: Recipe, address: str | None) -> _Going:
@@ -144,7 +190,7 @@ def _start(recipe: Recipe, address: str | None) -> _Going:
     process = context.Process(target=_train, args=(recipe.model_dump(mode="json"), address, theirs))
     process.start()
     theirs.close()
-    return _Going(process, ours)
+    return _Going(recipe.run, process, ours)
 
 
 def _train(tree: dict[str, Any], address: str | None, pipe: Connection) -> None:
@@ -156,10 +202,13 @@ def _train(tree: dict[str, Any], address: str | None, pipe: Connection) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        ended = Ended(why=str(error))
+        ended = Ended(why=str(error), then="wait" if isinstance(error, NoRoom) else "")
+    except OSError as error:  # such as a full disk
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "system"
+        ended = Ended(why=f"{name}: {error.strerror or error}", then="again")
     except Exception as error:
         traceback.print_exc()
-        ended = Ended(why=f"{type(error).__name__}: {error}")
+        ended = Ended(why=f"{type(error).__name__}: {error}", then="again")
     pipe.send(ended)
 
 
@@ -171,4 +220,5 @@ def _hear(name: str, each: _Going, on_event: Tell) -> None:
             if isinstance(said, Ended):
                 each.ended = said
             else:
+                each.has_begun |= isinstance(said, Started)
                 on_event(name, said)

@@ -1,7 +1,6 @@
 """Pretraining, its evaluation, and fine-tuning on several data sets, as one job that goes on where it was stopped."""
 
 import json
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +8,17 @@ from typing import Any
 
 from pydantic import Field
 
+from cluster.notice import signals_as_notice
 from erann_dist.data import load_train_and_eval
+from erann_dist.errors import UsageError
 from erann_dist.folder import open_folder
+from erann_dist.model_folder import ModelInfo, require_beginning
 from erann_dist.recipe import Recipe, Section, check, load_recipe, read_tree
-from jobs.finetune import finetune
+from jobs.finetune import check_folds, finetune
+from jobs.fleet import check_runs
 from jobs.pretrain import pretrain
 from jobs.progress import FleetView, RunView, console
-from jobs.protocol import CrossValidation, load_cross_validation
+from jobs.protocol import CrossValidation, load_cross_validation, untrained
 from jobs.recipes import find_recipe
 from jobs.report.reading import read
 from jobs.report.report import REPORT
@@ -26,11 +29,13 @@ class Stage(Section):
     """A recipe, and what is set in it."""
 
     recipe: str = Field(min_length=1)  # a file, or the name of one that comes with the program
-    set: dict[str, Any] = Field(default_factory=dict)  # keys by section, as in the recipe
+    set: dict[str, dict[str, Any]] = Field(default_factory=dict)  # keys by section, as in the recipe
 
     def settings(self) -> list[str]:
         """As overrides of the recipe's keys."""
-        return [f"{key}={json.dumps(value)}" for key, value in _flat(self.set)]
+        return [
+            f"{section}.{key}={json.dumps(value)}" for section, keys in self.set.items() for key, value in keys.items()
+        ]
 
 
 class Place(Section):
@@ -54,41 +59,58 @@ class Plan:
 
     folder: str
     pretrain: Recipe
-    validations: list[tuple[Path, list[str]]]  # recipes and their overrides
-
-    def validation(self, number: int, init: str) -> CrossValidation:
-        path, settings = self.validations[number]
-        return load_cross_validation(path, settings, init)
+    validations: list[CrossValidation]  # which begin with the model that the pretraining is to make
 
 
-def load_pipeline(path: Path, overrides: list[str]) -> Plan:
-    """Read it and all its recipes. Raises UsageError and UserError for what is wrong with them and their data."""
+def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan:
+    """Read it and all its recipes.
+
+    Raises UsageError and UserError for what is wrong with any stage, so that nothing of it shows only when the
+    pretraining is done.
+    """
     pipeline = check(Pipeline, read_tree(path, overrides), str(path))
     folder = f"{pipeline.run.dir.rstrip('/')}/{pipeline.run.name}"
     place = f"run.dir={json.dumps(folder)}"
     recipe = load_recipe(find_recipe(Path(pipeline.pretrain.recipe)), [*pipeline.pretrain.settings(), place])
+    if recipe.run.launcher == "torchrun":
+        raise UsageError(
+            f"{pipeline.pretrain.recipe}: run.launcher torchrun trains one run; a pipeline takes ray or none"
+        )
     variant = f"model.variant={recipe.model.variant}"
     validations = [
-        (find_recipe(Path(stage.recipe)), [variant, *stage.settings(), place]) for stage in pipeline.finetune
+        load_cross_validation(
+            find_recipe(Path(stage.recipe)), [variant, *stage.settings(), place], f"{recipe.run_url}/model"
+        )
+        for stage in pipeline.finetune
     ]
-    plan = Plan(folder, recipe, validations)
-    load_train_and_eval(recipe.data)
-    for number in range(len(validations)):
-        plan.validation(number, "none")
-    return plan
+    clips, _ = load_train_and_eval(recipe.data)
+    info = clips.info
+    pretrained = ModelInfo(recipe.model.variant, info.task, info.label_ids, info.label_names, info.sample_rate)
+    for validation in validations:
+        if validation.name == recipe.run.name:
+            raise UsageError(f"{path}: two stages are called {validation.name}; give one another set.run.name")
+        require_beginning(
+            untrained(validation),
+            f"{validation.name}: the pretrained model",
+            pretrained,
+            validation.any_recipe.model.fresh,
+        )
+    check_runs({recipe.run.name: recipe}, address)
+    check_folds(validations, address)
+    return Plan(folder, recipe, validations)
 
 
 def run_pipeline(plan: Plan, address: str | None) -> dict[str, Any]:
     """All stages, those that are finished not again, and the report. What they came to. Raises UserError."""
-    with _cluster(plan, address):
+    # Behind Ray's start, which handles SIGTERM itself. A notice that comes as one stage ends holds for the next.
+    with _cluster(plan, address), signals_as_notice():
         console.print(f"1 of 2  pretrain {plan.pretrain.model.variant}, and evaluate it", style="bold")
         with RunView() as view:
             pretrained = pretrain(plan.pretrain, "auto", address, view)
         console.print(f"2 of 2  fine-tune on {len(plan.validations)} data sets", style="bold")
-        validations = [plan.validation(number, pretrained["model"]) for number in range(len(plan.validations))]
         with FleetView() as fleet:
-            finetuned = finetune(validations, address, fleet)
-    parts = [plan.pretrain.run_url, *(str(validation.folder) for validation in validations)]
+            finetuned = finetune(plan.validations, address, fleet)
+    parts = [plan.pretrain.run_url, *(str(validation.folder) for validation in plan.validations)]
     open_folder(plan.folder).write(REPORT, report_page([read(part, None) for part in parts]).encode())
     return {
         "folder": plan.folder,
@@ -100,16 +122,10 @@ def run_pipeline(plan: Plan, address: str | None) -> dict[str, Any]:
 
 def _cluster(plan: Plan, address: str | None) -> Any:
     """One cluster for all stages."""
-    if plan.pretrain.run.launcher != "ray":
+    runs = [plan.pretrain.run, *(validation.any_recipe.run for validation in plan.validations)]
+    workers = [run.max_workers for run in runs if run.launcher == "ray"]
+    if not workers:
         return nullcontext()
     from cluster.embedded import ray_cluster
 
-    return ray_cluster(address, plan.pretrain.run.max_workers)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return ray_cluster(address, max(workers))

@@ -1,7 +1,6 @@
 """A training run: check that it can be started or resumed, launch its workers, say what came of it."""
 
 import fcntl
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,10 +15,12 @@ from erann_dist.checkpoint import Superseded
 from erann_dist.data import load_train_and_eval
 from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, UserError
+from erann_dist.evaluation import read_detail
 from erann_dist.events import Emit, Ended
 from erann_dist.folder import Folder, LocalFolder, open_folder
 from erann_dist.recipe import Recipe, differences, parse_recipe
 from erann_dist.training import train
+from jobs.mark import MARK
 
 Resume = Literal["auto", "never", "must"]
 _RECIPE = "recipe.yaml"
@@ -57,15 +58,18 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
 def _prepared(recipe: Recipe, run: Folder) -> Iterator[None]:
     """The run's folder, with its recipe, held for this command."""
     load_train_and_eval(recipe.data)  # what is wrong shows here, before a cluster is started or a folder made
-    with _only_one(run):
+    with only_one(run):
         settings = recipe.model_dump(mode="json", exclude_none=True)
         run.write(_RECIPE, yaml.safe_dump(settings, sort_keys=False).encode())
         yield
 
 
 @contextmanager
-def _only_one(run: Folder) -> Iterator[None]:
-    """Hold a local run folder for this command. Elsewhere, only the fencing of the checkpoints keeps two apart."""
+def only_one(run: Folder) -> Iterator[None]:
+    """Hold the local folder of a run or a study for this command.
+
+    Elsewhere, only the fencing of the checkpoints keeps two apart.
+    """
     if not isinstance(run, LocalFolder):
         yield
         return
@@ -74,7 +78,7 @@ def _only_one(run: Folder) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{run}: this run is being trained by another process; stop that first") from error
+            raise UserError(f"{run}: is being trained by another process; stop that first") from error
         except OSError:
             pass  # a file system without locks
         yield
@@ -111,10 +115,20 @@ def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
 
 
 def outcome(run: Folder) -> dict[str, Any]:
-    """What a finished run came to."""
-    metrics = json.loads(run.read("model/metrics.json"))
+    """What a finished run came to. Raises as metrics_of."""
+    metrics = metrics_of(run)
     names = ("mAP", "mAUC", "d_prime", "chance_mAP", "accuracy", "chance_accuracy", "clips", "listed", "coverage")
     return {"run": str(run), "model": f"{run}/model"} | {k: metrics[k] for k in names if k in metrics}
+
+
+def metrics_of(run: Folder) -> dict[str, Any]:
+    """The metrics of a finished run. Raises UserError when they can't be read."""
+    try:
+        return read_detail(run.read("model/metrics.json"))
+    except FileNotFoundError as error:
+        raise UserError(f"{run}/model/metrics.json: is missing; remove {run} to run it again") from error
+    except ValueError as error:
+        raise UserError(f"{run}/model/metrics.json: damaged ({error}); remove {run} to run it again") from error
 
 
 def is_finished(run: Folder) -> bool:
@@ -123,6 +137,8 @@ def is_finished(run: Folder) -> bool:
 
 def check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
     """Raise UserError unless the run may begin, or go on, in this folder by this recipe."""
+    if run.exists(MARK):
+        raise UserError(f"{run}: is the folder of a study; give this run another run.name")
     # A start that failed before its first checkpoint does not claim the name.
     begun = bool(checkpoint.committed(run))
     exists = begun or is_finished(run)

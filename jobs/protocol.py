@@ -4,26 +4,28 @@ The recipe has the sections of any other, and `protocol` in place of `data.train
 its own, below the folder of the whole, trained on the other folds and evaluated on its own.
 """
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 
+from erann_dist.data import load_source
 from erann_dist.errors import UsageError, UserError
 from erann_dist.folder import Folder, open_folder
 from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.model import ERANN
-from erann_dist.model_folder import initialise
-from erann_dist.recipe import Recipe, Section, check, parse_recipe, read_tree
-from erann_dist.run_log import read_log
+from erann_dist.model_folder import initialise, require_layers
+from erann_dist.recipe import Recipe, RunSection, Section, check, parse_recipe, read_section, read_tree
+from erann_dist.run_log import Line, read_log, seconds_run
 from jobs import paper
+from jobs.pretrain import metrics_of
 from jobs.runs import evaluations
 
-RESULTS = "results.json"
+_ENOUGH = 0.99  # of a data set's clips: some can't be had or decoded any more
 Folds = Literal["official", "present", "actors"]
 # By the name of the shard set: folds, clips.
 _OFFICIAL = {"esc50": (5, 2000), "esc10": (5, 400), "urbansound8k": (10, 8732), "ravdess": (4, 1440)}
@@ -47,63 +49,97 @@ class Protocol(Section):
 
 
 @dataclass(frozen=True)
+class Division:
+    """How a shard set is divided, and what it lacks of the data set."""
+
+    folds: list[int]
+    missing_clips: int
+    not_comparable: str | None  # why the result can't be held against the paper's
+
+
+@dataclass(frozen=True)
 class CrossValidation:
     """The runs, and what is known of them before they begin."""
 
     name: str
     folder: Folder
-    data_set: str
+    clips: Manifest
     protocol: Protocol
+    division: Division
     recipes: dict[int, Recipe]  # by fold
-    not_comparable: str | None  # why the result can't be held against the paper's
+
+    @property
+    def data_set(self) -> str:
+        return self.clips.info.name
 
     @property
     def init(self) -> str:
-        return self._any.model.init
+        return self.any_recipe.model.init
 
     @property
     def variant(self) -> str:
-        return self._any.model.variant
+        return self.any_recipe.model.variant
 
     @property
-    def _any(self) -> Recipe:
+    def any_recipe(self) -> Recipe:
+        """They differ in their folds alone."""
         return next(iter(self.recipes.values()))
 
 
 def load_cross_validation(path: Path, overrides: list[str], init: str | None) -> CrossValidation:
     """Read its recipe and divide its shard set. init: in place of the recipe's model.init.
 
-    Raises UsageError and UserError for all that is wrong before the first run begins.
+    Raises UsageError and UserError for all that is wrong, but for the pretrained model, which need not be there yet.
     """
     tree = read_tree(path, overrides)
     if "protocol" not in tree:
         raise UsageError(f"{path}: no cross-validation: it has no section protocol; erann pretrain runs it as it is")
     protocol = check(Protocol, tree.pop("protocol"), f"{path}: protocol")
-    settings: dict[str, Any] = {"data": {}, "model": {}, "optim": {}} | tree
+    model, data, optim = (read_section(tree, name, str(path)) for name in ("model", "data", "optim"))
+    for key in ("train", "eval"):
+        if key in data:
+            raise UsageError(
+                f"{path}: data.{key}: a cross-validation's clips are those of protocol.shards; remove this key"
+            )
+    run = check(RunSection, tree["run"], f"{path}: run")
+    folder = f"{run.dir.rstrip('/')}/{run.name}"
     if init is not None:
-        settings["model"] = settings["model"] | {"init": init}
-    from_scratch = settings["model"].get("init", "none") == "none"
-    rate = protocol.lr.scratch if from_scratch else protocol.lr.finetune
-    settings["optim"] = {"lr": rate} | settings["optim"]
-    name, folder = settings["run"]["name"], settings["run"].get("dir", "runs").rstrip("/")
+        model = model | {"init": init}
+    from_scratch = model.get("init", "none") == "none"
+    optim = {"lr": protocol.lr.scratch if from_scratch else protocol.lr.finetune} | optim
 
     def recipe(fold: int, others: list[int]) -> Recipe:
         sources = {"train": {"url": protocol.shards, "fold": others}, "eval": {"url": protocol.shards, "fold": [fold]}}
-        run = {"dir": f"{folder}/{name}", "name": f"fold-{fold}"}
-        return parse_recipe(settings | {"data": settings["data"] | sources, "run": settings["run"] | run}, str(path))
+        of_fold = {"dir": folder, "name": f"fold-{fold}"}
+        sections = {"model": model, "data": data | sources, "optim": optim, "run": tree["run"] | of_fold}
+        return parse_recipe(tree | sections, str(path))
 
     recipe(1, [2])  # what is wrong with the recipe shows before the data is looked at
     clips = load_manifest(protocol.shards)
-    folds, not_comparable = _divide(clips, protocol)
-    recipes = {fold: recipe(fold, [other for other in folds if other != fold]) for fold in folds}
-    if not from_scratch:
-        model = recipes[folds[0]].model
-        initialise(ERANN.from_name(model.variant, clips.num_classes), model.init, model.fresh)
-    return CrossValidation(name, open_folder(f"{folder}/{name}"), clips.info.name, protocol, recipes, not_comparable)
+    division = _divide(clips, protocol)
+    recipes = {fold: recipe(fold, [other for other in division.folds if other != fold]) for fold in division.folds}
+    validation = CrossValidation(run.name, open_folder(folder), clips, protocol, division, recipes)
+    load_source(validation.any_recipe.data.eval[0])
+    require_layers(untrained(validation), validation.any_recipe.model.fresh)
+    return validation
 
 
-def _divide(clips: Manifest, protocol: Protocol) -> tuple[list[int], str | None]:
-    """The folds to run, and why the result is not comparable. Raises UsageError, UserError."""
+def untrained(validation: CrossValidation) -> ERANN:
+    """Its model, without weights."""
+    with torch.device("meta"):
+        return ERANN.from_name(validation.variant, validation.clips.num_classes)
+
+
+def begin_with(validation: CrossValidation) -> str | None:
+    """The sha256 of the weights that its runs begin with; None from scratch. Raises as initialise."""
+    if validation.init == "none":
+        return None
+    model = ERANN.from_name(validation.variant, validation.clips.num_classes)
+    return initialise(model, validation.init, validation.any_recipe.model.fresh).weights_sha256
+
+
+def _divide(clips: Manifest, protocol: Protocol) -> Division:
+    """Raises UsageError, UserError for a set that can't be divided, or not as it is asked for."""
     url, info = protocol.shards, clips.info
     if info.task != "classification":
         raise UserError(f"{url}: is for {info.task}; a cross-validation needs clips of one label each")
@@ -111,13 +147,15 @@ def _divide(clips: Manifest, protocol: Protocol) -> tuple[list[int], str | None]
     for name in info.label_names:
         if (other := folded.setdefault(name.casefold(), name)) != name:
             raise UserError(f"{url}: the labels {other} and {name} differ only in case; pack it with one of them")
-    folds = sorted(set(clips.folds[clips.folds >= 0].tolist()))
+    in_fold = clips.folds >= 0
+    folds, size = sorted(set(clips.folds[in_fold].tolist())), int(in_fold.sum())
     if len(folds) < 2:
         raise UserError(
             f"{url}: has {len(folds)} folds, and a cross-validation needs two; its list of clips names them"
         )
-    number, size = _OFFICIAL.get(info.name, (len(folds), len(clips)))
-    missing = sorted(set(range(1, number + 1)) - set(folds))
+    # A set of the user's own has the folds and clips that it has.
+    number, full_size = _OFFICIAL.get(info.name, (None, size))
+    missing = sorted(set(range(1, number + 1)) - set(folds)) if number else []
     if protocol.folds == "actors" and info.name != "ravdess":
         raise UsageError(f"protocol.folds is actors, which is for ravdess; {url} is {info.name}")
     if protocol.folds == "official" and missing:
@@ -127,29 +165,36 @@ def _divide(clips: Manifest, protocol: Protocol) -> tuple[list[int], str | None]
         )
     labels = clips.targets(np.arange(len(clips))) > 0
     for fold in folds:
-        without = (
-            info.label_names[int(np.argmin(count))] if not (count := labels[clips.folds != fold].sum(0)).all() else ""
-        )
-        if without:
+        counts = labels[in_fold & (clips.folds != fold)].sum(axis=0)
+        if not counts.all():
+            without = info.label_names[int(np.argmin(counts))]
             raise UserError(f"{url}: no clip of {without} outside fold {fold}, to train on when that is held out")
+    why = None
     if missing:
-        return folds, f"folds {', '.join(map(str, folds))} of {number}, {len(clips)} clips of {size}"
-    if len(clips) < size:
-        return folds, f"{len(clips)} clips of {size}" if len(clips) < 0.99 * size else None
-    return folds, None
+        why = f"folds {', '.join(map(str, folds))} of {number}, {size} clips of {full_size}"
+    elif size < _ENOUGH * full_size:
+        why = f"{size} clips of {full_size}"
+    return Division(folds, max(0, full_size - size), why)
 
 
 def results(validation: CrossValidation, failed: dict[int, str]) -> dict[str, Any]:
-    """What the finished runs come to. failed: why those that are not did not."""
-    folder = validation.folder
-    done = {fold: recipe for fold, recipe in validation.recipes.items() if fold not in failed}
-    metrics = {fold: json.loads(folder.read(f"fold-{fold}/model/metrics.json")) for fold in done}
-    folds = [_fold(folder, fold, metrics[fold]) for fold in done]
-    confusion = np.sum([metrics[fold]["confusion"] for fold in done], axis=0) if done else np.zeros((0, 0), int)
+    """What the finished runs come to. failed: why those that are not did not.
+
+    One whose metrics can't be read counts as failed.
+    """
+    failed, metrics = dict(failed), dict[int, dict[str, Any]]()
+    for fold in [fold for fold in validation.recipes if fold not in failed]:
+        try:
+            metrics[fold] = metrics_of(_run(validation, fold))
+        except UserError as error:
+            failed[fold] = str(error)
+    folds = [_fold(fold, each, read_log(_run(validation, fold))) for fold, each in metrics.items()]
+    confusion = np.sum([each["confusion"] for each in metrics.values()], axis=0) if metrics else np.zeros((0, 0), int)
     accuracies = [fold["accuracy"] for fold in folds]
-    labels = [each["name"] for each in next(iter(metrics.values()))["per_class"]] if done else []
-    finetuned = validation.init != "none"
-    published = paper.accuracy(validation.data_set, validation.variant, finetuned)
+    best = [fold["best_accuracy"] for fold in folds if fold["best_accuracy"] is not None]
+    labels = [each["name"] for each in next(iter(metrics.values()))["per_class"]] if metrics else []
+    division, recipe, finetuned = validation.division, validation.any_recipe, validation.init != "none"
+    published = paper.accuracy(validation.data_set, validation.variant, finetuned, recipe.augment.pitch_shift > 0)
     how = "fine-tuned" if finetuned else "from scratch"
     return {
         "kind": "folds",
@@ -158,13 +203,14 @@ def results(validation: CrossValidation, failed: dict[int, str]) -> dict[str, An
         "variant": validation.variant,
         "init": validation.init,
         "folds_asked": validation.protocol.folds,
-        "comparable": validation.not_comparable is None and not failed,
-        "why_not_comparable": validation.not_comparable or ("a fold failed" if failed else None),
+        "missing_clips": division.missing_clips,
+        "comparable": division.not_comparable is None and not failed,
+        "why_not_comparable": division.not_comparable or ("a fold failed" if failed else None),
         "folds": folds,
         "failed": [{"fold": fold, "why": why} for fold, why in failed.items()],
         "mean": statistics.fmean(accuracies) if folds else None,
         "std": statistics.stdev(accuracies) if len(folds) > 1 else None,
-        "best_mean": statistics.fmean(fold["best_accuracy"] for fold in folds) if folds else None,
+        "best_mean": statistics.fmean(best) if best else None,
         "labels": labels,
         "confusion": confusion.tolist(),
         "per_class": [
@@ -175,19 +221,23 @@ def results(validation: CrossValidation, failed: dict[int, str]) -> dict[str, An
     }
 
 
-def _fold(folder: Folder, fold: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    lines = read_log(open_folder(f"{folder}/fold-{fold}"))
+def _run(validation: CrossValidation, fold: int) -> Folder:
+    return open_folder(f"{validation.folder}/fold-{fold}")
+
+
+def _fold(fold: int, metrics: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
+    """What its log tells is None when that is lost."""
     scored = [line for line in evaluations(lines) if line.get("averaged") is None]
-    best = max(scored, key=lambda line: (line["metrics"]["accuracy"], -line["step"]))
-    started = next(line for line in lines if line["event"] == "Started")
+    best = max(scored, key=lambda line: (line["metrics"]["accuracy"], -line["step"]), default=None)
+    started = next((line for line in lines if line["event"] == "Started"), None)
     return {
         "fold": fold,
         "run": f"fold-{fold}",
         "accuracy": metrics["accuracy"],
         # Of the evaluations on the way: chosen on the fold that it is measured on.
-        "best_accuracy": best["metrics"]["accuracy"],
-        "best_step": best["step"],
+        "best_accuracy": best and best["metrics"]["accuracy"],
+        "best_step": best and best["step"],
         "clips": metrics["clips"],
-        "train_clips": started["train_clips"],
-        "seconds": lines[-1]["time"] - lines[0]["time"],
+        "train_clips": started and started["train_clips"],
+        "seconds": seconds_run(lines) if lines else None,
     }

@@ -4,14 +4,16 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
 from jobs.progress import duration
 
-console = Console(highlight=False, soft_wrap=True, markup=False)
+# In a pipe or a file no table is cut to a terminal's width.
+_width = None if sys.stdout.isatty() else 10_000
+console = Console(width=_width, highlight=False, soft_wrap=True, markup=False)
 
 
 def show(result: Any, as_json: bool, page: Callable[[Any], None]) -> None:
@@ -61,19 +63,22 @@ def folds_page(result: dict[str, Any]) -> None:
     for title in ("fold", "accuracy", "best step's *", "clips", "trained on", "took"):
         table.add_column(title, justify="left" if title == "fold" else "right")
     for fold in result["folds"]:
-        best = f"{fold['best_accuracy']:.4f} at {fold['best_step']:,}"
-        took = duration(fold["seconds"])
-        clips, train_clips = f"{fold['clips']:,}", f"{fold['train_clips']:,}"
-        table.add_row(str(fold["fold"]), f"{fold['accuracy']:.4f}", best, clips, train_clips, took)
+        is_logged = fold["seconds"] is not None and fold["best_step"] is not None  # else its log is lost
+        best = f"{fold['best_accuracy']:.4f} at {fold['best_step']:,}" if is_logged else "–"
+        trained_on, took = (f"{fold['train_clips']:,}", duration(fold["seconds"])) if is_logged else ("–", "–")
+        table.add_row(str(fold["fold"]), f"{fold['accuracy']:.4f}", best, f"{fold['clips']:,}", trained_on, took)
     if result["folds"]:
         deviation = f" ± {result['std']:.4f}" if result["std"] is not None else ""
-        table.add_row("mean", f"{result['mean']:.4f}{deviation}", f"{result['best_mean']:.4f}")
+        best_mean = f"{result['best_mean']:.4f}" if result["best_mean"] is not None else "–"
+        table.add_row("mean", f"{result['mean']:.4f}{deviation}", best_mean)
     if result["paper"]:
         table.add_row("paper", f"{result['paper']['accuracy']:.3f}", "", "", "", result["paper"]["what"])
     console.print(table)
     console.print("* chosen on the fold that it is measured on; the accuracy is the last step's")
     if result["why_not_comparable"]:
         console.print(f"not comparable with the paper's: {result['why_not_comparable']}")
+    if result["missing_clips"]:
+        console.print(f"{result['missing_clips']} of the data set's clips are not in the shard set")
     for each in result["failed"]:
         console.print(f"fold {each['fold']} failed: {each['why']}")
     worst = sorted((c for c in result["per_class"] if c["accuracy"] is not None), key=lambda c: c["accuracy"])[:5]
@@ -85,14 +90,16 @@ def study_page(result: dict[str, Any]) -> None:
     """The table, the paper's figure beside ours."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in result["columns"]:
-        table.add_column(
-            column.replace("_", " "), justify="left" if column in ("data_set", "variant", "init") else "right"
-        )
+        justify: Literal["left", "right"] = "left" if column in ("data_set", "variant", "init") else "right"
+        table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
     for row in result["rows"]:
         table.add_row(*(_cell(row[column]) for column in result["columns"]))
     console.print(table)
     for each in result["failed"]:
         console.print(f"{each['run']} failed: {each['why']}")
+    for note in result["notes"]:
+        console.print(note)
+    console.print(f"clips/s measured on {result['measured_on']}")
     console.print(f"written to {result['folder']}/table.csv")
 
 
@@ -109,6 +116,7 @@ def pipeline_page(result: dict[str, Any]) -> None:
     for each in result["finetuned"]:
         console.print()
         folds_page(each)
+    console.print(f"\nthe report: {result['report']}")
 
 
 def tags_page(result: dict[str, list[dict[str, Any]]]) -> None:

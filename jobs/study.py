@@ -1,7 +1,7 @@
 """The paper's tables: grids of runs on one cluster, each row beside the paper's own figure.
 
-augmentation and hyperparameters take a recipe as `erann pretrain` does, transfer takes those of `erann finetune`. What
-a row of the table is about is set in the recipe; keys of the command line come last and hold for all rows.
+augmentation and hyperparameters take a recipe as `erann pretrain` does, transfer takes those of `erann finetune`. Keys
+of the command line hold for all rows, and none of them may be one that a row of the table is about.
 """
 
 import csv
@@ -9,24 +9,32 @@ import io
 import json
 import statistics
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from erann_dist import strict_json
 from erann_dist.data import load_train_and_eval
+from erann_dist.distributed import device_name
+from erann_dist.errors import UsageError, UserError
 from erann_dist.features import padded_frames, padded_samples
 from erann_dist.folder import Folder, open_folder
-from erann_dist.manifest import Manifest
+from erann_dist.manifest import Manifest, SetInfo
 from erann_dist.model import ERANN, MEL_BINS, count_macs, count_parameters
-from erann_dist.recipe import Recipe, load_recipe, read_tree
+from erann_dist.model_folder import initialise
+from erann_dist.recipe import RunSection, check, load_recipe, read_tree
 from jobs import paper
-from jobs.finetune import claim, finetune
-from jobs.fleet import Ended, Tell, run_all
-from jobs.protocol import RESULTS, load_cross_validation
+from jobs.finetune import check_all, finetune, has_begun
+from jobs.fleet import Ended, Tell, check_runs, run_all
+from jobs.mark import Mark, require_own, require_unchanged, write_mark
+from jobs.pretrain import only_one
+from jobs.protocol import CrossValidation, load_cross_validation
+from jobs.results import RESULTS, read_results
 
 Grid = Literal["augmentation", "hyperparameters"]
 TABLE = "table.csv"
@@ -36,7 +44,8 @@ _MIXUP = {
     3: ["augment.mixup=modified", "augment.mixup_on=waveform"],
     4: ["augment.mixup=modified", "augment.mixup_on=log_mel"],
 }
-TRANSFER_VARIANTS = ["ERANN-2-4", "ERANN-2-5"]  # of which the paper has both figures
+_AUDIOSET_CLASSES = 527
+_BATCHES = (1, 32)  # at which the paper has speeds
 _SPEED_S = 3.0  # of forward passes, at least one
 
 
@@ -95,57 +104,118 @@ def run_grid(
 
     The folder is the recipe's, run.dir/run.name; its runs lie below it. Finished ones are not run again.
     """
-    base = load_recipe(path, overrides)
+    own = {"run.seed", *(setting.partition("=")[0] for row in rows for setting in row.settings)}
+    _require_free(kind, overrides, own)
+    _require_distinct("--variant", [row.name for row in rows])
+    _require_distinct("--seed", seeds)
+    base = load_recipe(path, [*overrides, *rows[0].settings])
     folder = open_folder(base.run_url)
     recipes = {}
     for row in rows:
         for seed in seeds:
             name = _run_name(row, seed)
             run = [f"run.seed={seed}", f"run.dir={json.dumps(base.run_url)}", f"run.name={name}"]
-            recipes[name] = load_recipe(path, [*row.settings, *overrides, *run])
-    _, clips = load_train_and_eval(base.data)  # what is wrong with the data shows before a folder is made
-    claim(folder, kind, base.run.name)
-    ended = run_all(recipes, address, on_event)
-    table = []
-    for row in rows:
-        runs = [ended[_run_name(row, seed)] for seed in seeds]
-        names = [_run_name(row, seed) for seed in seeds]
-        table.append(_line(row, recipes[names[0]], runs, clips) | {"runs": names})
-    failed = {name: each.why for name, each in ended.items() if each.why}
-    return _write(folder, kind, base.run.name, table, failed)
+            recipes[name] = load_recipe(path, [*overrides, *row.settings, *run])
+    training_clips, clips = load_train_and_eval(base.data)
+    check_runs(recipes, address)
+    weights = None
+    if base.model.init != "none":
+        for recipe in {recipe.model.variant: recipe for recipe in recipes.values()}.values():
+            model = ERANN.from_name(recipe.model.variant, clips.num_classes)
+            weights = initialise(model, recipe.model.init, recipe.model.fresh).weights_sha256
+    hashes = {"data.train": training_clips.info.content_hash, "data.eval": clips.info.content_hash}
+    mark = Mark(kind, clips.info.name, hashes, weights)
+    require_own(folder, mark)
+    if has_begun(folder):
+        require_unchanged(folder, mark)
+    with only_one(folder):
+        write_mark(folder, mark)
+        measure = _Measure(folder)
+        measured = {row.name: measure.of(recipes[_run_name(row, seeds[0])].model.variant, clips) for row in rows}
+        ended = run_all(recipes, address, on_event)
+        why = _why_not_comparable(clips.info)
+        table = []
+        for row in rows:
+            names = [_run_name(row, seed) for seed in seeds]
+            line = _line(row, measured[row.name], [ended[name] for name in names], clips)
+            table.append(line | {"paper": None if why else row.paper, "runs": names})
+        failed = {name: each.why for name, each in ended.items() if each.why}
+        return _write(folder, kind, base.run.name, table, failed, [why] if why else [], measure.on)
+
+
+def _require_free(kind: str, overrides: list[str], own: set[str]) -> None:
+    """Raise UsageError when an override sets a key that the rows of the table do."""
+    ways = {"run.seed": "--seed is the way", "model.init": "--from is the way"}
+    if kind != "augmentation":
+        ways["model.variant"] = "--variant is the way"
+    for override in overrides:
+        key = override.partition("=")[0]
+        for taken in sorted(own):
+            if f"{key}.".startswith(f"{taken}.") or f"{taken}.".startswith(f"{key}."):
+                way = ways.get(taken, "leave it out")
+                raise UsageError(f"{override!r}: study {kind} sets {taken} for each of its rows; {way}")
+
+
+def _require_distinct(what: str, values: Sequence[object]) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise UsageError(f"{what}: {twice[0]} is given twice")
+
+
+def _why_not_comparable(info: SetInfo) -> str | None:
+    if info.task == "tagging" and info.name == "audioset" and len(info.label_ids) == _AUDIOSET_CLASSES:
+        return None
+    what = f"{info.name} ({info.task}, {len(info.label_ids)} classes)"
+    return f"not comparable with the paper's figures, which are for AudioSet: the evaluated clips are {what}"
 
 
 def _run_name(row: Row, seed: int) -> str:
     return f"{row.name}-seed{seed}"
 
 
-def _line(row: Row, recipe: Recipe, runs: list[Ended], clips: Manifest) -> dict[str, Any]:
+def _line(row: Row, measured: dict[str, Any], runs: list[Ended], clips: Manifest) -> dict[str, Any]:
     metrics = [run.outcome for run in runs if run.outcome]
     metric = "mAP" if clips.info.task == "tagging" else "accuracy"
     values = [each[metric] for each in metrics]
     return {
         "run": row.name,
         **row.columns,
-        **_sizes_and_speeds(recipe.model.variant, clips),
+        **measured,
         metric: statistics.fmean(values) if values else None,
         "std": statistics.stdev(values) if len(values) > 1 else None,
         "seeds": len(values),
-        "paper": row.paper,
     }
 
 
-def _sizes_and_speeds(variant: str, clips: Manifest) -> dict[str, Any]:
-    """Of the model for the set's labels and its median clip, on this machine."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    samples = padded_samples(int(clips.samples[len(clips) // 2]))
-    frames = padded_frames(samples)
-    model = ERANN.from_name(variant, clips.num_classes).eval()
-    return {
-        "params_M": round(count_parameters(model) / 1e6, 3),
-        "GMACs": round(count_macs(model.variant, clips.num_classes, frames) / 1e9, 2),
-        "clips_per_s_1": _speed(model.to(device), 1, frames),
-        "clips_per_s_32": _speed(model, 32, frames),
-    }
+class _Measure:
+    """Size and speed of models on this machine; what a study's table has of this machine is not measured again."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.on = device_name(self._device)
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}  # speeds by variant, parameters and MACs
+        last = _last_result(folder)
+        for row in last.get("rows", []) if last.get("measured_on") == self.on else []:
+            speeds = {column: row.get(column) for column in map(_speed_column, _BATCHES)}
+            self._known[row.get("variant"), row.get("params_M"), row.get("GMACs")] = speeds
+
+    def of(self, variant: str, clips: Manifest) -> dict[str, Any]:
+        """For the set's labels and its median clip."""
+        frames = padded_frames(padded_samples(int(np.median(clips.samples))))
+        model = ERANN.from_name(variant, clips.num_classes).eval()
+        params = round(count_parameters(model) / 1e6, 3)
+        macs = round(count_macs(model.variant, clips.num_classes, frames) / 1e9, 2)
+        key = (variant, params, macs)
+        if key not in self._known:
+            model.to(self._device)
+            self._known[key] = {_speed_column(batch): _speed(model, batch, frames) for batch in _BATCHES}
+            model.cpu()
+            torch.cuda.empty_cache()  # for the runs
+        return {"params_M": params, "GMACs": macs, **self._known[key]}
+
+
+def _speed_column(batch: int) -> str:
+    return f"clips_per_s_{batch}"
 
 
 @torch.inference_mode()
@@ -161,6 +231,12 @@ def _speed(model: ERANN, batch: int, frames: int) -> float:
     return round(batch / statistics.median(took[1:]), 2)
 
 
+def transfer_variants(pretrained: str) -> list[str]:
+    """Those of which the paper has the figures from scratch, and unless that is all that is asked for fine-tuned."""
+    figures = paper.ACCURACY["esc50"].items()
+    return [variant for variant, each in figures if each.scratch and (pretrained == "none" or each.finetuned)]
+
+
 def run_transfer(
     paths: list[Path],
     variants: list[str],
@@ -173,47 +249,82 @@ def run_transfer(
     """Each data set with each variant, from scratch and fine-tuned; the table. Raises UserError.
 
     pretrained: a folder whose runs have the variants' names, such as a hyperparameter study's; {variant} in it is
-    replaced by the variant.
+    replaced by the variant. none: from scratch alone.
     """
-    first = read_tree(paths[0], overrides)
-    place = f"{first['run'].get('dir', 'runs').rstrip('/')}/transfer"
-    validations = []
+    _require_free("transfer", overrides, {"model.variant", "model.init", "run.seed"})
+    _require_distinct("--variant", variants)
+    _require_distinct("--seed", seeds)
+    _require_distinct("recipes of one name", [path.stem for path in paths])
+    run = check(RunSection, read_tree(paths[0], ["run.name=transfer", *overrides])["run"], f"{paths[0]}: run")
+    place = f"{run.dir.rstrip('/')}/{run.name}"
+    # A row of the table, by its name, is a cross-validation with each seed.
+    rows: dict[str, list[CrossValidation]] = {}
     for path in paths:
         for variant in variants:
-            for init in ("none", pretrained.replace("{variant}", variant)):
-                how = "scratch" if init == "none" else "finetuned"
+            for init in dict.fromkeys(["none", pretrained.replace("{variant}", variant)]):
+                row = f"{path.stem}-{variant}-{'scratch' if init == 'none' else 'finetuned'}"
+                rows[row] = []
                 for seed in seeds:
-                    settings = [f"model.variant={variant}", *overrides, f"run.seed={seed}"]
-                    settings.append(f"run.dir={json.dumps(place)}")
-                    settings.append(f"run.name={path.stem}-{variant}-{how}-seed{seed}")
-                    validations.append(load_cross_validation(path, settings, init))
-    outcomes = finetune(validations, address, on_event)
-    table = []
-    for start in range(0, len(outcomes), len(seeds)):
-        group = outcomes[start : start + len(seeds)]
-        means = [each["mean"] for each in group if each["mean"] is not None]
-        first = group[0]
-        table.append(
-            {
-                "run": first["name"].rpartition("-seed")[0],
-                "data_set": first["data_set"],
-                "variant": first["variant"],
-                "init": first["init"],
-                "accuracy": statistics.fmean(means) if means else None,
-                "std": statistics.stdev(means) if len(means) > 1 else None,
-                "seeds": len(means),
-                "paper": first["paper"] and first["paper"]["accuracy"],
-                "comparable": first["comparable"],
-                "runs": [f"{each['name']}/{fold['run']}" for each in group for fold in each["folds"]],
-            }
-        )
-    failed = {f"{each['name']}/fold-{f['fold']}": f["why"] for each in outcomes for f in each["failed"]}
+                    settings = [*overrides, f"model.variant={variant}", f"run.seed={seed}"]
+                    settings += [f"run.dir={json.dumps(place)}", f"run.name={row}-seed{seed}"]
+                    rows[row].append(load_cross_validation(path, settings, init))
+    validations = [validation for row in rows.values() for validation in row]
     folder = open_folder(place)
-    claim(folder, "transfer", "transfer")
-    return _write(folder, "transfer", "transfer", table, failed)
+    mark = Mark("transfer", ", ".join(sorted({validation.data_set for validation in validations})))
+    require_own(folder, mark)
+    check_all(validations, address)
+    with only_one(folder):
+        write_mark(folder, mark)
+        measure = _Measure(folder)
+        measured = {row: measure.of(each[0].variant, each[0].clips) for row, each in rows.items()}
+        outcomes = {each["name"]: each for each in finetune(validations, address, on_event)}
+        table = [_transfer_line(row, measured[row], [outcomes[v.name] for v in each]) for row, each in rows.items()]
+        failed = {f"{name}/fold-{f['fold']}": f["why"] for name, each in outcomes.items() for f in each["failed"]}
+        notes = [f"{name}: not counted, as folds of it failed" for name, each in outcomes.items() if each["failed"]]
+        return _write(folder, "transfer", run.name, table, failed, notes, measure.on)
 
 
-def _write(folder: Folder, kind: str, name: str, table: list[dict[str, Any]], failed: dict[str, str]) -> dict[str, Any]:
+def _transfer_line(row: str, measured: dict[str, Any], outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """outcomes: with each seed. Only those of all folds count."""
+    means = [each["mean"] for each in outcomes if not each["failed"]]
+    first = outcomes[0]
+    return {
+        "run": row,
+        "data_set": first["data_set"],
+        "variant": first["variant"],
+        "init": first["init"],
+        **measured,
+        "accuracy": statistics.fmean(means) if means else None,
+        "std": statistics.stdev(means) if len(means) > 1 else None,
+        "seeds": len(means),
+        "paper": first["paper"] and first["paper"]["accuracy"],
+        "comparable": all(each["comparable"] for each in outcomes),
+        "runs": [f"{each['name']}/{fold['run']}" for each in outcomes for fold in each["folds"]],
+    }
+
+
+def _last_result(folder: Folder) -> dict[str, Any]:
+    """What the study came to when it was run before; empty if that can't be told."""
+    try:
+        return read_results(folder)
+    except (FileNotFoundError, UserError):
+        return {}
+
+
+def _write(
+    folder: Folder,
+    kind: str,
+    name: str,
+    table: list[dict[str, Any]],
+    failed: dict[str, str],
+    notes: list[str],
+    measured_on: str,
+) -> dict[str, Any]:
+    """Write the table of what was asked for. Rows that the last one had besides are named in a note."""
+    asked = {run for row in table for run in row["runs"]} | failed.keys()
+    others = {run for row in _last_result(folder).get("rows", []) for run in row["runs"]} - asked
+    if others:
+        notes = [*notes, f"not in this table, as they were not asked for this time: {', '.join(sorted(others))}"]
     columns = [column for column in table[0] if column not in ("run", "runs")]
     result = {
         "kind": "study",
@@ -223,6 +334,8 @@ def _write(folder: Folder, kind: str, name: str, table: list[dict[str, Any]], fa
         "columns": columns,
         "rows": table,
         "failed": [{"run": run, "why": why} for run, why in failed.items()],
+        "notes": notes,
+        "measured_on": measured_on,
     }
     text = io.StringIO()
     writer = csv.DictWriter(text, ["run", *columns], extrasaction="ignore")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,16 @@ class Running:
         self.family: dict[int, psutil.Process] = {}
 
     def wait_for(self, path: Path, seconds: float = 180) -> None:
+        self._wait(path.exists, str(path), seconds)
+
+    def wait_for_text(self, text: str, seconds: float = 180) -> None:
+        """Until it has said so."""
+        self._wait(lambda: text in self.text(), text, seconds)
+
+    def _wait(self, is_there: Callable[[], bool], what: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while not path.exists():
-            assert time.monotonic() < deadline, f"no {path}: {self.text()}"
+        while not is_there():
+            assert time.monotonic() < deadline, f"no {what}: {self.text()}"
             assert self.process.poll() is None, self.text()
             self._watch()
             time.sleep(0.1)

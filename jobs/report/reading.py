@@ -1,6 +1,5 @@
 """What the folder of a run or of a study holds, as far as it can be read."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,23 +9,13 @@ from typing import Any
 import yaml
 
 from erann_dist.errors import UsageError, UserError
-from erann_dist.evaluation import Predictions, read_predictions
+from erann_dist.evaluation import Predictions, read_detail, read_predictions
 from erann_dist.folder import Folder, LocalFolder, open_folder
 from erann_dist.recipe import Recipe, parse_recipe
 from erann_dist.run_log import LOG, Line, read_log
-from jobs.finetune import MARK
+from jobs.mark import MARK
+from jobs.results import RESULTS, read_results
 from jobs.runs import standing
-
-RESULTS = "results.json"
-
-_METRICS = {"task", "clips", "listed", "coverage", "list_hash", "per_class"}  # keys of metrics.json
-_RESULTS = {  # keys of results.json, by its kind
-    "folds": set(
-        "name data_set variant init folds_asked comparable why_not_comparable folds failed mean std best_mean labels "
-        "confusion per_class paper".split()
-    ),
-    "study": set("name columns rows failed".split()),
-}
 
 
 @dataclass(frozen=True)
@@ -84,15 +73,7 @@ def read(url: str, endpoint: str | None) -> Run | Study:
 
 
 def _read_study(folder: Folder, endpoint: str | None) -> Study:
-    try:
-        result = json.loads(folder.read(RESULTS))
-        missing = _RESULTS[result["kind"]] - result.keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{folder}/{RESULTS}: damaged ({_line(error)}); run the study again to write it anew"
-        ) from error
-    if missing:
-        raise UserError(f"{folder}/{RESULTS}: not a study's, without {', '.join(sorted(missing))}")
+    result = read_results(folder)
     if result["kind"] == "folds":
         names = [fold["run"] for fold in result["folds"]]
     else:
@@ -143,15 +124,12 @@ def _recipe(folder: Folder, notes: list[str]) -> tuple[str | None, Recipe | None
 
 def _metrics(folder: Folder, name: str, notes: list[str]) -> dict[str, Any] | None:
     try:
-        metrics: dict[str, Any] = json.loads(folder.read(name))
-        if missing := _METRICS - metrics.keys():
-            raise ValueError(f"without {', '.join(sorted(missing))}")
+        return read_detail(folder.read(name))
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         notes.append(f"{name} is damaged: {_line(error)}.")
         return None
-    return metrics
 
 
 def _scored(folder: Folder, notes: list[str]) -> Scored | None:

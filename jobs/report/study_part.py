@@ -25,7 +25,7 @@ def study_part(study: Study, name: str) -> Markup:
     return Markup("\n").join(
         [
             Markup('<h1>{}</h1>\n<p class="soft">{}</p>').format(study.name, _what(study)),
-            notes([*_failures(study.result), *study.notes]),
+            notes([*_failures(study.result), *study.result.get("notes", []), *study.notes]),
             head,
             *curves,
             *others,
@@ -94,6 +94,8 @@ def _accuracies(result: dict[str, Any]) -> Markup:
     if not result["comparable"]:
         why = result["why_not_comparable"] or "not the paper's protocol"
         parts.insert(0, notes([f"Not comparable with the paper's figures: {why}"]))
+    if missing := result.get("missing_clips"):
+        parts.append(page.soft(f"{missing:,} of the data set's clips are not in the shard set."))
     return page.section("Result", *parts, *_best_steps(result))
 
 

@@ -3,6 +3,10 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -128,3 +132,79 @@ def test_stopped_and_run_again(shards: Path, tmp_path: Path, one_by_one: Path, h
     result = erann(tmp_path, "finetune", recipe, "--from", "none")
     assert len(result["folds"]) == 3
     assert same_models(runs, one_by_one, [1, 2, 3])
+
+
+HOLDER = """
+import sys, ray
+from ray.util.placement_group import placement_group
+ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
+ray.get(placement_group([{"CPU": 1}] * int(sys.argv[2])).ready())
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def shared_cluster() -> Iterator[str]:
+    """The address of a cluster of two CPUs."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+@contextmanager
+def held(address: str, cpus: int) -> Iterator[None]:
+    """Somebody else's work on CPUs of the cluster."""
+    command = [sys.executable, "-c", HOLDER, address, str(cpus)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout
+        assert holder.stdin
+        try:
+            assert holder.stdout.readline() == "held\n"
+            yield
+        finally:
+            holder.stdin.close()
+            holder.wait(timeout=60)
+
+
+def test_folds_wait_while_others_work_on_the_cluster(shards: Path, tmp_path: Path, shared_cluster: str) -> None:
+    """Longer than run.wait_for_workers. With one CPU of two taken, one fold runs at a time."""
+    recipe = write_protocol(tmp_path / "tones.yaml", shards, run=RUN | {"wait_for_workers": 2})
+    runs = tmp_path / "runs" / "tones"
+    with held(shared_cluster, 1):
+        with held(shared_cluster, 1):
+            command = Running(tmp_path, "finetune", recipe, "--from", "none", "--address", shared_cluster)
+            try:
+                command.wait_for_text("waits until the cluster has room")
+                assert not list(runs.glob("fold-*"))
+            except BaseException:
+                command.process.kill()
+                raise
+        try:
+            assert command.process.wait(timeout=400) == 0, command.text()
+        finally:
+            command.process.kill()
+            command.process.wait()
+    assert [starts(runs / f"fold-{fold}") for fold in (1, 2, 3)] == [1, 1, 1]
+    assert most_at_once(spans(runs)) == 1
+
+
+def test_a_fold_that_loses_its_room_waits_for_it_again(shards: Path, tmp_path: Path, shared_cluster: str) -> None:
+    """It is taken between the fold's start and its workers'."""
+    recipe = write_protocol(tmp_path / "tones.yaml", shards, run=RUN | {"wait_for_workers": 2})
+    runs = tmp_path / "runs" / "tones"
+    with held(shared_cluster, 1):
+        command = Running(tmp_path, "finetune", recipe, "--from", "none", "--address", shared_cluster)
+        try:
+            command.wait_for(runs / "fold-1" / ".lock")
+            with held(shared_cluster, 1):
+                command.wait_for_text("waits until the cluster has room")
+            assert command.process.wait(timeout=400) == 0, command.text()
+        finally:
+            command.process.kill()
+            command.process.wait()
+    assert [starts(runs / f"fold-{fold}") for fold in (1, 2, 3)] == [1, 1, 1]

@@ -150,3 +150,7 @@ def test_only_what_decides_the_function_makes_a_difference(path: Path) -> None:
     other = load_recipe(path, ["optim.lr=0.5", "run.seed=1", "data.train.0=z"])
     assert differences(recipe, other) == ["data.train.0.url: a -> z", "optim.lr: 0.001 -> 0.5", "run.seed: 0 -> 1"]
     assert recipe.hash() != other.hash()
+    assert "evaluate" not in load_recipe(path, ["evaluate.every=7"]).function()
+    padded = load_recipe(path, ["evaluate.pad_s=4"])
+    assert differences(recipe, padded) == ["evaluate.pad_s: None -> 4.0"]
+    assert recipe.hash() != padded.hash()

@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 
 from erann_dist.events import CheckpointSaved, Discarded, Evaluated, EvaluationProgress, Finished, Incident, Step
 from erann_dist.folder import LocalFolder
-from erann_dist.run_log import CommandGoodput, Line, Lost, RunLog, as_line, continued, goodput, lost, read_log
+from erann_dist.run_log import (
+    CommandGoodput,
+    Line,
+    Lost,
+    RunLog,
+    as_line,
+    continued,
+    goodput,
+    lost,
+    read_log,
+    seconds_run,
+)
 from tests.run_logs import started, step
 
 
@@ -247,7 +258,9 @@ def test_how_long_every_command_ran_is_known_though_its_lines_are_gone() -> None
     second = [as_line(started(3, launched=200.0), 210.0)]
     lines = continued([*FIRST, *second], 1)
     assert lines == [*FIRST[:2], as_line(Discarded(3), 140.0), *second]
-    assert goodput([*lines, as_line(started(1, launched=300.0), 310.0)], 310.0) == 10 / (40 + 10 + 10)
+    third = as_line(started(1, launched=300.0), 310.0)
+    assert goodput([*lines, third], 310.0) == 10 / (40 + 10 + 10)
+    assert seconds_run([*lines, third]) == 40 + 10 + 10  # and not the pauses between them
     assert continued(FIRST, 3) == FIRST
 
 

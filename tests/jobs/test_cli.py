@@ -278,7 +278,7 @@ def test_one_run_is_trained_by_one_command_at_a_time(
     run.mkdir(parents=True)
     with (run / ".lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert_refused(erann("pretrain", recipe), 1, "mine: this run is being trained by another process; stop that")
+        assert_refused(erann("pretrain", recipe), 1, "mine: is being trained by another process; stop that")
     assert [path.name for path in run.iterdir()] == [".lock"]
 
     def no_locks(*_: object) -> None:
@@ -557,7 +557,7 @@ def test_study(erann, tmp_path: Path, tone_shards: Path) -> None:
     assert first["clips_per_s_1"] > 0
     with (tmp_path / "runs/grid/table.csv").open() as file:
         assert [row["variant"] for row in csv.DictReader(file)] == ["ERANN-3-1", "ERANN-2-1"]
-    assert_refused(erann("study", "transfer", path), 2, "needs --from")
+    assert_refused(erann("study", "transfer", path), 2, "study transfer needs recipes of erann finetune, and --from")
     assert_refused(erann("study", "augmentation", path, path), 2, "takes one recipe")
 
 

@@ -1,6 +1,10 @@
 """Cross-validation: how a set is divided, what is refused before a run begins, and what the runs come to."""
 
 import json
+import os
+import re
+import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -8,33 +12,28 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from erann_dist.errors import UsageError, UserError
+from erann_dist.errors import Stopped, UserError
 from erann_dist.folder import open_folder
 from erann_dist.model import ERANN
-from erann_dist.model_folder import ModelInfo, initialise, save_model
-from erann_dist.recipe import check, read_tree
+from erann_dist.model_folder import initialise
+from erann_dist.recipe import Recipe, check, read_tree
+from jobs import fleet, protocol
 from jobs.finetune import finetune
 from jobs.pipeline import Pipeline
+from jobs.pretrain import check_run, only_one
 from jobs.protocol import CrossValidation, load_cross_validation
 from jobs.recipes import find_recipe
-from tests.folded import LABELS, write_folded_set, write_protocol
+from jobs.show import folds_page
+from tests.conftest import small_recipe
+from tests.folded import LABELS, a_model, write_folded_set, write_protocol
 from tests.workers import train_alone
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folded_set(tmp_path_factory.mktemp("tones"), [1, 2, 3])
-
-
-def a_model(folder: Path, variant: str = "ERANN-3-1", labels: int = 5) -> str:
-    """A model folder with weights of its own."""
-    torch.manual_seed(1)
-    names = [f"l{i}" for i in range(labels)]
-    info = ModelInfo(variant, "tagging", names, names, 44_100)
-    save_model(open_folder(str(folder)), ERANN.from_name(variant, labels), info, {}, "")
-    return str(folder)
 
 
 def run(validation: CrossValidation) -> dict[str, Any]:
@@ -87,18 +86,44 @@ def test_finished_folds_are_not_run_again(shards: Path, tmp_path: Path) -> None:
     assert len(logs) == 3
     assert run(load_cross_validation(path, [], None)) == first
     assert {p: p.read_bytes() for p in logs} == logs
+    # What can't be read of a finished fold is told; the others count.
+    folder = tmp_path / "runs/t"
+    (folder / "fold-1/metrics.jsonl").write_text("")
+    (folder / "fold-2/model/metrics.json").write_text('{"task": "classification"}')
+    result = run(load_cross_validation(path, [], None))
+    assert [fold["fold"] for fold in result["folds"]] == [1, 3]
+    assert result["folds"][0]["accuracy"] == first["folds"][0]["accuracy"]
+    assert (result["folds"][0]["best_accuracy"], result["folds"][0]["seconds"]) == (None, None)
+    (failed,) = result["failed"]
+    assert failed["why"].startswith(f"{folder}/fold-2/model/metrics.json: damaged (without ")
+    folds_page(result)
+    # Nor may a run of its own or another command have the folder.
+    recipe = small_recipe(shards, folder)
+    with pytest.raises(UserError, match="is the folder of a study; give this run another run.name"):
+        check_run(recipe, open_folder(str(folder)), "auto")
+    with only_one(open_folder(str(folder))), pytest.raises(UserError, match="is being trained by another process"):
+        run(load_cross_validation(path, [], None))
+    for content in ("{}", "[", '{"kind": 3}'):
+        (folder / "study.json").write_text(content)
+        with pytest.raises(UserError, match="study.json: damaged; remove it if"):
+            run(load_cross_validation(path, [], None))
 
 
-def test_a_fold_that_fails_does_not_take_the_others_along(shards: Path, tmp_path: Path) -> None:
+def test_a_fold_that_fails_does_not_take_the_others_along(
+    shards: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
     (tmp_path / "runs" / "t" / "fold-2").mkdir(parents=True)
-    (tmp_path / "runs" / "t" / "fold-2" / "checkpoints").write_text("in the way")
+    (tmp_path / "runs" / "t" / "fold-2" / "model").write_text("in the way")
     result = run(validation)
     assert [fold["fold"] for fold in result["folds"]] == [1, 3]
     (failed,) = result["failed"]
     assert failed["fold"] == 2
+    assert failed["why"].startswith(f"{tmp_path}/runs/t/fold-2/model")
+    assert failed["why"].endswith("Not a directory, at the last of 3 starts")
+    assert "Traceback" not in capfd.readouterr().err
     assert not result["comparable"]
-    (tmp_path / "runs" / "t" / "fold-2" / "checkpoints").unlink()
+    (tmp_path / "runs" / "t" / "fold-2" / "model").unlink()
     assert [fold["fold"] for fold in run(validation)["folds"]] == [1, 2, 3]
 
 
@@ -133,9 +158,8 @@ def test_a_run_begins_with_them_and_then_goes_its_own_way(shards: Path, tmp_path
 
 
 def bad_front_end(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["front_end"]["hop"] = 320
-    (folder / "config.json").write_text(json.dumps(config))
+    front_end = json.loads((folder / "config.json").read_text())["front_end"]
+    config(folder, front_end=front_end | {"hop": 320})
 
 
 def cut_short(folder: Path) -> None:
@@ -143,10 +167,22 @@ def cut_short(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
 
 
-def other_shapes(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["variant"] = "ERANN-2-1"
-    (folder / "config.json").write_text(json.dumps(config))
+def config(folder: Path, **changes: Any) -> None:
+    kept = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(kept | changes))
+
+
+def not_a_number(folder: Path, in_config: bool = True) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["fc1.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors")
+    if in_config:
+        config(folder, weights_sha256=None)
+
+
+def a_folder_in_place_of_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
 
 
 @pytest.mark.parametrize(
@@ -154,7 +190,14 @@ def other_shapes(folder: Path) -> None:
     [
         (bad_front_end, "made for another front end"),
         (cut_short, "model.safetensors: can't be read"),
-        (other_shapes, "do not belong together"),
+        (lambda folder: config(folder, variant="ERANN-2-1"), "do not belong together"),
+        (lambda folder: config(folder, sample_rate=32_000), "takes 32000 Hz, ERANN is trained at 44100 Hz"),
+        (lambda folder: config(folder, label_names=["one"]), "has 5 label_ids, but 1 label_names"),
+        (lambda folder: config(folder, label_ids="l0l1l"), r"not a model's configuration \(label_ids: "),
+        (lambda folder: config(folder, depth=3), r"not a model's configuration \(depth: "),
+        (not_a_number, "fc1.weight is not finite"),
+        (lambda folder: not_a_number(folder, in_config=False), "damaged, or not the weights that config.json was"),
+        (a_folder_in_place_of_weights, "model.safetensors: can't be read"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors: can't be read"),
         (lambda folder: (folder / "config.json").write_text("{"), "not a model's configuration"),
         (lambda folder: (folder / "config.json").unlink(), "no model here"),
@@ -164,7 +207,7 @@ def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil:
     model = a_model(tmp_path / "m")
     spoil(tmp_path / "m")
     with pytest.raises(UserError, match=line):
-        load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], model)
+        run(load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], model))
     assert not (tmp_path / "runs").exists()
 
 
@@ -177,12 +220,25 @@ def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil:
         (["protocol.fold=present"], "no such key; did you mean folds"),
         (["protocol.folds=some"], "protocol: folds"),
         (["protocol.folds=actors"], "actors, which is for ravdess"),
+        (["data.train=x"], "data.train: a cross-validation's clips are those of protocol.shards; remove this key"),
+        (["data=x"], "data: input should be a section {key: value, ...}, not 'x'"),
+        (["model=X"], "model: input should be a section {key: value, ...}, not 'X'"),
+        (["model=null"], "model.variant: this key is needed"),
+        (["optim=3"], "optim: input should be a section {key: value, ...}, not 3"),
+        (["run=foo"], "run: input should be a section {key: value, ...}, not 'foo'"),
+        (["run.dir=5"], "run: dir: input should be a valid string, not 5"),
+        (["run.name=../up"], "run: name: string should match pattern"),
+        (["run.launcher=torchrun"], "run.launcher torchrun trains one run"),
+        (["optim.precision=fp16", "run.device=cpu"], "fp16 needs a GPU"),
+        (["optim.precision=fp16"], "fp16 needs a GPU"),
+        (["data.cache={dir: /proc/none, max_bytes: 1GB}"], "/proc/none: no cache can be kept here"),
     ],
 )
 def test_settings_that_do_not_fit(shards: Path, tmp_path: Path, overrides: list[str], line: str) -> None:
     model = a_model(tmp_path / "m")
-    with pytest.raises((UserError, UsageError), match=line):
-        load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), overrides, model)
+    with pytest.raises(UserError, match=re.escape(line)):
+        run(load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), overrides, model))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_sets_that_do_not_fit(tone_shards: Path, tmp_path: Path) -> None:
@@ -199,6 +255,48 @@ def test_sets_that_do_not_fit(tone_shards: Path, tmp_path: Path) -> None:
         write_folded_set(tmp_path / "case", [1, 2], labels=["Dog", "dog", "cat"]), "Dog and dog differ only in case"
     )
     refused(write_folded_set(tmp_path / "class", [1, 2], without=("high", 2)), "no clip of high outside fold 2")
+    elsewhere = write_folded_set(tmp_path / "elsewhere", [-1, 1, 2], without=("high", 2))
+    refused(elsewhere, "no clip of high outside fold 2")
+    refused(write_folded_set(tmp_path / "slow", [1, 2], sample_rate=32_000), "holds 32000 Hz, ERANN takes 44100 Hz")
+
+
+def test_the_folds_of_ones_own_set_are_those_that_it_has(tmp_path: Path) -> None:
+    shards = write_folded_set(tmp_path / "set", [-1, 0, 2, 4])
+    validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
+    assert sorted(validation.recipes) == [0, 2, 4]
+    assert (validation.division.missing_clips, validation.division.not_comparable) == (0, None)
+
+
+def test_clips_that_a_data_set_lacks_are_counted(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_protocol(tmp_path / "t.yaml", shards)
+    monkeypatch.setitem(protocol._OFFICIAL, "tones", (3, 19))
+    division = load_cross_validation(path, [], None).division
+    assert (division.missing_clips, division.not_comparable) == (1, "18 clips of 19")
+    monkeypatch.setattr(protocol, "_ENOUGH", 0.9)
+    division = load_cross_validation(path, [], None).division
+    assert (division.missing_clips, division.not_comparable) == (1, None)
+
+
+def test_two_in_one_folder(shards: Path, tmp_path: Path) -> None:
+    validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
+    with pytest.raises(UserError, match="two cross-validations are called t; give each a run.name of its own"):
+        finetune([validation, validation], None, lambda name, event: None)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("all_finished", [True, False])
+def test_told_to_stop_as_the_last_run_ends(
+    shards: Path, tmp_path: Path, all_finished: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None).recipes
+
+    def told(waiting: dict[str, Recipe], *_: Any) -> dict[str, fleet.Ended]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {name: fleet.Ended({"accuracy": 1.0}) for name in waiting if all_finished or name != "2"}
+
+    monkeypatch.setattr(fleet, "_run", told)
+    with nullcontext() if all_finished else pytest.raises(Stopped, match="told to stop by SIGTERM"):
+        fleet.run_all({str(fold): recipe for fold, recipe in recipes.items()}, None, lambda name, event: None)
 
 
 def test_part_of_a_data_set_is_not_comparable(tmp_path: Path) -> None:
@@ -206,7 +304,7 @@ def test_part_of_a_data_set_is_not_comparable(tmp_path: Path) -> None:
     path = write_protocol(tmp_path / "t.yaml", part, protocol={"shards": str(part), "folds": "present"})
     validation = load_cross_validation(path, [], None)
     assert sorted(validation.recipes) == [1, 2, 10]
-    assert validation.not_comparable == "folds 1, 2, 10 of 10, 18 clips of 8732"
+    assert validation.division.not_comparable == "folds 1, 2, 10 of 10, 18 clips of 8732"
 
 
 def test_a_folder_that_holds_something_else(shards: Path, tmp_path: Path) -> None:
@@ -230,8 +328,8 @@ def test_recipes_that_come_along(tmp_path: Path, name: str, folds: int) -> None:
     assert sorted(validation.recipes) == list(range(1, folds + 1))
     first = validation.recipes[1]
     assert (first.optim.lr, first.optim.schedule, first.optim.global_batch) == (2e-4, "constant", 32)
-    assert validation.not_comparable
-    assert validation.not_comparable.startswith(f"{6 * folds} clips of ")
+    assert validation.division.not_comparable
+    assert validation.division.not_comparable.startswith(f"{6 * folds} clips of ")
 
 
 def test_the_pipeline_that_comes_along() -> None:

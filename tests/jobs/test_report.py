@@ -256,6 +256,16 @@ def test_a_run_in_which_nothing_happened_yet(tmp_path: Path) -> None:
         ("model/metrics.json", b"{", "model/metrics.json is damaged"),
         ("model/metrics.json", b'{"task": "tagging"}', "model/metrics.json is damaged: without clips, coverage"),
         ("model/metrics.json", b"[]", "model/metrics.json is damaged"),
+        (
+            "model/metrics.json",
+            json.dumps(classification_metrics(per_class=[])).encode(),
+            "model/metrics.json is damaged: per_class: ",
+        ),
+        (
+            "model/metrics.json",
+            json.dumps(classification_metrics(confusion=[[1]])).encode(),
+            "model/metrics.json is damaged: the confusion matrix is not one of 3 classes",
+        ),
         ("predictions.parquet", None, "predictions.parquet is missing."),
         ("predictions.parquet", b"PAR1", "predictions.parquet can't be read: damaged"),
         ("recipe.yaml", None, "recipe.yaml is missing."),
@@ -342,7 +352,8 @@ def test_the_best_step_stands_apart_from_the_result(tmp_path: Path) -> None:
 
 
 def test_folds_that_are_not_comparable_say_so(tmp_path: Path) -> None:
-    not_known = dict.fromkeys(("mean", "std", "best_mean", "confusion", "per_class", "paper"))
+    not_known: dict[str, Any] = dict.fromkeys(("mean", "std", "best_mean", "paper"))
+    not_known |= {"labels": [], "confusion": [], "per_class": []}
     study = write_folds(
         tmp_path / "study", comparable=False, why_not_comparable=f"3 of 5 {HOSTILE}", folds=[], **not_known
     )
@@ -506,7 +517,12 @@ def test_a_run_in_the_folder_one_is_in(erann: Any, run: Path, monkeypatch: pytes
         ),
         (["{run}", "--out", "{root}"], 2, "{root}: is a folder; --out is the HTML file to write"),
         (["{run}", "--out", "{root}/no/page.html"], 1, "{root}/no/page.html.part: No such file or directory"),
-        (["{damaged}"], 1, "{damaged}/results.json: not a study's, without columns, failed, name, rows"),
+        (
+            ["{damaged}"],
+            1,
+            "{damaged}/results.json: not a study's, without columns, failed, name, rows; run the study again to write "
+            "it anew",
+        ),
     ],
 )
 def test_bad_input(erann: Any, run: Path, tmp_path: Path, arguments: list[str], code: int, line: str) -> None:
@@ -522,6 +538,14 @@ def test_a_study_that_has_not_finished(erann: Any, tmp_path: Path) -> None:
     code, _, line = erann(tmp_path)
     assert code == 1
     assert "it has not finished" in line
+
+
+@pytest.mark.parametrize("inside", [{"folds": [{}]}, {"per_class": []}, {"mean": "high"}, {"confusion": [[1]]}])
+def test_results_that_are_damaged_inside(erann: Any, tmp_path: Path, inside: dict[str, Any]) -> None:
+    code, _, line = erann(write_folds(tmp_path / "study", **inside))
+    assert code == 1
+    assert line.startswith(f"erann: {tmp_path}/study/results.json: ")
+    assert line.endswith("run the study again to write it anew")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"kind": "other"}', "3"])
