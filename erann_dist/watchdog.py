@@ -46,8 +46,8 @@ class Watchdog:
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
-        if not self._path.stat().st_size:
-            self._path.unlink()
+        if not os.fstat(self._file.fileno()).st_size:
+            self._path.unlink(missing_ok=True)  # who cleans up there may have been faster than a long run
         self._file.close()
 
 
