@@ -23,7 +23,7 @@ import torch
 from cluster.notice import signals_as_notice
 from erann_dist.cache import ClipCache
 from erann_dist.environment import end_with_parent
-from erann_dist.errors import NoRoom, Stopped, UsageError, UserError
+from erann_dist.errors import NoRoom, Stopped, Unavailable, UsageError, UserError
 from erann_dist.events import Event, Incident, Started
 from erann_dist.folder import open_folder
 from erann_dist.recipe import Recipe, RunSection, parse_recipe
@@ -32,6 +32,9 @@ from jobs.pretrain import check_run, is_finished, outcome, pretrain
 _ATTEMPTS = 3  # of a run whose process is lost, or that fails by a fault of the program or the machine
 _POLL_S = 1.0
 _PATIENCE = 10  # polls without room for any run, after which a person is told; what a run held comes back in less
+
+_Helps = Literal["", "again", "wait"]  # to start it again, or when there is room
+_HELPS: dict[type[UserError], _Helps] = {NoRoom: "wait", Unavailable: "again"}
 
 Tell = Callable[[str, Event], None]  # is told a run's name and each of its events
 
@@ -42,7 +45,7 @@ class Ended:
 
     outcome: dict[str, Any] | None = None
     why: str | None = None
-    then: Literal["", "again", "wait"] = ""  # what may help: to start it again, or when there is room
+    then: _Helps = ""
 
 
 @dataclass
@@ -202,7 +205,8 @@ def _train(tree: dict[str, Any], address: str | None, pipe: Connection) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        ended = Ended(why=str(error), then="wait" if isinstance(error, NoRoom) else "")
+        helps = next((what for kind, what in _HELPS.items() if isinstance(error, kind)), "")
+        ended = Ended(why=str(error), then=helps)
     except OSError as error:  # such as a full disk
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "system"
         ended = Ended(why=f"{name}: {error.strerror or error}", then="again")
