@@ -8,6 +8,7 @@ Bare, plain and DeepSpeed are fed with the same synthetic int16 batches, which l
 substituted in their processes, all else of `training.train` is as it is. The whole job reads real shards.
 """
 
+import ctypes
 import dataclasses
 import gc
 import multiprocessing
@@ -376,8 +377,11 @@ def measure(turn: Turn, workers: Workers) -> Measured:
         return _measure_bare(turn, workers) if turn.way == _BARE else _measure_ours(turn, workers)
     finally:
         gc.collect()  # DeepSpeed's engine refers to itself
+        # The other ways' processes need the memory.
         if workers.device.type == "cuda":
-            torch.cuda.empty_cache()  # the other ways' processes need the memory
+            torch.cuda.empty_cache()
+        elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
+            libc.malloc_trim(0)
 
 
 def _measure_bare(turn: Turn, workers: Workers) -> Measured:
