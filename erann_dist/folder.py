@@ -122,8 +122,9 @@ class LocalFolder:
     def discard_unfinished(self, prefix: str = "") -> None:
         """Remove what killed processes left of files whose name starts with prefix; one still written then fails."""
         for path in self._files():
-            if path.suffix == ".part" and path.relative_to(self.url).as_posix().startswith(prefix):
-                path.unlink(missing_ok=True)
+            name = path.relative_to(self.url).as_posix()
+            if path.suffix == ".part" and name.startswith(prefix):
+                self.delete(name)
 
     def _files(self) -> Iterator[Path]:
         def fail(error: OSError) -> None:

@@ -205,7 +205,7 @@ def _train(tree: dict[str, Any], address: str | None, pipe: Connection) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        helps = next((what for kind, what in _HELPS.items() if isinstance(error, kind)), "")
+        helps: _Helps = next((what for kind, what in _HELPS.items() if isinstance(error, kind)), "")
         ended = Ended(why=str(error), then=helps)
     except OSError as error:  # such as a full disk
         name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "system"

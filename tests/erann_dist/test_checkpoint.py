@@ -135,7 +135,7 @@ def test_a_new_start_removes_what_killed_writers_left(run: LocalFolder, start: S
     left.parent.mkdir()
     left.write_bytes(b"half")
     checkpoint.begin(run)
-    assert not left.exists()
+    assert not left.parent.exists()
     assert steps(run) == [1]
 
 
