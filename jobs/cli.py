@@ -27,7 +27,7 @@ app.add_typer(bench_app, name="bench")
 
 
 @app.command(
-    help="Train by a recipe, from the run's last checkpoint if there is one. Keys of the recipe are set behind it. "
+    help="Train by a recipe, from the run's last checkpoint if there is one. Keys of the recipe are set behind it.\n\n"
     "From one start to the next these may change: the keys of run but run.seed, those of checkpoint, those of "
     "evaluate but evaluate.pad_s, data.loader_threads, data.cache, data.max_bad_clips, optim.zero_stage, "
     "optim.compile, optim.max_bad_steps and optim.small_micro_batch. "
@@ -101,8 +101,8 @@ def finetune(
 
 @app.command(
     help="The paper's tables: augmentation (mixup, SpecAugment, crop) and hyperparameters (s_m and W) on a recipe of "
-    "erann pretrain; transfer (from scratch against fine-tuned) on recipes of erann finetune. The runs go in parallel "
-    "as the cluster allows. A key set behind the recipe holds for all rows, and can't be one that they are about. "
+    "erann pretrain; transfer (from scratch against fine-tuned) on recipes of erann finetune.\n\n"
+    "The runs go in parallel as the cluster allows. A key set behind the recipe holds for all rows, and can't be one that they are about. "
     "The same command again goes on."
     + EXAMPLE
     + "erann study augmentation audioset.yaml run.name=augmentation --seed 0 --seed 1"
