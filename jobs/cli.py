@@ -102,8 +102,8 @@ def finetune(
 @app.command(
     help="The paper's tables: augmentation (mixup, SpecAugment, crop) and hyperparameters (s_m and W) on a recipe of "
     "erann pretrain; transfer (from scratch against fine-tuned) on recipes of erann finetune.\n\n"
-    "The runs go in parallel as the cluster allows. A key set behind the recipe holds for all rows, and can't be one that they are about. "
-    "The same command again goes on."
+    "The runs go in parallel as the cluster allows. A key set behind the recipe holds for all rows, and can't be one "
+    "that they are about. The same command again goes on."
     + EXAMPLE
     + "erann study augmentation audioset.yaml run.name=augmentation --seed 0 --seed 1"
     + "\n\n    erann study hyperparameters audioset.yaml run.name=variants --variant ERANN-1-6 --variant ERANN-2-5"
