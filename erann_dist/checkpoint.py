@@ -138,6 +138,19 @@ def load(run: Folder, name: str) -> tuple[Facts, dict[str, Tensor]]:
     return facts, safetensors.torch.load(contents[_TENSORS])
 
 
+def mean(run: Folder, names: list[str], alive: Callable[[], None]) -> dict[str, Tensor]:
+    """The mean state of some checkpoints; of whole numbers the last one's. alive: called before each is read."""
+    sums: dict[str, Tensor] = {}
+    for name in names:
+        alive()
+        for key, value in load(run, name)[1].items():
+            if value.is_floating_point():
+                sums[key] = sums.get(key, torch.zeros_like(value)) + value / len(names)
+            else:
+                sums[key] = value
+    return sums
+
+
 def _read(run: Folder, name: str) -> dict[str, bytes]:
     """The files of a checkpoint, as its marker says they are."""
     try:

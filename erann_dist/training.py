@@ -25,7 +25,7 @@ from erann_dist.batchnorm import RunningStatistics
 from erann_dist.cache import ClipCache
 from erann_dist.data import count_reported, load_sources
 from erann_dist.distributed import Workers, device_name
-from erann_dist.engine import State, make_engine
+from erann_dist.engine import make_engine
 from erann_dist.errors import Stopped, UsageError, UserError
 from erann_dist.events import (
     Emit,
@@ -36,7 +36,6 @@ from erann_dist.events import (
     Incident,
     IncidentKind,
     Started,
-    Step,
 )
 from erann_dist.features import LogMel, padded_frames
 from erann_dist.feed import Fed, feed
@@ -51,6 +50,7 @@ from erann_dist.saving import Saver
 from erann_dist.schedule import Draws, deal, learning_rate, micro_batches_per_rank
 from erann_dist.shared_clips import shared_clips
 from erann_dist.watchdog import Watchdog, stacks_left, watching
+from erann_dist.window import Window
 
 _KEYS_TOLD = 8  # of a bad step's clips, in its line
 # By the first word of what launch says of the workers before.
@@ -153,7 +153,7 @@ class _Training:
         self.told = set(self.bad_clips.found)
         self.cache_problems = set[str]()
         self.outcomes = Outcomes(workers.device)
-        self.window = _Window(self.read)
+        self.window = Window(self.read)
         self.log: RunLog | None = None
         self.reporters: list[Emit] = []
         if workers.is_first:
@@ -166,7 +166,7 @@ class _Training:
         if self._is_evaluation_due(self.first_step) and not self._was_evaluated(self.first_step):
             self._evaluate(self.first_step)  # in which the start before was lost
         self.model.train()
-        self.window = _Window(self.read)
+        self.window = Window(self.read)
         for step in range(self.first_step, self.steps):
             self._compute(step)
             done = step + 1
@@ -190,7 +190,7 @@ class _Training:
             if evaluates:
                 self._evaluate(done)
             if saves:
-                self.window = _Window(self.read)
+                self.window = Window(self.read)
         self._finish()
 
     def say(self, event: Event) -> None:
@@ -300,7 +300,7 @@ class _Training:
                 bad_clips=len(self.bad_clips.found),
             )
         )
-        self.window = _Window(self.read)
+        self.window = Window(self.read)
 
     def _tell_incidents(self, step: int) -> None:
         """Each bad clip once, and each reason why a cache takes no more or the log could not be uploaded."""
@@ -428,14 +428,7 @@ class _Training:
             names = checkpoint.regular(checkpoint.committed(self.run_folder), self._is_checkpoint_due)
             names = [name for name in names if checkpoint.is_whole(self.run_folder, name)][-number:]
         names = self.workers.first(names)
-        mean: State = {}
-        for name in names:
-            self.watchdog.alive()
-            for key, value in checkpoint.load(self.run_folder, name)[1].items():
-                if value.is_floating_point():
-                    mean[key] = mean.get(key, torch.zeros_like(value)) + value / len(names)
-                else:
-                    mean[key] = value
+        mean = checkpoint.mean(self.run_folder, names, self.watchdog.alive)
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in mean.items() if k.startswith("model.")})
         return len(names)
 
@@ -535,38 +528,3 @@ class _Training:
 
 def _versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
-
-
-class _Window:
-    """What happened since the last Step event."""
-
-    def __init__(self, read: Counter[str]) -> None:
-        self._read = read  # goes on counting
-        self._read_before = read.copy()
-        self.began = time.perf_counter()
-        self.waited = 0.0  # seconds, for data
-        self.outcomes: list[Outcome] = []
-
-    def report(
-        self, step: int, lr: float, global_batch: int, clips_per_example: int, *, with_cache: bool, bad_clips: int
-    ) -> Step:
-        seconds = time.perf_counter() - self.began
-        counted = [outcome for outcome in self.outcomes if not outcome.skipped] or self.outcomes
-        examples = len(self.outcomes) * global_batch / seconds
-        read = self._read.copy()
-        read.subtract(self._read_before)
-        clips = read["clips_cache"] + read["clips_origin"]
-        return Step(
-            step=step,
-            loss=sum(outcome.loss for outcome in counted) / len(counted),
-            lr=lr,
-            examples_per_s=examples,
-            clips_per_s=examples * clips_per_example,
-            data_wait=self.waited / seconds,
-            steps=len(self.outcomes),
-            seconds=seconds,
-            grad_norm=counted[-1].grad_norm,
-            read_mb_per_s=(read["bytes_cache"] + read["bytes_origin"]) / 1e6 / seconds,
-            cache_hits=read["clips_cache"] / clips if with_cache and clips else None,
-            bad_clips=bad_clips,
-        )
