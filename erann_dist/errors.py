@@ -5,6 +5,14 @@ does not exist), 1 when the work failed on what it found (data, shards, checkpoi
 was told to stop and has saved what it had.
 """
 
+import os
+
+
+def in_one_line(error: OSError) -> str:
+    """What the system refused, such as room on a full disk: which file, and why."""
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "system"
+    return f"{name}: {error.strerror or error}"
+
 
 class UserError(Exception):
     """The work can't go on with what was found. The message is one line: what, which file or key, what to do."""

@@ -1,13 +1,12 @@
 """The `erann` command."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from erann_dist.errors import UsageError, UserError
+from erann_dist.errors import UsageError, UserError, in_one_line
 from jobs import shard_commands
 from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher, Model, Shards
 from jobs.progress import RunView, console
@@ -539,9 +538,8 @@ def main() -> None:
     except UserError as error:
         console.print(f"erann: {error}", markup=False)
         sys.exit(error.exit_code)
-    except OSError as error:  # such as a full disk
-        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "system"
-        console.print(f"erann: {name}: {error.strerror or error}", markup=False)
+    except OSError as error:
+        console.print(f"erann: {in_one_line(error)}", markup=False)
         sys.exit(UserError.exit_code)
 
 

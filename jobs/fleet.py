@@ -23,7 +23,7 @@ import torch
 from cluster.notice import signals_as_notice
 from erann_dist.cache import ClipCache
 from erann_dist.environment import end_with_parent
-from erann_dist.errors import NoRoom, Stopped, Unavailable, UsageError, UserError
+from erann_dist.errors import NoRoom, Stopped, Unavailable, UsageError, UserError, in_one_line
 from erann_dist.events import Event, Incident, Started
 from erann_dist.folder import open_folder
 from erann_dist.recipe import Recipe, RunSection, parse_recipe
@@ -207,9 +207,8 @@ def _train(tree: dict[str, Any], address: str | None, pipe: Connection) -> None:
     except UserError as error:
         helps: _Helps = next((what for kind, what in _HELPS.items() if isinstance(error, kind)), "")
         ended = Ended(why=str(error), then=helps)
-    except OSError as error:  # such as a full disk
-        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "system"
-        ended = Ended(why=f"{name}: {error.strerror or error}", then="again")
+    except OSError as error:
+        ended = Ended(why=in_one_line(error), then="again")
     except Exception as error:
         traceback.print_exc()
         ended = Ended(why=f"{type(error).__name__}: {error}", then="again")
