@@ -2,6 +2,7 @@
 
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,19 @@ import ray
 
 from cluster.environment import WORKER_ENVIRONMENT
 from erann_dist.errors import UserError
+
+
+@contextmanager
+def _folder_for_sockets() -> Iterator[str | None]:
+    """Where Ray is to keep its files: None for where it would itself, a new folder if that one's path is too long.
+
+    A socket's path may have 107 bytes, and below the temporary folder Ray's sockets take 70 of them.
+    """
+    if len(os.fsencode(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())) <= 107 - 70:
+        yield None
+    else:
+        with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+            yield folder
 
 
 def _require_listening(address: str) -> None:
@@ -45,23 +59,25 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
         "env_vars": WORKER_ENVIRONMENT | {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"},
         "worker_process_setup_hook": "cluster.environment.use_interface_of_node",
     }
-    try:
-        if address:
-            _require_listening(address)
-            ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(
-                "local",
-                num_cpus=max(cpus, len(os.sched_getaffinity(0))),
-                include_dashboard=False,
-                runtime_env=runtime_env,
-                log_to_driver=False,
-                logging_level="ERROR",
-                _node_ip_address="127.0.0.1",
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from error
-    try:
-        yield not address
-    finally:
-        ray.shutdown()
+    with _folder_for_sockets() as folder:
+        try:
+            if address:
+                _require_listening(address)
+                ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
+            else:
+                ray.init(
+                    "local",
+                    num_cpus=max(cpus, len(os.sched_getaffinity(0))),
+                    include_dashboard=False,
+                    runtime_env=runtime_env,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    _node_ip_address="127.0.0.1",
+                    _temp_dir=folder,
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from error
+        try:
+            yield not address
+        finally:
+            ray.shutdown()
