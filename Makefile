@@ -24,4 +24,4 @@ test: setup
 	$(BIN)/pytest tests --ignore tests/cluster
 
 test-cluster: setup
-	$(BIN)/pytest tests/cluster
+	$(BIN)/pytest tests/cluster --durations 60
