@@ -54,6 +54,11 @@ COMMANDS = [
     "tag",
     "augment",
     "runs",
+    "submit",
+    "jobs list",
+    "jobs status",
+    "jobs logs",
+    "jobs stop",
     "demo",
 ]
 
@@ -125,7 +130,7 @@ def test_every_command_has_help_with_an_example_of_itself(erann, command: str) -
     outcome = erann(*command.split(), "--help")
     assert outcome.code == 0
     assert re.search(rf"Example:\s+erann {command}", outcome.out)
-    assert "--json" in outcome.out
+    assert "--json" in outcome.out or command == "jobs logs"  # what it prints is the job's
 
 
 def test_help_shows_the_commands(erann) -> None:

@@ -1,0 +1,72 @@
+"""What a submitted job brings to the cluster: this program's source, and the files that its command reads."""
+
+import importlib.metadata
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from erann_dist.errors import UserError
+
+_ROOT = Path(__file__).parents[1]
+_PACKAGES = ("erann_dist", "shards", "cluster", "jobs")
+_SUFFIXES = {".py", ".yaml", ".csv", ".sh"}  # of source and package data: whatever else lies there is not sent
+_LIMIT = 100 * 2**20  # bytes: Ray takes no larger package
+# Of which the cluster has to have the versions that are here, since results, checkpoints or messages depend on them.
+_SAME = ("torch", "torchaudio", "ray", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Package:
+    """A working directory in the making: each file's name in it, and where it is here."""
+
+    files: dict[str, Path]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """In bytes, the largest first."""
+        sizes = {name: path.stat().st_size for name, path in self.files.items()}
+        return dict(sorted(sizes.items(), key=lambda each: -each[1]))
+
+    def write(self, folder: Path) -> None:
+        for name, path in self.files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+
+
+def make_package(files: dict[str, Path]) -> Package:
+    """The source, and these files beside it. Raises UserError when that is more than Ray takes."""
+    source = {
+        path.relative_to(_ROOT).as_posix(): path
+        for name in _PACKAGES
+        for path in sorted((_ROOT / name).rglob("*"))
+        if path.suffix in _SUFFIXES and path.is_file()
+    }
+    package = Package(source | files)
+    sizes = package.sizes
+    if sum(sizes.values()) > _LIMIT:
+        largest = ", ".join(f"{name} ({size / 2**20:,.0f} MiB)" for name, size in list(sizes.items())[:3])
+        raise UserError(
+            f"the package is {sum(sizes.values()) / 2**20:,.0f} MiB, and Ray takes {_LIMIT / 2**20:.0f}; "
+            f"the largest: {largest}; put large files where all nodes can read them"
+        )
+    return package
+
+
+def versions() -> dict[str, str]:
+    """Of Python (major.minor) and of the libraries that client and cluster need to have alike."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python} | {name: _public(importlib.metadata.version(name)) for name in _SAME}
+
+
+def pins() -> list[str]:
+    """This program's requirements at the versions that are installed here, for pip; without Ray, which is there."""
+    needed = [each for each in importlib.metadata.requires("erann-dist") or [] if "extra ==" not in each]
+    names = [re.split(r"[^A-Za-z0-9._-]", each, maxsplit=1)[0] for each in needed]
+    return [f"{name}=={_public(importlib.metadata.version(name))}" for name in names if name != "ray"]
+
+
+def _public(version: str) -> str:
+    """Without the local part: torch's wheels for a CPU and for a GPU differ in that alone."""
+    return version.partition("+")[0]

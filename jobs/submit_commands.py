@@ -1,0 +1,174 @@
+"""The commands that send work to a cluster and look after it there."""
+
+import shlex
+import sys
+from typing import Annotated, Any, Literal
+
+import typer
+
+from erann_dist.errors import UserError
+from jobs.options import EXAMPLE, Json
+from jobs.progress import console
+from jobs.show import show
+
+_EXIT_OF_STOPPED = 143
+
+Address = Annotated[
+    str | None,
+    typer.Option(help="The cluster's dashboard, http://HEAD:8265, or ray://HEAD:10001; RAY_ADDRESS if not given."),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="As erann jobs list shows it.")]
+
+jobs_app = typer.Typer(no_args_is_help=True, help="Look after submitted jobs.", rich_markup_mode="markdown")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these commands to an application."""
+    app.command(
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True},
+        help="Send erann pretrain, finetune, study or pipeline to a Ray cluster and show its log until it ends.\n\n"
+        "Ctrl-C leaves the job running. A run that is on its way already is not sent again, but followed. Places in "
+        "the recipe are of the cluster: paths that all its nodes share, or s3://. Of this machine's environment only "
+        "the S3 endpoint and region go along."
+        + EXAMPLE
+        + "erann submit pretrain audioset.yaml run.dir=s3://bucket/runs run.workers=32 --address http://HEAD:8265"
+        + "\n\n    erann submit pipeline pipeline.yaml run.dir=/shared/runs --detach",
+    )(submit)
+    app.add_typer(jobs_app, name="jobs")
+
+
+def submit(
+    context: typer.Context,
+    command: Annotated[list[str], typer.Argument(metavar="COMMAND RECIPE [KEY.PATH=VALUE]...", show_default=False)],
+    address: Address = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent and run; send nothing.")] = False,
+    dependencies: Annotated[
+        Literal["image", "pip"],
+        typer.Option(help="What the nodes run it with: what they have, or what pip installs there, pinned as here."),
+    ] = "image",
+    as_json: Json = False,
+) -> None:
+    from cluster import submit as ray_jobs
+    from jobs.submit import prepare
+    from jobs.submit_page import package_page, submitted_page
+
+    work = prepare(context, command, dependencies)
+    if dry_run:
+        show(_plan(work), as_json, package_page)
+        return
+    cluster = ray_jobs.connect(address)
+    console.print(_package_line(work.package.sizes), markup=False)
+    job, is_new = ray_jobs.submit(cluster, work)
+    console.print(f"{job}: {'submitted' if is_new else 'is on its way already; not sent again'}", markup=False)
+    result = {"job": job, "new": is_new, "run": work.run, "address": cluster.address}
+    if detach:
+        show(result | {"status": str(ray_jobs.find(cluster, job).status.value)}, as_json, submitted_page)
+        return
+    _follow(cluster, job, result, as_json)
+
+
+@jobs_app.command("list", help="The cluster's submitted jobs, the newest last." + EXAMPLE + "erann jobs list")
+def list_all(address: Address = None, as_json: Json = False) -> None:
+    from cluster import submit as ray_jobs
+    from jobs.submit_page import job_facts, jobs_page
+
+    cluster = ray_jobs.connect(address)
+    jobs = [job_facts(job, ray_jobs.run_of(job)) for job in ray_jobs.list_jobs(cluster)]
+    show({"jobs": jobs}, as_json, jobs_page)
+
+
+@jobs_app.command(
+    help="How a job stands, and why it failed." + EXAMPLE + "erann jobs status pretrain-audioset-1",
+)
+def status(job: JobId, address: Address = None, as_json: Json = False) -> None:
+    from cluster import submit as ray_jobs
+    from jobs.submit_page import job_facts, job_page
+
+    found = ray_jobs.find(ray_jobs.connect(address), job)
+    show(job_facts(found, ray_jobs.run_of(found)), as_json, job_page)
+
+
+@jobs_app.command(
+    help="What a job has printed; with --follow, until it ends. Ctrl-C leaves it running."
+    + EXAMPLE
+    + "erann jobs logs pretrain-audioset-1 --follow",
+)
+def logs(
+    job: JobId,
+    follow: Annotated[bool, typer.Option("--follow", help="Until the job ends.")] = False,
+    address: Address = None,
+) -> None:
+    from cluster import submit as ray_jobs
+
+    cluster = ray_jobs.connect(address)
+    found = str(ray_jobs.find(cluster, job).submission_id)
+    if follow:
+        _follow(cluster, found, {}, as_json=False)
+    else:
+        sys.stdout.write(ray_jobs.logs(cluster, found))
+
+
+@jobs_app.command(
+    help="Stop a job; its runs save a checkpoint first. Submitted again, it goes on from there."
+    + EXAMPLE
+    + "erann jobs stop pretrain-audioset-1",
+)
+def stop(job: JobId, address: Address = None, as_json: Json = False) -> None:
+    from cluster import submit as ray_jobs
+    from jobs.submit_page import job_facts, job_page
+
+    cluster = ray_jobs.connect(address)
+    found = ray_jobs.find(cluster, job)
+    if not found.status.is_terminal():
+        with console.status(f"{job}: told to stop, saves its checkpoint"):
+            ray_jobs.stop(cluster, str(found.submission_id))
+        found = ray_jobs.find(cluster, job)
+    show(job_facts(found, ray_jobs.run_of(found)), as_json, job_page)
+
+
+def _follow(cluster: Any, job: str, result: dict[str, Any], as_json: bool) -> None:
+    """Until it ends; then this command ends as the job did."""
+    from cluster import submit as ray_jobs
+    from jobs.submit_page import job_facts
+
+    out = sys.stderr if as_json else sys.stdout  # the one JSON object has stdout for itself
+
+    def write(text: str) -> None:
+        out.write(text)
+        out.flush()
+
+    try:
+        ray_jobs.follow(cluster, job, write, lambda text: console.print(text, markup=False))
+    except KeyboardInterrupt:
+        where = f"{shlex.quote(job)} --address {shlex.quote(cluster.address)}"
+        console.print(
+            f"detached; the job goes on\n  erann jobs logs {where} --follow   comes back to it\n"
+            f"  erann jobs stop {where}   stops it",
+            markup=False,
+        )
+        raise
+    ended = ray_jobs.find(cluster, job)
+    facts = job_facts(ended, ray_jobs.run_of(ended))
+    console.print(f"{job}: {facts['status'].lower()}", markup=False)
+    if as_json:
+        show(result | facts, as_json, lambda _: None)
+    if facts["status"] == "STOPPED":
+        raise typer.Exit(_EXIT_OF_STOPPED)
+    if facts["status"] != "SUCCEEDED":
+        raise typer.Exit(facts["exit_code"] or UserError.exit_code)
+
+
+def _plan(work: Any) -> dict[str, Any]:
+    return {
+        "run": work.run,
+        "entrypoint": work.entrypoint,
+        "dependencies": work.dependencies,
+        "runtime_env": work.runtime_env,
+        "files": work.package.sizes,
+    }
+
+
+def _package_line(sizes: dict[str, int]) -> str:
+    largest = ", ".join(f"{name} {size / 1e3:,.0f} kB" for name, size in list(sizes.items())[:3])
+    return f"package: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; the largest: {largest}"
