@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
@@ -150,14 +151,16 @@ def submit(cluster: Cluster, work: Submission) -> tuple[str, bool]:
         work.package.write(Path(folder))
         deadline = time.monotonic() + _AGENT_S
         while True:
-            jobs = [job for job in cluster.client.list_jobs() if (job.metadata or {}).get(_RUN) == work.run]
+            jobs = cluster.client.list_jobs()
             for job in jobs:
-                if not job.status.is_terminal():
+                if run_of(job) == work.run and not job.status.is_terminal():
                     return str(job.submission_id), False
+            taken = {job.submission_id for job in jobs}
+            job_id = next(name for i in count(1) if (name := f"{_stem(work)}-{i}") not in taken)
             try:
                 return cluster.client.submit_job(
                     entrypoint=work.entrypoint,
-                    submission_id=f"{_stem(work)}-{1 + len(jobs)}",
+                    submission_id=job_id,
                     runtime_env=work.runtime_env | {"working_dir": folder},
                     metadata={_RUN: work.run},
                 ), True
