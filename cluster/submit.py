@@ -32,9 +32,9 @@ from cluster.driver import VERSIONS
 from cluster.package import Package, pins, versions
 from erann_dist.errors import UsageError, UserError
 
-# What goes along of the client's environment. Secrets do not: nodes have them by their own means, such as a role.
-PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
-SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
+# What goes along of the client's environment, and what stays here: Ray shows the first to whoever sees the job.
+_PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's own, in its order
 _RUN = "erann_run"  # the job's metadata: the run that it is
 _STOP_S = 120  # that a job has to save its checkpoint when it is stopped; Ray's own 3 are too few
@@ -67,12 +67,17 @@ class Submission:
     @property
     def environment(self) -> dict[str, str]:
         """Of all the job's processes. Raises UserError for a secret in it: Ray shows it to whoever sees the job."""
-        passed = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         for name, value in passed.items():
             if "@" in urlsplit(value).netloc:
                 raise UserError(f"{name}: holds a user or a password, which Ray would show with the job; take it out")
         own = {VERSIONS: json.dumps(versions()), "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S), "PYTHONUNBUFFERED": "1"}
         return passed | own
+
+    @property
+    def kept_here(self) -> list[str]:
+        """The names of this machine's credentials: nodes have their own, by a role or a secret of the cluster's."""
+        return [name for name in _CREDENTIALS if name in os.environ]
 
     @property
     def runtime_env(self) -> dict[str, Any]:
@@ -131,9 +136,7 @@ def _in_one_line(address: str) -> Iterator[None]:
         ) from error
     except (RuntimeError, ValueError) as error:
         if "404" in str(error):  # of the question which version it is
-            raise UserError(
-                f"{address}: what answers there is no Ray dashboard; its port is 8265 by default"
-            ) from error
+            raise _no_dashboard(address) from error
         raise UserError(f"{address}: {_line(error)}") from error
 
 

@@ -59,6 +59,8 @@ def submit(
         return
     cluster = ray_jobs.connect(address)
     console.print(_package_line(work.package.sizes), markup=False)
+    if work.kept_here:
+        console.print(f"not sent: {', '.join(work.kept_here)}; the nodes need credentials of their own", markup=False)
     job, is_new = ray_jobs.submit(cluster, work)
     console.print(f"{job}: {'submitted' if is_new else 'is on its way already; not sent again'}", markup=False)
     result = {"job": job, "new": is_new, "run": work.run, "address": cluster.address}
@@ -165,6 +167,7 @@ def _plan(work: Any) -> dict[str, Any]:
         "entrypoint": work.entrypoint,
         "dependencies": work.dependencies,
         "runtime_env": work.runtime_env,
+        "not_sent": work.kept_here,
         "files": work.package.sizes,
     }
 

@@ -58,6 +58,8 @@ def package_page(plan: dict[str, Any]) -> None:
     console.print(f"dependencies  {'those of the nodes' if needs is None else 'by pip: ' + ' '.join(needs)}")
     for name, value in plan["runtime_env"]["env_vars"].items():
         console.print(f"environment   {name}={value}")
+    if plan["not_sent"]:
+        console.print(f"not sent      {', '.join(plan['not_sent'])}: the nodes need credentials of their own")
     sizes = plan["files"]
     console.print(f"package       {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; the largest:")
     for name, size in list(sizes.items())[:10]:

