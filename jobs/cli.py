@@ -66,6 +66,33 @@ def pretrain(
 
 
 @app.command(
+    help="Whether a cluster is ready for a recipe's run: nodes, versions, clocks, shards, run folder, cache, network "
+    "and some real steps, a line each with what mends it; then the time that the run will take. Exit code 0 only when "
+    "the run can start. Nothing stays in run.dir."
+    + EXAMPLE
+    + "erann preflight --address 10.0.0.1:6379 audioset.yaml run.workers=32",
+)
+def preflight(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    from erann_dist.recipe import load_recipe
+    from jobs.preflight import preflight as run
+    from jobs.preflight_page import print_end, print_verdict
+    from jobs.recipes import find_recipe
+    from jobs.show import console_on
+
+    lines = console_on(sys.stderr if as_json else sys.stdout)
+    loaded = load_recipe(find_recipe(recipe), overrides or [])
+    result = run(loaded, address, lambda verdict: print_verdict(lines, verdict))
+    show(result, as_json, lambda result: print_end(lines, result))
+    if not result["ready"]:
+        raise typer.Exit(1)
+
+
+@app.command(
     help="Cross-validation on a data set with folds, from a pretrained model or from scratch: a run for each fold, as "
     "many at once as the cluster has room for. The same command again goes on where it was stopped."
     + EXAMPLE

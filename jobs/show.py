@@ -4,7 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,11 @@ from jobs.progress import duration
 # In a pipe or a file no table is cut to a terminal's width.
 _width = None if sys.stdout.isatty() else 10_000
 console = Console(width=_width, highlight=False, soft_wrap=True, markup=False)
+
+
+def console_on(file: TextIO) -> Console:
+    """The same for a file: stdout's own, say, while what libraries write there is sent elsewhere."""
+    return Console(file=file, width=_width, highlight=False, soft_wrap=True, markup=False)
 
 
 def show(result: Any, as_json: bool, page: Callable[[Any], None]) -> None:

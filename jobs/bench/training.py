@@ -55,7 +55,7 @@ from erann_dist.loader import Batch, Crops
 from erann_dist.manifest import Manifest
 from erann_dist.model import ERANN, MEL_BINS, Variant
 from erann_dist.outcomes import Outcomes
-from erann_dist.recipe import Recipe, parse_recipe
+from erann_dist.recipe import Recipe
 from erann_dist.run_log import RunLog
 from erann_dist.sampling import BalancedSampler, SequentialSampler, UniformSampler
 from erann_dist.schedule import micro_batches_per_rank
@@ -66,6 +66,7 @@ from jobs.bench.flops import peak_flops, training_flops
 from jobs.progress import console
 from jobs.show import console as out
 from jobs.show import facts_page
+from jobs.trial import changed, endless
 
 _BARE = "bare"
 _STAGES = (0, 1, 2)
@@ -239,24 +240,6 @@ def with_engine(recipe: Recipe, way: str) -> Recipe:
     if way.startswith("deepspeed_"):
         return changed(recipe, run={"engine": "deepspeed"}, optim={"zero_stage": int(way.removeprefix("deepspeed_"))})
     return recipe
-
-
-def endless(recipe: Recipe, log_every: int) -> Recipe:
-    """Without an end, checkpoints and evaluations."""
-    return changed(
-        recipe,
-        optim={"examples": 10**12, "epochs": None},
-        evaluate={"every": None},
-        checkpoint={"every": 10**9, "keep_best": 0},
-        run={"log_every": log_every},
-    )
-
-
-def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
-    tree = recipe.model_dump(mode="json")
-    for section, keys in sections.items():
-        tree[section] |= keys
-    return parse_recipe(tree, "recipe")
 
 
 class Groups:

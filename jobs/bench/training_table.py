@@ -18,10 +18,11 @@ from erann_dist.distributed import pick_device, single_worker
 from erann_dist.errors import UsageError, UserError
 from erann_dist.recipe import Recipe
 from jobs.bench.flops import peak_flops, training_flops
-from jobs.bench.training import Turn, changed, endless, measure
+from jobs.bench.training import Turn, measure
 from jobs.progress import console
 from jobs.show import console as out
 from jobs.show import facts_page
+from jobs.trial import changed, endless
 
 VARIANTS = ("ERANN-1-6", "ERANN-2-5")
 MICRO_BATCHES = (8, 16, 32, 64, 128)

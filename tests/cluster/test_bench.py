@@ -13,8 +13,9 @@ from erann_dist.distributed import Workers, single_worker
 from erann_dist.errors import UserError
 from erann_dist.model import ERANN, Variant, count_macs
 from jobs.bench import training
-from jobs.bench.training import Groups, NullModel, Turn, _speeds, endless, measure, with_engine
+from jobs.bench.training import Groups, NullModel, Turn, _speeds, measure, with_engine
 from jobs.bench.training_table import Setting, bench_table, settings
+from jobs.trial import endless
 from shards.sources.audioset import read_audioset
 from tests.commands import erann
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set

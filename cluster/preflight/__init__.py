@@ -1,0 +1,1 @@
+"""What preflight finds out on the nodes of a Ray cluster, each by a process of its own there."""

@@ -1,0 +1,175 @@
+"""What a node can read and write: the shard sets, the run's folder, the cache's disk."""
+
+import functools
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from erann_dist import loader
+from erann_dist.data import load_train_and_eval
+from erann_dist.errors import UserError
+from erann_dist.folder import LocalFolder, open_folder
+from erann_dist.loader import Crops, random_crops
+from erann_dist.manifest import Manifest
+from erann_dist.recipe import DataSection
+
+_BATCH = 16
+_ATTEMPTS = 3  # of a request to S3: whoever waits for a verdict is not as patient as a run
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Random clips that one process has read, checked and decoded, as a worker of the run does."""
+
+    clips: int
+    bytes: int  # of theirs in the tars
+    seconds: float
+    threads: int  # that decoded
+    computing: float  # seconds of a processor
+    tars: int  # that the clips came from
+
+    @property
+    def clips_per_s(self) -> float:
+        return self.clips / self.seconds
+
+    @property
+    def bytes_per_s(self) -> float:
+        return self.bytes / self.seconds
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The disk of a folder for the clip cache."""
+
+    free: int  # bytes
+    kept: int  # that the cache has there already
+
+
+def open_sets(data: str) -> tuple[Manifest, Manifest]:
+    """The training and evaluation clips of a recipe's data section, in JSON, as this node sees them.
+
+    Raises as load_train_and_eval.
+    """
+    section = DataSection.model_validate_json(data)
+    for source in (*section.train, *section.eval):
+        _be_impatient(source.url)
+    return _opened(data)
+
+
+@functools.cache
+def _opened(data: str) -> tuple[Manifest, Manifest]:
+    return load_train_and_eval(DataSection.model_validate_json(data))
+
+
+def count_clips(data: str) -> tuple[int, int]:
+    """How many clips open_sets gives; they are at hand for read_clips then."""
+    train, evaluation = open_sets(data)
+    return len(train), len(evaluation)
+
+
+def read_clips(data: str, seconds: float, seed: int) -> Reading:
+    """Read random training clips for so many seconds, first of each tar one, and then a few for the evaluation.
+
+    Raises UserError, which names tar and clip, for what is not as the manifest says.
+    """
+    section = DataSection.model_validate_json(data)
+    (clips, eval_clips), rng = open_sets(data), np.random.default_rng(seed)
+    read, tars, threads = Counter[str](), set[int](), section.loader_threads
+    computing, began = time.process_time(), time.perf_counter()
+    with closing(loader.load(clips, _crops(clips, section, rng), threads=threads, read=read)) as batches:
+        for batch in batches:
+            tars.update(clips.shards[batch.crops.rows].tolist())
+            passed = time.perf_counter() - began
+            if passed >= seconds:
+                break
+        computing = time.process_time() - computing
+        done = Reading(read["clips_origin"], read["bytes_origin"], passed, threads, computing, len(tars))
+    with closing(loader.load(eval_clips, _crops(eval_clips, section, rng), threads=threads)) as batches:
+        next(batches)
+    return done
+
+
+def _crops(clips: Manifest, section: DataSection, rng: np.random.Generator) -> Iterator[Crops]:
+    """Random crops without end, the first ones from all tars that have clips."""
+    _, firsts = np.unique(clips.shards, return_index=True)
+    rows = rng.permutation(firsts)
+    while True:
+        missing = max(0, _BATCH - len(rows))
+        rows = np.concatenate([rows, rng.integers(len(clips), size=missing)])
+        yield random_crops(clips, rows[:_BATCH], rows[:_BATCH], 0, section.crop_samples)
+        rows = rows[_BATCH:]
+
+
+def write_token(url: str, name: str) -> str | None:
+    """Write a file of that name and content; the topmost folder that was made for it.
+
+    Raises UserError when that can't be done.
+    """
+    _be_impatient(url)
+    folder, made = open_folder(url), first_missing(url)
+    try:
+        folder.write(name, name.encode())
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written to ({error.strerror})") from error
+    return made
+
+
+def tokens_seen(url: str, names: list[str]) -> set[str]:
+    """Those of the files that are here, too."""
+    folder, seen = open_folder(url), set()
+    for name in names:
+        with suppress(OSError):
+            if folder.read(name) == name.encode():
+                seen.add(name)
+    return seen
+
+
+def remove_token(url: str, name: str, made: str | None) -> None:
+    """Undo write_token, as far as others do not need its folders."""
+    open_folder(url).delete(name)
+    remove_folders(url, made)
+
+
+def remove_folders(url: str, made: str | None) -> None:
+    """Remove a folder on a disk and those above it up to `made`, as far as nothing is in them."""
+    if made is None:
+        return
+    with suppress(OSError):  # something is in one of them
+        for path in [Path(url).absolute(), *Path(url).absolute().parents]:
+            with suppress(FileNotFoundError):
+                path.rmdir()
+            if str(path) == made:
+                return
+
+
+def first_missing(url: str) -> str | None:
+    """The topmost folder that must be made for this one; none in S3."""
+    if not isinstance(open_folder(url), LocalFolder):
+        return None
+    path = Path(url).absolute()
+    return next((str(each) for each in [*reversed(path.parents), path] if not each.exists()), None)
+
+
+def cache_disk(folder: str) -> Disk:
+    """The disk that the clip cache is to be on. Raises UserError when nothing can be written there."""
+    path = Path(folder).absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{folder}: no cache can be kept there ({there} is no folder that may be written to)")
+    kept = sum(512 * slab.stat().st_blocks for slab in path.glob("slab-*"))
+    return Disk(shutil.disk_usage(there).free, kept)
+
+
+def _be_impatient(url: str) -> None:
+    """For this process."""
+    if url.startswith("s3://"):
+        from erann_dist import s3
+
+        s3.ATTEMPTS = s3.PATIENT_ATTEMPTS = _ATTEMPTS
