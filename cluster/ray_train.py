@@ -44,7 +44,7 @@ from erann_dist.events import Emit, Event, Incident
 _ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 _USERS_ANSWER_TIMEOUT = os.environ.get(_ANSWER_TIMEOUT)
 _BLAME_S = 3.0  # in which the loss of a worker is known to Ray
-_AGAIN = "run the same command again to go on from the last checkpoint"
+AGAIN = "run the same command again to go on from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def run_on_ray(
                 # A fault of this program or of the machine: in full, for whoever is to find it.
                 print(error, file=sys.stderr)
                 times = f" {failures} times in a row without a new checkpoint, at last" if max_failures else ""
-                raise UserError(f"the workers failed{times}: {failure}; {_AGAIN}")
+                raise UserError(f"the workers failed{times}: {failure}; {AGAIN}")
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def _lost_cluster_in_one_line() -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        raise UserError(f"the Ray cluster is lost ({type(error).__name__}); {_AGAIN}") from error
+        raise UserError(f"the Ray cluster is lost ({type(error).__name__}); {AGAIN}") from error
 
 
 def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout: float) -> Exception | None:

@@ -25,12 +25,13 @@ from cluster.preflight import collectives, facts, storage
 from cluster.preflight.facts import Facts, Gpu
 from cluster.preflight.probes import Node, answers, crew_of, living_nodes, probes_on
 from cluster.preflight.storage import Reading
+from cluster.ray_train import AGAIN
 from cluster.room import Bundle, bundle_of, count, free_room, wait_for_room
 from erann_dist import checkpoint
 from erann_dist.errors import NoRoom, UsageError, UserError
 from erann_dist.folder import LocalFolder, open_folder
 from erann_dist.manifest import Manifest
-from erann_dist.model import ERANN
+from erann_dist.model import ERANN, count_parameters
 from erann_dist.recipe import Recipe
 from erann_dist.schedule import Draws, micro_batches_per_rank
 from jobs.pretrain import check_run, is_finished
@@ -284,8 +285,8 @@ class _Checks:
             self._say(judge("all-reduce", "", by_node(problems, _PORTS)))
             return 0.0
         with torch.device("meta"):
-            model = ERANN.from_name(self.recipe.model.variant, clips.num_classes if clips else _CLASSES)
-        elements = sum(parameter.numel() for parameter in model.parameters())
+            classes = clips.num_classes if clips else _CLASSES
+            elements = count_parameters(ERANN.from_name(self.recipe.model.variant, classes))
         (first, probe), use_gpu = site.crew[0], "GPU" in site.bundle
         port, silent = answers({first: probe.do.remote(collectives.free_port)}, _START_S)
         asked = {
@@ -313,7 +314,8 @@ class _Checks:
             wait_for_room(site.bundle, run.min_workers, workers, seconds=30, say=lambda _: None, stop=no_notice)
             trial = take_steps(self.recipe, scratch, workers, self.address)
         except UserError as error:
-            self._say(judge("step", "", [Problem(str(error), "as it says; the same would end the run")]))
+            text = str(error).removesuffix(f"; {AGAIN}")
+            self._say(judge("step", "", [Problem(text, "as it says; the same would end the run")]))
             return None
         self._say(step_verdict(self.recipe, trial, all_reduce_s, list(site.gpus.values())))
         return trial

@@ -51,9 +51,9 @@ class Nodes:
         return {n["NodeManagerAddress"] for n in self._cluster.global_state.node_table() if n["Alive"]}
 
     @contextmanager
-    def one_more(self, **environment: str) -> Iterator[None]:
-        """With another node, at the address BAD, in this environment."""
-        node = self._cluster.add_node(num_cpus=1, node_ip_address=BAD, env_vars=environment)
+    def one_more(self, gpus: int = 0, **environment: str) -> Iterator[None]:
+        """With another node, at the address BAD, in this environment; with GPUs, if it is to claim that."""
+        node = self._cluster.add_node(num_cpus=1, num_gpus=gpus, node_ip_address=BAD, env_vars=environment)
         try:
             yield
         finally:
@@ -225,6 +225,13 @@ def test_a_run_folder_that_is_not_shared(place: Path, nodes: Nodes) -> None:
     assert states(result, "failed") == ["run folder"]
     assert "others don't see" in problem(result["run folder"])
     assert states(result, "not checked") == ["step", "supply", "estimate"]
+
+
+def test_a_node_whose_gpu_can_not_be_used(place: Path, nodes: Nodes) -> None:
+    with nodes.one_more(gpus=1):
+        result = preflight(place, nodes, "run.workers=1", "run.device=cuda", code=1)
+    assert states(result, "failed") == ["nodes"]
+    assert "its GPU can't be used: RuntimeError: " in problem(result["nodes"])
 
 
 def test_no_room_and_no_shards(place: Path, nodes: Nodes) -> None:

@@ -47,6 +47,7 @@ COMMANDS = [
     "bench kills",
     "plan",
     "pretrain",
+    "preflight",
     "finetune",
     "study",
     "pipeline",
