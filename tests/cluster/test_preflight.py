@@ -102,6 +102,7 @@ def place(tone_shards: Path, tmp_path: Path) -> Path:
     recipe = small_recipe(
         tone_shards,
         tmp_path / "runs" / "run",
+        data={"crop_s": 2.0},
         optim={"examples": 4800},
         run={"launcher": "ray", "engine": "deepspeed", "workers": 2},
     )
@@ -227,7 +228,8 @@ def test_a_run_folder_that_is_not_shared(place: Path, nodes: Nodes) -> None:
     assert states(result, "not checked") == ["step", "supply", "estimate"]
 
 
-def test_a_node_whose_gpu_can_not_be_used(place: Path, nodes: Nodes) -> None:
+def test_a_node_whose_gpu_can_not_be_used(place: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "77")  # Ray believes that it is there
     with nodes.one_more(gpus=1):
         result = preflight(place, nodes, "run.workers=1", "run.device=cuda", code=1)
     assert states(result, "failed") == ["nodes"]
