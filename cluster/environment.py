@@ -8,6 +8,14 @@ from erann_dist.environment import KEEP_MEMORY
 
 WORKER_ENVIRONMENT = KEEP_MEMORY | {"OMP_NUM_THREADS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 
+# Of every `ray start`: a host whose network is gone is given up after some 12 seconds (docs/clusters.md).
+HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
 
 def use_interface_of_node() -> None:
     """Let gloo and NCCL meet the other hosts on the network interface whose address is Ray's for this node.

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from erann_dist.errors import UsageError, UserError, in_one_line
-from jobs import shard_commands, submit_commands
+from jobs import cluster_commands, shard_commands, submit_commands
 from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher, Model, Shards
 from jobs.progress import RunView, console
 from jobs.show import demo_page, evaluation_page, facts_page, folds_page, report_page, show, tagged_page, tags_page
@@ -24,6 +24,7 @@ shard_commands.add_to(app)
 submit_commands.add_to(app)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.", rich_markup_mode="markdown")
 app.add_typer(bench_app, name="bench")
+cluster_commands.add_to(app)
 
 
 @app.command(

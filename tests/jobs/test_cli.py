@@ -45,6 +45,8 @@ COMMANDS = [
     "bench sampler",
     "bench train",
     "bench kills",
+    "cluster render aws",
+    "cluster render kubernetes",
     "plan",
     "pretrain",
     "preflight",

@@ -1,0 +1,19 @@
+"""What may stand in an option, as the other side will take it."""
+
+import re
+
+from erann_dist.errors import UsageError
+
+
+def require(option: str, value: str, pattern: str, what: str) -> None:
+    """Raise UsageError unless the pattern matches the whole value."""
+    if not re.fullmatch(pattern, value, re.ASCII):
+        raise UsageError(f"{option} {value!r}: not {what}")
+
+
+def require_pinned(image: str) -> None:
+    """Raise UsageError for what is no container image, or for one that may be another tomorrow."""
+    require("--image", image, r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?", "the name of a container image")
+    tag = image.rpartition("/")[2].partition(":")[2]
+    if not tag or tag == "latest":
+        raise UsageError(f"--image {image}: has no fixed tag, so that nodes may differ; give a tag or a digest")

@@ -1,0 +1,81 @@
+"""A YAML file with places to fill: <<name>> at the end of a line. What is put there can't be read as anything else."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_PLACE = re.compile(r"<<(\w+)>>")
+_WORD = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)$)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE)  # 1.1's truth
+
+
+def read_template(name: str) -> str:
+    """The text of a template of this package."""
+    return Path(__file__).with_name(name).read_text()
+
+
+def fill(template: str, values: Mapping[str, Any]) -> str:
+    """The template with a value in each place, which takes what is left of its line: text, a number, a list or a map.
+
+    A value of None makes a comment of the line, to be completed by hand. In a comment the value stands as it is.
+    Text is always quoted, in ASCII: that a word is a number or a truth value is not for the reader's version to decide.
+    """
+    return "".join(_filled(line, values) + "\n" for line in template.splitlines())
+
+
+def _filled(line: str, values: Mapping[str, Any]) -> str:
+    place = _PLACE.search(line)
+    if not place:
+        return line
+    value = values[place[1]]
+    indent = len(line) - len(line.lstrip())
+    if line.lstrip().startswith("#"):
+        return line.replace(place[0], str(value))
+    before = line[: place.start()].rstrip()
+    if value is None:
+        return f"{' ' * indent}# {before.lstrip()} ..."
+    # As the one item of a list, "- …", a value of several lines is indented by two.
+    first, *rest = yaml.dump(_Item([value]), Dumper=_Quoted, width=float("inf"), sort_keys=False).splitlines()
+    lines = [first[2:], *(" " * indent + each for each in rest)]
+    if before.endswith(":") and isinstance(value, dict | list) and first[2] not in "{[":
+        lines = [before, " " * (indent + 2) + lines[0], *lines[1:]]
+    else:
+        lines[0] = f"{before} {lines[0]}"
+    return "\n".join(lines)
+
+
+class _Item(list[Any]):
+    """A list that is written with its items on lines of their own."""
+
+
+class _Quoted(yaml.SafeDumper):
+    """Quotes all text but plain words as keys, and writes what is short on one line."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, indentless=False)
+
+    def text_node(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else '"')
+
+    def map_node(self, data: dict[str, Any]) -> yaml.MappingNode:
+        node = self.represent_mapping("tag:yaml.org,2002:map", data.items(), flow_style=len(str(data)) < 100)
+        for key, _ in node.value:
+            if _WORD.fullmatch(key.value):
+                key.style = None
+        return node
+
+    def list_node(self, data: list[Any]) -> yaml.SequenceNode:
+        return self.represent_sequence(
+            "tag:yaml.org,2002:seq", data, flow_style=len(str(data)) < 40 and not isinstance(data, _Item)
+        )
+
+
+_Quoted.add_representer(str, _Quoted.text_node)
+_Quoted.add_representer(dict, _Quoted.map_node)
+_Quoted.add_representer(list, _Quoted.list_node)
+_Quoted.add_representer(_Item, _Quoted.list_node)
