@@ -12,7 +12,7 @@ from cluster.render.template import fill, read_template
 from cluster.render.versions import pinned_requirements
 from erann_dist.errors import UsageError
 
-_CONTAINER_MEMORY = ["--ulimit nofile=65536:65536", "--ulimit memlock=-1:-1"]
+_CONTAINER_LIMITS = ["--ulimit nofile=65536:65536", "--ulimit memlock=-1:-1"]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _program(cluster: AwsCluster, efa: bool) -> dict[str, Any]:
             "image": cluster.image,
             "container_name": "erann",
             "pull_before_run": True,
-            "run_options": _CONTAINER_MEMORY,
+            "run_options": _CONTAINER_LIMITS,
         }
         adapters = ["--device=/dev/infiniband"] if efa else []
         worker_docker: dict[str, Any] | None = {"worker_run_options": ["--volume /scratch:/scratch", *adapters]}
