@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo lint test test-cluster
+.PHONY: setup demo lint test test-cluster ci-packages
 
 setup: .venv/.installed
 
@@ -25,3 +25,9 @@ test: setup
 
 test-cluster: setup
 	$(BIN)/pytest tests/cluster --durations 60
+
+# Debian's Slurm, in which the tests run a job. Where it can't be had they are skipped.
+ci-packages:
+	@command -v slurmctld slurmd munged > /dev/null || \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge; } > /dev/null || \
+		echo "slurm-wlm and munge can't be installed: the tests with Slurm will be skipped"

@@ -161,6 +161,69 @@ def render_kubernetes(
     show({"file": text}, as_json, file_page)
 
 
+@render_app.command(
+    "slurm",
+    help="A job for `sbatch`: Ray on whole nodes of Slurm, and one erann command on it. Ahead of the time limit it "
+    "saves a checkpoint and goes back into the queue; requeued, it goes on from the last one. The folder where it is "
+    "submitted, the shards and the run's folder must be on a file system that all nodes share."
+    + EXAMPLE
+    + "erann cluster render slurm --nodes 2 --gpus-per-node 4 --time 12:00:00 -- erann pretrain audioset.yaml "
+    "run.dir=/shared/runs run.workers=8 > job.sh",
+)
+def render_slurm(
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- erann ...]",
+            help="erann pretrain audioset.yaml run.dir=/shared/runs if not given.",
+            show_default=False,
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Each of them whole.")] = 1,
+    gpus_per_node: Annotated[str, typer.Option(metavar="[TYPE:]NUMBER", help="0: train on CPUs.")] = "1",
+    time: Annotated[str, typer.Option(help="Limit of one start, as sbatch takes it.")] = "24:00:00",
+    notice: Annotated[
+        int, typer.Option(min=1, max=65_535, help="Seconds before the limit in which to save a checkpoint and end.")
+    ] = 300,
+    requeue: Annotated[bool, typer.Option(help="Go back into the queue until the command has come to its end.")] = True,
+    partition: Annotated[str | None, typer.Option()] = None,
+    account: Annotated[str | None, typer.Option()] = None,
+    job_name: Annotated[str, typer.Option(help="Its logs are called so too.")] = "erann",
+    module: Annotated[list[str] | None, typer.Option(help="To load before; may be given again.")] = None,
+    setup: Annotated[
+        list[str] | None, typer.Option(help="A line of shell that brings ray and erann; may be given again.")
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(metavar="IMAGE.sif", help="Run ray and erann in it, with Apptainer.")
+    ] = None,
+    bind: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE[:TARGET]", help="A folder that the container sees too; may be given again."),
+    ] = None,
+    scratch: Annotated[str, typer.Option(help="A folder on each node's own disk, for Ray's files.")] = "/tmp",
+    as_json: Json = False,
+) -> None:
+    from cluster.render import slurm
+
+    job = slurm.SlurmJob(
+        command=command or ["erann", "pretrain", "audioset.yaml", "run.dir=/shared/runs"],
+        name=job_name,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        time=time,
+        notice=notice,
+        requeue=requeue,
+        partition=partition,
+        account=account,
+        modules=module or [],
+        setup=setup or [],
+        container=container,
+        binds=bind or [],
+        scratch=scratch,
+    )
+    show({"file": slurm.render_slurm(job)}, as_json, file_page)
+
+
 def add_to(app: typer.Typer) -> None:
     """Put the commands into the app."""
     app.add_typer(cluster_app, name="cluster")

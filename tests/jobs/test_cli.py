@@ -47,6 +47,7 @@ COMMANDS = [
     "bench kills",
     "cluster render aws",
     "cluster render kubernetes",
+    "cluster render slurm",
     "plan",
     "pretrain",
     "preflight",
