@@ -1,9 +1,8 @@
 """A Slurm of several nodes on one machine: each node is a host of tests.hosts, with Slurm's real daemons in it.
 
 with slurm(tmp_path, "node-1", "node-2") as cluster:
-    job = cluster.submit(tmp_path / "job.sh", cwd=tmp_path)
-    cluster.run("scontrol", "requeue", job)
-    cluster.wait_for_end(job)
+    number = cluster.run("sbatch", "--parsable", "job.sh", cwd=tmp_path).strip()
+    cluster.wait_for("end of the job", lambda: cluster.job(number)["JobState"] == "COMPLETED")
 
 Ray's `ray stop`, which a job on whole nodes may use, sees only the processes of its own host.
 """
@@ -63,17 +62,13 @@ class Slurm:
         """One of Slurm's commands, on the login host; what it wrote to stdout."""
         return self.login.run("env", f"--chdir={cwd or self.folder}", *command)
 
-    def submit(self, script: Path, *options: str, cwd: Path) -> str:
-        """The new job's number."""
-        return self.run("sbatch", "--parsable", *options, script, cwd=cwd).strip()
-
     def job(self, number: str) -> dict[str, str]:
         """What Slurm says of a job."""
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(
-        self, what: str, look: Callable[[], object], tell: Callable[[], str] = lambda: "", seconds: float = 400
+        self, what: str, look: Callable[[], object], tell: Callable[[], str] = lambda: "", seconds: float = 600
     ) -> None:
         """Until it sees something; tell: what else to say when it does not."""
         deadline = time.monotonic() + seconds
@@ -118,11 +113,6 @@ def slurm(folder: Path, *names: str, **environment: str) -> Iterator[Slurm]:
         for node in nodes:
             node.popen("slurmd", "-D", "-N", node.name, log=folder / f"{node.name}.log")
         cluster = Slurm(control, nodes, folder)
-        cluster.wait_for(
-            "Slurm with all its nodes",
-            lambda: (
-                cluster.login.run("sh", "-c", "sinfo --noheader --format='%T %D' || true").strip()
-                == f"idle {len(nodes)}"
-            ),
-        )
+        ask = "sinfo --noheader --format='%T %D' || true"
+        cluster.wait_for("Slurm with all nodes", lambda: cluster.run("sh", "-c", ask).strip() == f"idle {len(nodes)}")
         yield cluster

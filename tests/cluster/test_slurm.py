@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +59,11 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@dataclass(frozen=True)
 class Job:
-    """A job that was rendered and submitted in a folder."""
-
-    def __init__(self, cluster: Slurm, folder: Path, nodes: int, *command: str) -> None:
-        # /dev/shm is what each of the nodes has to itself.
-        options = ["--nodes", str(nodes), "--gpus-per-node=0", "--scratch=/dev/shm", "--job-name=tones"]
-        with (folder / "job.sh").open("w") as file:
-            subprocess.run([*ERANN, "cluster", "render", "slurm", *options, "--", *command], stdout=file, check=True)
-        self.cluster, self.folder = cluster, folder
-        self.number = cluster.submit(folder / "job.sh", cwd=folder)
+    cluster: Slurm
+    number: str
+    folder: Path
 
     def log(self) -> str:
         """The command's and the script's."""
@@ -90,7 +87,7 @@ class Job:
 
     def process(self, word: str) -> psutil.Process:
         """The one there that has this in its command line."""
-        (found,) = [each for each in self.node().processes() if word in " ".join(each.cmdline())]
+        (found,) = [each for each in self.node().processes() if word in command_line(each)]
         return found
 
     def wait_for(self, what: str, look: Callable[[], object]) -> None:
@@ -130,58 +127,83 @@ class Job:
         """Until nothing of the job is left on them."""
 
         def are_clean() -> bool:
-            names = {process.name() for node in self.cluster.nodes for process in node.processes()}
-            files = [node.run("ls", "/dev/shm") for node in self.cluster.nodes]
-            return names == {"bash", "slurmd"} and not any(files)
+            return not self.processes() and not any(node.run("ls", "/dev/shm") for node in self.cluster.nodes)
 
         self.cluster.wait_for("clean nodes", are_clean, self.story)
+
+    def processes(self) -> list[psutil.Process]:
+        """All of the nodes' but Slurm's own and the first ones."""
+        found = [each for node in self.cluster.nodes for each in node.processes() if each.pid != node.first]
+        return [each for each in found if not command_line(each).startswith("slurmd ")]
+
+
+@contextmanager
+def submitted(cluster: Slurm, folder: Path, nodes: int, *command: str) -> Iterator[Job]:
+    """A job that is rendered in the folder and submitted there. When the context ends, so does it."""
+    # /dev/shm is what each of the nodes has to itself.
+    options = ["--nodes", str(nodes), "--gpus-per-node=0", "--scratch=/dev/shm", "--job-name=tones"]
+    with (folder / "job.sh").open("w") as file:
+        subprocess.run([*ERANN, "cluster", "render", "slurm", *options, "--", *command], stdout=file, check=True)
+    job = Job(cluster, cluster.run("sbatch", "--parsable", "job.sh", cwd=folder).strip(), folder)
+    try:
+        yield job
+        job.wait_for_clean_nodes()
+    finally:
+        cluster.run("scancel", "--quiet", job.number)
+        for process in job.processes():  # of a job that went wrong
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def command_line(process: psutil.Process) -> str:
+    with suppress(psutil.Error):  # ended
+        return " ".join(process.cmdline())
+    return ""
 
 
 def test_requeued_in_mid_run(cluster: Slurm, shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Slurm ends all of it where it stands, as when it needs the nodes, and starts it again."""
-    job = Job(cluster, tmp_path, 2, "erann", "pretrain", write_recipe(shards, tmp_path, 2))
-    job.wait_for_steps(25)
-    cluster.run("scontrol", "requeue", job.number)
-    facts = job.end()
-    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), job.story()
-    first, second = job.events("Started")
-    assert sorted(first["hosts"]) == sorted(second["hosts"]) == ["node-1", "node-2"]
-    assert second["step"] >= 20  # its last checkpoint
-    assert "start 1 on node-[1-2]" in job.log()
-    assert "start 2 on node-[1-2]" in job.log()
-    job.require_same_course(undisturbed)
-    job.wait_for_clean_nodes()
+    with submitted(cluster, tmp_path, 2, "erann", "pretrain", write_recipe(shards, tmp_path, 2)) as job:
+        job.wait_for_steps(25)
+        cluster.run("scontrol", "requeue", job.number)
+        facts = job.end()
+        assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), job.story()
+        first, second = job.events("Started")
+        assert sorted(first["hosts"]) == sorted(second["hosts"]) == ["node-1", "node-2"]
+        assert second["step"] >= 20  # its last checkpoint
+        assert "start 1 on node-[1-2]" in job.log()
+        assert "start 2 on node-[1-2]" in job.log()
+        job.require_same_course(undisturbed)
 
 
 def test_notice_before_the_limit(cluster: Slurm, shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Slurm's signal ahead of the limit costs no step: a checkpoint, back into the queue, and on from there."""
-    job = Job(cluster, tmp_path, 1, "erann", "pretrain", write_recipe(shards, tmp_path, 1))
-    job.wait_for_steps(13)
-    worker = job.process("RayTrainWorker")
-    worker.suspend()  # Slurm looks at the limits every 30 seconds; by then the run is not to be over
-    # In a minute or two, and the signal was asked for five minutes ahead of it.
-    minutes = int(cluster.run("squeue", "--noheader", "--format=%M", f"--jobs={job.number}").split(":")[0])
-    cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 2}")
-    require_token(job)
-    job.wait_for("notice", lambda: "notice from Slurm" in job.log())
-    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
-    worker.resume()
-    facts = job.end()
-    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), job.story()
-    _, second = job.events("Started")
-    (ended,) = job.events("Ended")
-    assert ended["told"]
-    assert "told to stop by SIGUSR1" in ended["text"]
-    assert second["step"] >= 13
-    assert second["step"] == max(event["step"] for event in job.events("Step") if event["time"] < second["time"])
-    assert "not finished: back into the queue" in job.log()
-    job.require_same_course(undisturbed)
-    job.wait_for_clean_nodes()
+    with submitted(cluster, tmp_path, 1, "erann", "pretrain", write_recipe(shards, tmp_path, 1)) as job:
+        job.wait_for_steps(13)
+        worker = job.process("RayTrainWorker")
+        worker.suspend()  # Slurm looks at the limits every 30 seconds; by then the run is not to be over
+        # In a minute or two, and the signal was asked for five minutes ahead of it.
+        minutes = int(cluster.run("squeue", "--noheader", "--format=%M", f"--jobs={job.number}").split(":")[0])
+        cluster.run("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes + 2}")
+        require_token(job)
+        job.wait_for("notice", lambda: "notice from Slurm" in job.log())
+        cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+        worker.resume()
+        facts = job.end()
+        assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("COMPLETED", "0:0", "1"), job.story()
+        _, second = job.events("Started")
+        (ended,) = job.events("Ended")
+        assert ended["told"]
+        assert "told to stop by SIGUSR1" in ended["text"]
+        assert second["step"] >= 13
+        assert second["step"] == max(event["step"] for event in job.events("Step") if event["time"] < second["time"])
+        assert "not finished: back into the queue" in job.log()
+        job.require_same_course(undisturbed)
 
 
 def require_token(job: Job) -> None:
     """Ray answers who has got the job's token and nobody else, and no log and no command line tells it."""
-    environment = job.process("pretrain").environ()
+    environment = job.process("bin/erann pretrain").environ()
     token, address = environment["RAY_AUTH_TOKEN"], environment["RAY_ADDRESS"]
     assert len(token) == 64
     assert address == f"127.0.0.1:{20_000 + int(job.number)}"
@@ -190,13 +212,12 @@ def require_token(job: Job) -> None:
         answer = job.node().run("env", f"RAY_AUTH_MODE={mode}", f"RAY_AUTH_TOKEN={token}", "sh", "-c", ask)
         assert answer.splitlines()[-1] == code, answer
     assert not [path for path in job.folder.glob("*.log") if token in path.read_text()]
-    assert not [process for process in job.node().processes() if token in " ".join(process.cmdline())]
+    assert not [process for process in job.node().processes() if token in command_line(process)]
 
 
 def test_what_fails_is_not_run_again(cluster: Slurm, tmp_path: Path) -> None:
-    job = Job(cluster, tmp_path, 1, "erann", "pretrain", "no such recipe.yaml")
-    facts = job.end()
-    assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), job.story()
-    assert "erann: no such recipe.yaml: no such recipe; " in job.log()
-    assert "ended with exit code 2" in job.log()
-    job.wait_for_clean_nodes()
+    with submitted(cluster, tmp_path, 1, "erann", "pretrain", "no such recipe.yaml") as job:
+        facts = job.end()
+        assert (facts["JobState"], facts["ExitCode"], facts["Restarts"]) == ("FAILED", "2:0", "0"), job.story()
+        assert "erann: no such recipe.yaml: no such recipe; " in job.log()
+        assert "ended with exit code 2" in job.log()
