@@ -1,15 +1,14 @@
 """A connection to Ray: the cluster at an address, or one embedded in this process that ends with it."""
 
 import os
+import secrets
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
-# Before Ray is imported: no usage reports; worker processes keep their working directory; and for a cluster that
-# lives on loopback no token, which Ray would otherwise leave in the home directory for every later cluster.
+# Before Ray is imported: no usage reports; worker processes keep their working directory.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 # A fault is to be noticed soon: Ray Train asks its workers, and for preempted nodes, every second.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
@@ -18,22 +17,40 @@ os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 
 import ray
+from ray._private import ray_constants  # private: the test of what listens where fails when it moves
 
 from cluster.environment import WORKER_ENVIRONMENT
 from erann_dist.errors import UserError
 
 
 @contextmanager
-def _folder_for_sockets() -> Iterator[str | None]:
-    """Where Ray is to keep its files: None for where it would itself, a new folder if that one's path is too long.
+def _own_folder() -> Iterator[str]:
+    """A new folder for Ray's files. Where Ray would keep them, everyone may put sockets and programs in their place.
 
-    A socket's path may have 107 bytes, and below the temporary folder Ray's sockets take 70 of them.
+    A socket's path may have 107 bytes, and below this folder Ray's sockets take 66 of them.
     """
-    if len(os.fsencode(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())) <= 107 - 70:
-        yield None
-    else:
-        with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-            yield folder
+    parent = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    too_long = len(os.fsencode(parent)) + len("/ray-01234567") > 107 - 66
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp" if too_long else parent, ignore_cleanup_errors=True
+    ) as folder:
+        yield folder
+
+
+@contextmanager
+def _for_this_user_alone() -> Iterator[None]:
+    """Let Ray start a cluster that listens on loopback alone, and that asks whoever comes for a token.
+
+    Where there can be clusters of several hosts, Ray takes 127.0.0.1 for the host's own address, and then listens to
+    all networks. A token Ray wants by itself while RAY_AUTH_MODE is unset. It is this cluster's own: Ray would leave
+    one in the home directory, for which every later cluster asks.
+    """
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _require_listening(address: str) -> None:
@@ -47,8 +64,8 @@ def _require_listening(address: str) -> None:
 def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
     """Connected to the cluster at `address` (or at RAY_ADDRESS), else to a new one with at least `cpus` CPUs: True.
 
-    A cluster started here is gone at the end of the context. A connection that exists already is used and kept.
-    Raises UserError when there is no cluster at the address.
+    A cluster started here is this user's alone, and gone at the end of the context. A connection that exists already is
+    used and kept. Raises UserError when there is no cluster at the address.
     """
     if ray.is_initialized():
         yield False
@@ -59,22 +76,24 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
         "env_vars": WORKER_ENVIRONMENT | {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"},
         "worker_process_setup_hook": "cluster.environment.use_interface_of_node",
     }
-    with _folder_for_sockets() as folder:
+    with nullcontext() if address else _own_folder() as folder:
         try:
             if address:
+                os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a token in the home directory may be another's
                 _require_listening(address)
                 ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
             else:
-                ray.init(
-                    "local",
-                    num_cpus=max(cpus, len(os.sched_getaffinity(0))),
-                    include_dashboard=False,
-                    runtime_env=runtime_env,
-                    log_to_driver=False,
-                    logging_level="ERROR",
-                    _node_ip_address="127.0.0.1",
-                    _temp_dir=folder,
-                )
+                with _for_this_user_alone():
+                    ray.init(
+                        "local",
+                        num_cpus=max(cpus, len(os.sched_getaffinity(0))),
+                        include_dashboard=False,
+                        runtime_env=runtime_env,
+                        log_to_driver=False,
+                        logging_level="ERROR",
+                        _node_ip_address="127.0.0.1",
+                        _temp_dir=folder,
+                    )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from error
         try:

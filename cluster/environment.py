@@ -1,12 +1,27 @@
 """The environment of worker processes, whoever starts them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 
 from erann_dist.environment import KEEP_MEMORY
 
 WORKER_ENVIRONMENT = KEEP_MEMORY | {"OMP_NUM_THREADS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+@contextmanager
+def meeting_on_loopback() -> Iterator[None]:
+    """Let gloo and NCCL, of workers that are all on this machine, listen to no network. What the user has set stays."""
+    unset = [name for name in _INTERFACES if name not in os.environ]
+    os.environ.update(dict.fromkeys(unset, "lo"))
+    try:
+        yield
+    finally:
+        for name in unset:
+            del os.environ[name]
 
 # Of every `ray start`: a host whose network is gone is given up after some 12 seconds (docs/clusters.md).
 HEALTH_CHECKS = {
@@ -27,5 +42,5 @@ def use_interface_of_node() -> None:
     address = get_node_ip_address()
     for name, addresses in psutil.net_if_addrs().items():
         if any(each.address == address for each in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+            for variable in _INTERFACES:
+                os.environ.setdefault(variable, name)

@@ -1,11 +1,12 @@
 """Start a run's workers: in this process, under torchrun, or by Ray Train. Their function is the same for all."""
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+from cluster.environment import meeting_on_loopback
 from cluster.notice import no_notice, signals_as_notice
 from erann_dist.distributed import Workers, pick_device, single_worker
 from erann_dist.environment import end_with_parent
@@ -84,9 +85,15 @@ def launch(
     elif num_workers != 1:
         raise UsageError(f"launcher none runs 1 worker, not {num_workers}; use launcher ray or torchrun")
     else:
-        worker = single_worker(pick_device(device))
+        worker = _alone(device)
     with signals_as_notice() if heeds_notice else nullcontext(no_notice) as notice, worker as workers:
         function(config, replace(workers, notice=notice), on_event)
+
+
+@contextmanager
+def _alone(device: str) -> Iterator[Workers]:
+    with meeting_on_loopback(), single_worker(pick_device(device)) as workers:
+        yield workers
 
 
 def is_first_process() -> bool:

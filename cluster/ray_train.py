@@ -23,15 +23,20 @@ from cluster.embedded import ray_cluster  # before Ray, whose environment it set
 # isort: split
 import ray
 import ray.train.torch
+import torch.distributed as dist
 from ray.exceptions import RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+
+# Private, as where the workers of one host meet can't be chosen otherwise; the test of what listens where tells.
+from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 # Private, as the preemption notice that a worker has got is nowhere else to be read: the public get_preemption_info()
 # is a collective call through an actor. The test of a drained node fails when it moves.
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError
+from torch._C._distributed_c10d import FileStore
 
 from cluster.board import Place, Watch, open_board
 from cluster.gauges import with_gauges
@@ -146,13 +151,43 @@ def _lost_cluster_in_one_line() -> Iterator[None]:
         raise UserError(f"the Ray cluster is lost ({type(error).__name__}); {AGAIN}") from error
 
 
+@dataclass
+class _InAFile(TorchConfig):  # type: ignore[misc]  # Ray's classes are Any
+    """How the workers of one host meet. Torch's TCP store listens to all networks, and who reaches it can join in."""
+
+    path: str = ""
+
+    @property
+    def backend_cls(self) -> type["_InAFileBackend"]:
+        return _InAFileBackend
+
+
+class _InAFileBackend(_TorchBackend):  # type: ignore[misc]
+    def on_start(self, worker_group: Any, backend_config: _InAFile) -> None:
+        worker_group.execute(_set_torch_distributed_env_vars)
+        count = len(worker_group)
+        ray.get([worker_group.execute_single_async(i, _meet, backend_config, i, count) for i in range(count)])
+
+
+def _meet(config: _InAFile, rank: int, world_size: int) -> None:
+    dist.init_process_group(
+        config.backend,
+        store=FileStore(config.path, world_size),
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=config.timeout_s),
+    )
+
+
 def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout: float) -> Exception | None:
     """One start of the workers; what ended them, if they did not come to their end."""
+    # The loop's own watchdog is to see a hang first.
+    how = {"backend": "nccl" if use_gpu else "gloo", "timeout_s": round(2 * hang_timeout)}
+    embedded = ray.util.get_node_ip_address() == "127.0.0.1"
     trainer = TorchTrainer(
         _ray_worker,
         train_loop_config={"start": start},
-        # The loop's own watchdog is to see a hang first.
-        torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=round(2 * hang_timeout)),
+        torch_config=_InAFile(**how, path=f"{storage}/{start.number}") if embedded else TorchConfig(**how),
         scaling_config=ScalingConfig(num_workers=start.workers, use_gpu=use_gpu, resources_per_worker=bundle),
         # Ray keeps nothing of ours: checkpoints are the run folder's. A name used twice would resume silently.
         run_config=RunConfig(

@@ -2,6 +2,9 @@
 
 The workers call it on a socket. It gives them their work and hears the first one's events, so that what a user sees
 comes from one process, and how each of them ended, so that one line can tell what ended the run.
+
+All of them are on this machine, and none of them listens to a network, for what they say to each other holds pickles.
+The socket, and the files in which they meet in place of torch's TCP store, are in a folder of this user's own.
 """
 
 import logging
@@ -23,11 +26,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from cluster.environment import WORKER_ENVIRONMENT
+from cluster.environment import WORKER_ENVIRONMENT, meeting_on_loopback
 from cluster.notice import no_notice, signals_as_notice
 from erann_dist.distributed import Workers, pick_device, process_group_backend
 from erann_dist.environment import end_with_parent
@@ -48,6 +52,7 @@ class _Work:
     heeds_notice: bool
     hang_timeout: float
     launched: float
+    meeting: str  # the file in which the workers meet
 
 
 @dataclass(frozen=True)
@@ -81,18 +86,19 @@ def run_under_torchrun(
     log = logging.getLogger("torch.distributed.elastic")  # a page for each worker that fails; it is told here
     log.propagate = False
     log.addHandler(logging.NullHandler())
-    os.environ.update(WORKER_ENVIRONMENT)
-    work = _Work(function, config, device, heeds_notice, hang_timeout, time.time())
+    os.environ.update(WORKER_ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     codes: dict[int, int] = {}  # exit codes of those that failed, by rank
-    with tempfile.TemporaryDirectory(prefix="erann-torchrun-") as folder:
+    with tempfile.TemporaryDirectory(prefix="erann-torchrun-") as folder, meeting_on_loopback():
         address = f"{folder}/socket"
+        work = _Work(function, config, device, heeds_notice, hang_timeout, time.time(), f"{folder}/workers")
         settings = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=num_workers,
             run_id=str(uuid.uuid4()),
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            rdzv_endpoint=f"{folder}/agent",
+            rdzv_configs={"store_type": "file"},
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(folder),
             signals_to_handle="",  # of torchrun's own accord workers that save get half a minute
@@ -224,11 +230,17 @@ def _how(code: int) -> str:
 
 
 @contextmanager
-def torchrun_worker(wanted_device: str, hang_timeout: float) -> Iterator[Workers]:
-    """This process as the worker that a torchrun has started it as."""
+def torchrun_worker(wanted_device: str, hang_timeout: float, meeting: str | None = None) -> Iterator[Workers]:
+    """This process as the worker that a torchrun has started it as. meeting: a file; none for torchrun's own store."""
     device = pick_device(wanted_device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     # The loop's own watchdog is to see a hang first.
-    dist.init_process_group(process_group_backend(device), timeout=timedelta(seconds=2 * hang_timeout))
+    backend, timeout = process_group_backend(device), timedelta(seconds=2 * hang_timeout)
+    if meeting:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = FileStore(meeting, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     try:
         yield Workers(dist.get_rank(), dist.get_world_size(), device)
     finally:
@@ -253,7 +265,7 @@ def work_for(address: str) -> None:
         notices = signals_as_notice() if work.heeds_notice else nullcontext(no_notice)
         with notices as notice, ExitStack() as group, _error_told(tell):  # before others see that the group is left
             tell(_Begun(int(os.environ["RANK"]), os.getpid()))
-            workers = group.enter_context(torchrun_worker(work.device, work.hang_timeout))
+            workers = group.enter_context(torchrun_worker(work.device, work.hang_timeout, work.meeting))
             work.function(work.config, replace(workers, launched=work.launched, notice=notice), tell)
 
 

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from erann_dist.errors import UserError
@@ -132,10 +133,11 @@ def load(run: Folder, name: str) -> tuple[Facts, dict[str, Tensor]]:
     except _Damaged as damaged:
         raise UserError(f"{run}/{name}: {damaged}") from damaged
     try:
-        facts = Facts(**json.loads(contents[_FACTS]))
+        return Facts(**json.loads(contents[_FACTS])), safetensors.torch.load(contents[_TENSORS])
     except TypeError as error:
         raise UserError(f"{run}/{name}: written by another version of this program ({error})") from error
-    return facts, safetensors.torch.load(contents[_TENSORS])
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"{run}/{name}: no checkpoint of this program's ({str(error).splitlines()[0]})") from error
 
 
 def mean(run: Folder, names: list[str], alive: Callable[[], None]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ REPORT_SCHEMA = pa.schema(
 )
 
 Task = Literal["tagging", "classification"]
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,26 @@ def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> p
     Raises UsageError when there is no such folder, UserError when the table is not there or can't be read.
     """
     with _opened(folder, name) as file:
-        return pq.ParquetFile(arrow_file(file), page_checksum_verification=True).read(columns)
+        table = pq.ParquetFile(arrow_file(file), page_checksum_verification=True).read(columns)
+    if name == SHARDS and "name" in table.column_names:
+        _require_names(folder, table["name"].to_pylist())
+    return table
+
+
+def _require_names(folder: Folder, names: list[str | None]) -> None:
+    """Raise UserError unless all are names of files in or below the folder, and fit to be shown."""
+    for name in names:
+        if name is None or {"", ".", ".."} & set(name.split("/")) or CONTROL.search(name):
+            raise UserError(
+                f"{folder}/{SHARDS}: {name!r} is no name of a tar in the set's folder; do not trust the set"
+            )
+
+
+def require_printable(where: str, labels: list[str]) -> None:
+    """Raise UserError, which names the first that does, when a label holds control characters: terminals obey them."""
+    for label in labels:
+        if CONTROL.search(label):
+            raise UserError(f"{where}: the label {label!r} holds control characters, which a label may not")
 
 
 def arrow_file(file: BinaryIO) -> pa.OSFile:
@@ -195,6 +216,7 @@ def load_manifest(url: str | Path, endpoint: str | None = None) -> Manifest:
     folder = open_folder(str(url), endpoint)
     info, table = read_manifest(folder)
     tars = read_table(folder, SHARDS, ["name", "size"]).to_pylist()
+    _require_places(folder, table, tars, len(info.label_ids))
     labels = table["labels"].combine_chunks()
     return Manifest(
         info=info,
@@ -213,6 +235,22 @@ def load_manifest(url: str | Path, endpoint: str | None = None) -> Manifest:
     )
 
 
+def _require_places(folder: Folder, clips: pa.Table, tars: list[dict[str, Any]], num_labels: int) -> None:
+    """Raise UserError unless each clip lies in a tar and has labels of the set: as much memory as it says is taken."""
+    shards, offsets, sizes = (clips[name].to_numpy() for name in ("shard", "offset", "size"))
+    there = (shards >= 0) & (shards < len(tars))
+    ends = np.array([*(tar["size"] for tar in tars), 0])[np.where(there, shards, -1)]
+    inside = there & (offsets >= 0) & (sizes >= 0) & (sizes <= ends) & (offsets <= ends - sizes)
+    if not inside.all():
+        key = clips["key"][int(np.argmin(inside))].as_py()
+        raise UserError(
+            f"{folder}/{MANIFEST}: clip {key!r} lies in no tar of {SHARDS}; check it with erann verify {folder}"
+        )
+    labels = pc.min_max(pc.list_flatten(clips["labels"])).as_py()
+    if len(clips) and labels["min"] is not None and not 0 <= labels["min"] <= labels["max"] < num_labels:
+        raise UserError(f"{folder}/{MANIFEST}: has labels that are none of its {num_labels}; pack the set anew")
+
+
 def _info(folder: Folder, schema: pa.Schema) -> SetInfo:
     where = f"{folder}/{MANIFEST}"
     try:
@@ -223,6 +261,7 @@ def _info(folder: Folder, schema: pa.Schema) -> SetInfo:
                 f"{where}: schema version {version}, this program reads {SCHEMA_VERSION}; pack the set anew"
             )
         info = SetInfo(**facts)
+        require_printable(where, [*info.label_ids, *info.label_names])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{where}: not a shard set's manifest ({error})") from error
     if schema.remove_metadata() != CLIP_SCHEMA:

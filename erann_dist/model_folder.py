@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from erann_dist import SAMPLE_RATE, checkpoint, features, strict_json
 from erann_dist.errors import UsageError, UserError
 from erann_dist.folder import Folder, open_folder
-from erann_dist.manifest import SetInfo, Task
+from erann_dist.manifest import SetInfo, Task, require_printable
 from erann_dist.model import ERANN, MEL_BINS, Variant
 from erann_dist.recipe import Recipe
 
@@ -106,6 +106,7 @@ def _read_info(folder: Folder) -> ModelInfo:
         raise UserError(f"{path}: not a model's configuration ({key}{first['msg']})") from error
     except ValueError as error:
         raise UserError(f"{path}: not a model's configuration ({error})") from error
+    require_printable(path, [*info.label_ids, *info.label_names])
     if info.format != FORMAT or info.front_end != FRONT_END:
         raise UserError(f"{path}: made for another front end or format than this program's")
     if len(info.label_names) != len(info.label_ids):

@@ -6,6 +6,7 @@ reads them and writes the file, the last one removes it; after a kill it stays, 
 
 import ctypes
 import dataclasses
+import errno
 import fcntl
 import gc
 import hashlib
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow as pa
 
@@ -39,14 +41,13 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
     lock_path = path.with_suffix(".lock")
     with _locked(lock_path):  # one worker of the node reads, the others wait
         try:
-            clips = _map(path)
+            file = _own(path, os.O_RDONLY)
+            clips = _map(file)
         except (OSError, pa.ArrowException):  # it is not there; or a power cut left it empty
             _write(load_sources(sources), path)
             _give_memory_back()
-            clips = _map(path)
-        file = path.open("rb")
-        if os.fstat(file.fileno()).st_uid != os.getuid():
-            raise UserError(f"{path}: another user's file in the way; remove it, or set TMPDIR to another folder")
+            file = _own(path, os.O_RDONLY)
+            clips = _map(file)
         fcntl.flock(file, fcntl.LOCK_SH)  # as long as it is in use
     try:
         yield clips
@@ -61,11 +62,25 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
 def _locked(path: Path) -> Iterator[None]:
     """Alone on the node. Whoever holds the lock may remove its file, and those that waited for that one try again."""
     while True:
-        with path.open("w") as lock:
+        with _own(path, os.O_WRONLY | os.O_CREAT) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if os.fstat(lock.fileno()).st_nlink:
                 yield
                 return
+
+
+def _own(path: Path, how: int) -> BinaryIO:
+    """The file, open. In a folder of everyone's, another user may have put one, or a link, under its name."""
+    try:
+        file = os.open(path, how | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EACCES):
+            raise
+    else:
+        if os.fstat(file).st_uid == os.getuid():
+            return os.fdopen(file, "rb" if how == os.O_RDONLY else "wb")
+        os.close(file)
+    raise UserError(f"{path}: another user's file in the way; remove it, or set TMPDIR to another folder")
 
 
 def _digest(sources: list[DataSource]) -> str:
@@ -92,13 +107,17 @@ def _write(clips: Manifest, path: Path) -> None:
     facts = {"info": json.dumps(dataclasses.asdict(clips.info)), "tars": json.dumps(tars)}
     table = pa.table(columns).combine_chunks().replace_schema_metadata(facts)
     part = path.with_suffix(".part")
-    with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with (
+        _own(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file,
+        pa.OSFile(f"/dev/fd/{file.fileno()}", "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
         writer.write_table(table)
     part.replace(path)
 
 
-def _map(path: Path) -> Manifest:
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+def _map(file: BinaryIO) -> Manifest:
+    table = pa.ipc.open_file(pa.memory_map(f"/dev/fd/{file.fileno()}")).read_all()
     labels = table["labels"].chunk(0)
     folders: dict[tuple[str, str | None], Folder] = {}
     tars = []

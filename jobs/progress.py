@@ -1,15 +1,18 @@
 """What a person sees while work goes on: a live line on a terminal, now and then a line in a log. All on stderr."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from erann_dist.events import (
     CheckpointSaved,
@@ -23,7 +26,17 @@ from erann_dist.events import (
 )
 from erann_dist.run_log import CommandGoodput
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+
+
+class PlainConsole(Console):
+    """Shows control characters as \\x1b, for a terminal would obey them: names of files and keys are others' choice."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text), **options)
+
+
+console = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 10.0
 _FLEET_SECONDS = 30.0  # of each of several runs
 

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, Literal, TextIO
 
-from rich.console import Console
 from rich.table import Table
 
-from jobs.progress import duration
+from jobs.progress import PlainConsole, duration
 
 # In a pipe or a file no table is cut to a terminal's width.
 _width = None if sys.stdout.isatty() else 10_000
-console = Console(width=_width, highlight=False, soft_wrap=True, markup=False)
+console = PlainConsole(width=_width, highlight=False, soft_wrap=True, markup=False)
 
 
 def console_on(file: TextIO) -> Console:

@@ -34,6 +34,7 @@ from erann_dist.manifest import (
     arrow_file,
     content_hash,
     read_info,
+    require_printable,
     write_shard_set_tables,
 )
 from shards.clip import Packing
@@ -166,9 +167,11 @@ def sha256(file: BinaryIO) -> str:
 def start(plan: Plan) -> bool:
     """Make the folder ready for what is planned; False when that is already there, finished.
 
-    Raises UserError when the folder holds another set, finished or not, or anything else.
+    Raises UserError when the folder holds another set, finished or not, or anything else, and for labels that a
+    manifest may not have.
     """
     folder = plan.folder
+    require_printable(f"the {plan.source.name} source", [*plan.source.label_ids, *plan.source.label_names])
     if folder.exists(MANIFEST):
         if read_info(folder).source_hash != plan.digest:
             raise UserError(

@@ -23,6 +23,7 @@ from erann_dist.manifest import (
     SetInfo,
     Task,
     content_hash,
+    require_printable,
     write_shard_set_tables,
 )
 from shards.build import sha256
@@ -87,6 +88,7 @@ def _write(
     kind = codec, rate = kinds.most_common(1)[0][0]
     names = {name for _, sample in samples for name in sample.about.get("labels", ())}
     label_ids, label_names = classes or ([*sorted(names, key=_natural)],) * 2
+    require_printable(str(folder), [*label_ids, *label_names])
     place = {label: i for i, label in enumerate(label_ids)}
     clips: list[dict[str, Any]] = []
     report: list[dict[str, Any]] = []
@@ -166,7 +168,7 @@ def _samples(file: BinaryIO) -> list[_Sample]:
                 if sample.sound:
                     sample = samples.setdefault(f"{name}\0{member.offset}", _Sample(sample.key, {}, sample.said))
                 sample.sound = _sound(tar, member, kind)
-            elif kind in ("json", "cls", "txt") and member.isreg():
+            elif kind in ("json", "cls", "txt") and _is_plain(member):
                 content = tar.extractfile(member)
                 assert content  # regular members have some
                 sample.said[kind] = _about(content.read(), kind)
@@ -177,8 +179,8 @@ def _samples(file: BinaryIO) -> list[_Sample]:
 def _sound(tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> dict[str, Any]:
     if kind not in _CODECS:
         return {"reason": "unreadable", "detail": f"{kind}: only mono 16-bit FLAC and WAV can be used as they are"}
-    if not member.isreg():
-        return {"reason": "unreadable", "detail": "a link, not a file"}
+    if not _is_plain(member):
+        return {"reason": "unreadable", "detail": "a link or a sparse file, not a plain one"}
     if member.size > np.iinfo(np.int32).max:
         return {"reason": "unreadable", "detail": "more than 2 GiB"}
     content = tar.extractfile(member)
@@ -198,6 +200,11 @@ def _sound(tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> dict[str
         "codec": kind,
         "crc32": zlib.crc32(data),
     }
+
+
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Of a sparse file the tar holds a few bytes, and reading it may give terabytes."""
+    return member.isreg() and not member.issparse()
 
 
 def _about(data: bytes, kind: str) -> dict[str, Any]:

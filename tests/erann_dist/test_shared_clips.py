@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from erann_dist.data import load_sources
-from erann_dist.errors import UsageError
+from erann_dist.errors import UsageError, UserError
 from erann_dist.manifest import Manifest
 from erann_dist.recipe import DataSource
 from erann_dist.shared_clips import shared_clips
@@ -132,3 +132,29 @@ def test_a_file_that_a_power_cut_left_empty_is_written_anew(tone_shards: Path, t
         with shared_clips(sources) as clips:
             assert_equal(clips, load_sources(sources))
     assert files(tmp_path) == []
+
+
+def test_other_users_can_neither_read_the_files_nor_put_links_in_their_place(tone_shards: Path, tmp_path: Path) -> None:
+    sources = [DataSource(url=str(tone_shards))]
+    with shared_clips(sources):
+        there = {path.suffix: path for path in tmp_path.glob(f"erann-{os.getuid()}-*")}
+        assert {path.stat().st_mode & 0o777 for path in there.values()} == {0o600}
+    for path in (there[".arrow"], there[".lock"], there[".arrow"].with_suffix(".part")):
+        mine = tmp_path / "mine"
+        mine.write_text("mine")
+        path.symlink_to(mine)
+        with pytest.raises(UserError, match="another user's file in the way; remove it"), shared_clips(sources):
+            pass
+        assert mine.read_text() == "mine"
+        path.unlink()
+        there[".lock"].unlink(missing_ok=True)
+
+
+def test_another_users_file_is_not_read(tone_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, me = [DataSource(url=str(tone_shards))], os.getuid()
+    with shared_clips(sources), monkeypatch.context() as patch:
+        patch.setattr(os, "getuid", lambda: me + 1)
+        for path in tmp_path.glob(f"erann-{me}-*"):
+            path.rename(str(path).replace(f"erann-{me}-", f"erann-{me + 1}-"))
+        with pytest.raises(UserError, match="another user's file in the way"), shared_clips(sources):
+            pass
