@@ -210,8 +210,9 @@ def _raise_cause(ends: list[_End], codes: dict[int, int], has_checkpoints: bool)
     before_its_call = [_End(rank, 0.0, None) for rank in codes.keys() - {end.rank for end in ends}]
 
     def order(end: _End) -> tuple[bool, float]:
-        # The agent itself ends the others when one has failed: by SIGTERM, and half a minute later by SIGKILL.
-        return codes[end.rank] == -signal.SIGTERM, end.at + (_BLAME_S if end.error else 0.0)
+        # The agent itself ends the others when one has failed: by SIGTERM, and half a minute later by SIGKILL. So it
+        # may end the first one too, when that has told its error and another one was sooner out.
+        return end.error is None and codes[end.rank] == -signal.SIGTERM, end.at + (_BLAME_S if end.error else 0.0)
 
     first = min([*before_its_call, *(end for end in ends if end.rank in codes)], key=order)
     if isinstance(first.error, str):
