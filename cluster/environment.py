@@ -23,6 +23,7 @@ def meeting_on_loopback() -> Iterator[None]:
         for name in unset:
             del os.environ[name]
 
+
 # Of every `ray start`: a host whose network is gone is given up after some 12 seconds (docs/clusters.md).
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",

@@ -15,9 +15,9 @@ _width = None if sys.stdout.isatty() else 10_000
 console = PlainConsole(width=_width, highlight=False, soft_wrap=True, markup=False)
 
 
-def console_on(file: TextIO) -> Console:
+def console_on(file: TextIO) -> PlainConsole:
     """The same for a file: stdout's own, say, while what libraries write there is sent elsewhere."""
-    return Console(file=file, width=_width, highlight=False, soft_wrap=True, markup=False)
+    return PlainConsole(file=file, width=_width, highlight=False, soft_wrap=True, markup=False)
 
 
 def show(result: Any, as_json: bool, page: Callable[[Any], None]) -> None:
