@@ -20,7 +20,7 @@ import ray
 from ray._private import ray_constants  # private: the test of what listens where fails when it moves
 
 from cluster.environment import WORKER_ENVIRONMENT
-from erann_dist.errors import UserError
+from erann_dist.errors import UsageError, UserError
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def _for_this_user_alone() -> Iterator[None]:
 
 def _require_listening(address: str) -> None:
     """Raise OSError at once when nothing answers at host:port, for which Ray would wait many minutes."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = address.rpartition(":")
     if colon:  # not "auto"
         socket.create_connection((host, int(port)), timeout=10).close()
 
@@ -65,12 +65,17 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
     """Connected to the cluster at `address` (or at RAY_ADDRESS), else to a new one with at least `cpus` CPUs: True.
 
     A cluster started here is this user's alone, and gone at the end of the context. A connection that exists already is
-    used and kept. Raises UserError when there is no cluster at the address.
+    used and kept. Raises UserError when there is no cluster at the address, UsageError when it is of another kind.
     """
     if ray.is_initialized():
         yield False
         return
     address = address or os.environ.get("RAY_ADDRESS")
+    if address and "://" in address:
+        raise UsageError(
+            f"{address}: is for erann submit, by which a command runs on the cluster; from one of its nodes the "
+            "address is HEAD:6379, as --address or RAY_ADDRESS"
+        )
     runtime_env = {
         # A worker that hangs does not leave its process group in time; it is killed.
         "env_vars": WORKER_ENVIRONMENT | {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"},

@@ -56,7 +56,7 @@ class Submission:
     """A command for a cluster."""
 
     arguments: list[str]  # of erann
-    run: str  # what it trains: the folder's URL. Two submissions of a run are not to train it twice
+    run: str  # what it trains: the folder's URL. Two submissions with the same are one
     package: Package
     dependencies: Dependencies  # of the nodes: their own image's, or installed by pip for the job
 
@@ -145,7 +145,10 @@ def _no_dashboard(address: str) -> UserError:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    text = str(error)
+    if "Traceback" in text:  # the dashboard's own, which ends with what is wrong
+        text = text.rstrip(" .\n").splitlines()[-1]
+    return " ".join(text.split())[:200]
 
 
 def submit(cluster: Cluster, work: Submission) -> tuple[str, bool]:

@@ -71,14 +71,25 @@ def pretrain(
     "and some real steps, a line each with what mends it; then the time that the run will take. Exit code 0 only when "
     "the run can start. Nothing stays in run.dir."
     + EXAMPLE
-    + "erann preflight --address 10.0.0.1:6379 audioset.yaml run.workers=32",
+    + "erann preflight --address http://HEAD:8265 audioset.yaml run.dir=s3://bucket/runs run.workers=32"
+    + "\n\n    erann preflight --address 10.0.0.1:6379 audioset.yaml run.workers=32",
 )
 def preflight(
+    context: typer.Context,
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
-    address: Address = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a Ray cluster: its dashboard, http://HEAD:8265 (or ray://HEAD:10001), to check it by a job there; "
+            "or HEAD:6379, from one of its nodes. Without one, an embedded cluster is looked at."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
+    if address and "://" in address:
+        submit_commands.submit_preflight(context, recipe, overrides or [], address, as_json)
+        return
     from erann_dist.recipe import load_recipe
     from jobs.preflight import preflight as run
     from jobs.preflight_page import print_end, print_verdict

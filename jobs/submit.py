@@ -15,7 +15,7 @@ from erann_dist.recipe import check, load_recipe, read_section, read_tree
 from jobs.pipeline import Pipeline
 from jobs.recipes import find_recipe
 
-COMMANDS = ("pretrain", "finetune", "study", "pipeline")  # those that train
+COMMANDS = ("pretrain", "finetune", "study", "pipeline", "preflight")
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,15 @@ def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[
         stages = [pipeline.pretrain, *pipeline.finetune]
         parts = [_Part(Path(stage.recipe), stage.settings(), in_pipeline=True) for stage in stages]
         return parts, f"{pipeline.run.dir.rstrip('/')}/{pipeline.run.name}"
-    if name == "pretrain":
+    if name in ("pretrain", "preflight"):
         launcher = load_recipe(find_recipe(recipes[0]), overrides).run.launcher
         if launcher != "ray":
             raise UsageError(f"{recipes[0]}: run.launcher {launcher}: a cluster's runs are launched by ray")
     named = ["run.name=transfer", *overrides] if typed.get("kind") == "transfer" else overrides
     run = read_tree(find_recipe(recipes[0]), named)["run"]
     parts = [_Part(path, overrides) for path in recipes]
-    return parts, f"{str(run.get('dir', 'runs')).rstrip('/')}/{run['name']}"
+    url = f"{str(run.get('dir', 'runs')).rstrip('/')}/{run['name']}"
+    return parts, f"preflight of {url}" if name == "preflight" else url
 
 
 def _places(tree: dict[str, Any], in_pipeline: bool) -> Iterator[tuple[str, str]]:

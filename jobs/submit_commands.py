@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -67,7 +68,25 @@ def submit(
     if detach:
         show(result | {"status": str(ray_jobs.find(cluster, job).status.value)}, as_json, submitted_page)
         return
-    _follow(cluster, job, result, as_json)
+    facts = _follow(cluster, job, as_json)
+    if as_json:
+        show(result | facts, as_json, lambda _: None)
+    _end_as(facts)
+
+
+def submit_preflight(context: typer.Context, recipe: Path, overrides: list[str], address: str, as_json: bool) -> None:
+    """Run erann preflight as a job on the cluster, and end as it does there."""
+    from cluster import submit as ray_jobs
+    from jobs.submit import prepare
+
+    work = prepare(context, ["preflight", str(recipe), *overrides, *(["--json"] if as_json else [])], "image")
+    cluster = ray_jobs.connect(address)
+    job, _ = ray_jobs.submit(cluster, work)
+    console.print(f"{job}: submitted to {address}", markup=False)
+    facts = _follow(cluster, job, as_json)
+    if as_json and (lines := ray_jobs.logs(cluster, job).splitlines()):
+        print(lines[-1])
+    _end_as(facts)
 
 
 @jobs_app.command("list", help="The cluster's submitted jobs, the newest last." + EXAMPLE + "erann jobs list")
@@ -106,7 +125,7 @@ def logs(
     cluster = ray_jobs.connect(address)
     found = str(ray_jobs.find(cluster, job).submission_id)
     if follow:
-        _follow(cluster, found, {}, as_json=False)
+        _end_as(_follow(cluster, found, as_json=False))
     else:
         sys.stdout.write(ray_jobs.logs(cluster, found))
 
@@ -129,8 +148,8 @@ def stop(job: JobId, address: Address = None, as_json: Json = False) -> None:
     show(job_facts(found, ray_jobs.run_of(found)), as_json, job_page)
 
 
-def _follow(cluster: Any, job: str, result: dict[str, Any], as_json: bool) -> None:
-    """Until it ends; then this command ends as the job did."""
+def _follow(cluster: Any, job: str, as_json: bool) -> dict[str, Any]:
+    """Show the job's log until it ends; what there is to say of it then."""
     from cluster import submit as ray_jobs
     from jobs.submit_page import job_facts
 
@@ -153,8 +172,11 @@ def _follow(cluster: Any, job: str, result: dict[str, Any], as_json: bool) -> No
     ended = ray_jobs.find(cluster, job)
     facts = job_facts(ended, ray_jobs.run_of(ended))
     console.print(f"{job}: {facts['status'].lower()}", markup=False)
-    if as_json:
-        show(result | facts, as_json, lambda _: None)
+    return facts
+
+
+def _end_as(facts: dict[str, Any]) -> None:
+    """Let this command end as the job did."""
     if facts["status"] == "STOPPED":
         raise typer.Exit(_EXIT_OF_STOPPED)
     if facts["status"] != "SUCCEEDED":

@@ -172,3 +172,6 @@ def test_no_cluster_at_the_address(place: Path) -> None:
     recipe = write_recipe(place, "nowhere")
     line = erann(place, "pretrain", recipe, "--address", "127.0.0.1:1", code=1)
     assert line.startswith("erann: no Ray cluster at 127.0.0.1:1")
+    for dashboard in ("http://127.0.0.1:8265", "ray://127.0.0.1:10001"):
+        line = erann(place, "pretrain", recipe, "--address", dashboard, code=2)
+        assert line.startswith(f"erann: {dashboard}: is for erann submit")

@@ -102,6 +102,9 @@ def test_which_run_it_is(tmp_path: Path, dry_run: DryRun) -> None:
     assert dry_run(tmp_path, *transfer, shards, "run.dir=/s/runs", "run.name=t2")["run"] == "/s/runs/t2"
     assert dry_run(tmp_path, "study", "augmentation", "audioset.yaml", *PLACES)["run"] == "s3://bucket/runs/audioset"
 
+    preflight = dry_run(tmp_path, "preflight", "audioset.yaml", *PLACES)
+    assert preflight["run"] == "preflight of s3://bucket/runs/audioset"  # in the way of no training
+
 
 def test_a_pipeline_takes_its_recipes_along(tmp_path: Path, dry_run: DryRun) -> None:
     (tmp_path / "own").mkdir()
