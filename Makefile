@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo lint test test-cluster ci-packages
+.PHONY: setup demo lint test test-cluster test-gpu ci-packages
 
 setup: .venv/.installed
 
@@ -25,6 +25,10 @@ test: setup
 
 test-cluster: setup
 	$(BIN)/pytest tests/cluster --durations 60
+
+# On a machine with an NVIDIA GPU. Continuous integration has none.
+test-gpu: setup
+	ERANN_TEST_GPU=1 $(BIN)/pytest tests/test_gpu.py
 
 # Debian's Slurm, in which the tests run a job. Where it can't be had they are skipped.
 ci-packages:

@@ -10,9 +10,10 @@ from typing import Any
 # Before anything imports Ray or torch: quiet, private, and independent of the machine's number of cores.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "ERANN_TEST_GPU" not in os.environ:  # which `make test-gpu` sets: all other tests count on a machine without one
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # what tests start imports from them, on Ray's workers too
-os.environ["DS_ACCELERATOR"] = "cpu"
 if "ERANN_TESTS" not in os.environ:  # this is pytest's own process
     # Killed processes leave files of theirs, Ray's too. Removed behind multiprocessing, which removes its own, and so
     # registered before that is imported. The name is short: paths of sockets may not be long.

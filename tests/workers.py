@@ -1,4 +1,4 @@
-"""Run a training on several workers: processes of their own that meet over gloo."""
+"""Run a training on several workers: processes of their own that meet over gloo, on a GPU over NCCL."""
 
 import multiprocessing
 import tempfile
@@ -20,7 +20,7 @@ T = TypeVar("T")
 CPU = torch.device("cpu")
 
 
-def run_workers(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_workers(function: Callable[..., Any], world_size: int, *args: Any, device: torch.device = CPU) -> list[Any]:
     """function(workers, *args) on each of so many new processes; what each returned, by rank."""
     # Forked from a server that has imported all that takes long.
     context = multiprocessing.get_context("forkserver")
@@ -29,7 +29,7 @@ def run_workers(function: Callable[..., Any], world_size: int, *args: Any) -> li
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes = [
-            context.Process(target=_worker, args=(function, rank, world_size, store, answers, args))
+            context.Process(target=_worker, args=(function, rank, world_size, store, answers, args, device))
             for rank in range(world_size)
         ]
         for process in processes:
@@ -42,9 +42,11 @@ def run_workers(function: Callable[..., Any], world_size: int, *args: Any) -> li
     return [results[rank] for rank in range(world_size)]
 
 
-def _worker(function: Callable[..., Any], rank: int, world_size: int, store: str, answers: Any, args: Any) -> None:
+def _worker(
+    function: Callable[..., Any], rank: int, world_size: int, store: str, answers: Any, args: Any, device: torch.device
+) -> None:
     try:
-        with process_group(CPU, rank, world_size, dist.FileStore(store, world_size)) as workers:
+        with process_group(device, rank, world_size, dist.FileStore(store, world_size)) as workers:
             answers.put((rank, function(workers, *args)))
     except Exception:
         answers.put((rank, traceback.format_exc()))
