@@ -22,6 +22,10 @@ from ray._private import ray_constants  # private: the test of what listens wher
 from cluster.environment import WORKER_ENVIRONMENT
 from erann_dist.errors import UsageError, UserError
 
+_EMBEDDED = (
+    "ERANN_EMBEDDED_CLUSTER"  # tells the command's other processes the address of that which its first one started
+)
+
 
 @contextmanager
 def _own_folder() -> Iterator[str]:
@@ -38,14 +42,12 @@ def _own_folder() -> Iterator[str]:
 
 
 @contextmanager
-def _for_this_user_alone() -> Iterator[None]:
-    """Let Ray start a cluster that listens on loopback alone, and that asks whoever comes for a token.
+def _on_loopback() -> Iterator[None]:
+    """Let Ray start, or connect to, a cluster that listens on loopback alone.
 
     Where there can be clusters of several hosts, Ray takes 127.0.0.1 for the host's own address, and then listens to
-    all networks. A token Ray wants by itself while RAY_AUTH_MODE is unset. It is this cluster's own: Ray would leave
-    one in the home directory, for which every later cluster asks.
+    all networks.
     """
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         yield
@@ -86,9 +88,13 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
             if address:
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a token in the home directory may be another's
                 _require_listening(address)
-                ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
+                with _on_loopback() if address == os.environ.get(_EMBEDDED) else nullcontext():
+                    ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
             else:
-                with _for_this_user_alone():
+                # Ray asks for a token while RAY_AUTH_MODE is unset. This one is the cluster's own: Ray would leave one
+                # in the home directory, for which every later cluster asks.
+                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+                with _on_loopback():
                     ray.init(
                         "local",
                         num_cpus=max(cpus, len(os.sched_getaffinity(0))),
@@ -101,7 +107,11 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
                     )
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from error
+        if not address:
+            os.environ[_EMBEDDED] = ray.get_runtime_context().gcs_address
         try:
             yield not address
         finally:
             ray.shutdown()
+            if not address:
+                del os.environ[_EMBEDDED]
