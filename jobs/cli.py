@@ -396,8 +396,8 @@ def plan(
     network: Annotated[float, typer.Option(min=0.001, help="Gbit/s of a node, to S3 and to the other nodes.")] = 10.0,
     disk: Annotated[float, typer.Option(min=0.001, help="MB/s that a node reads from its disk.")] = 1000.0,
     gpu_speed: Annotated[
-        float, typer.Option(min=0.001, help="Examples/s of one GPU; 850 is expected of an H200 with ERANN-1-6.")
-    ] = 850.0,
+        float, typer.Option(min=0.001, help="Examples/s of one GPU; an H200 gave 302 with ERANN-1-6.")
+    ] = 300.0,
     core_speed: Annotated[
         float, typer.Option(min=0.001, help="Clips/s that a core decodes; erann bench loader measures it.")
     ] = 250.0,

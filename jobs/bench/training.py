@@ -70,7 +70,7 @@ from jobs.trial import changed, endless
 
 _BARE = "bare"
 _STAGES = (0, 1, 2)
-_GPU_STEP = 0.038  # seconds: 32 examples at the 850 a second that are expected of an H200 with ERANN-1-6
+_GPU_STEP = 0.106  # seconds: 32 examples with ERANN-1-6, as an H200 took (docs/benchmarks.md)
 _LOG_EVERY = 10  # the recipe's default
 _WARM_UP = 3  # steps of a turn that are not counted
 _JOB_WARM_UP = 30  # of the whole job: its loader fills its queue
@@ -557,7 +557,7 @@ def training_page(result: dict[str, Any]) -> None:
         speeds += [f"{figures['mfu']:.1%}"] if "mfu" in figures else []
         ways.add_row(name, *speeds, f"{figures['ratio']:.3f}", _spread(figures["rounds"]))
     layers = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("with the null model", "µs a step", "of a 38 ms step"):
+    for title in ("with the null model", "µs a step", f"of a {1000 * _GPU_STEP:.0f} ms step"):
         layers.add_column(title, justify="left" if title.startswith("with") else "right")
     for name, microseconds in result["us_per_step"].items():
         layers.add_row(name, str(microseconds), f"{result['share_of_gpu_step'][name]:.2%}")
