@@ -24,7 +24,7 @@ def meeting_on_loopback() -> Iterator[None]:
             del os.environ[name]
 
 
-# Of every `ray start`: a host whose network is gone is given up after some 12 seconds (docs/clusters.md).
+# Of every `ray start`: a host whose network is gone is given up after some 12 seconds (docs/hosts.md).
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",

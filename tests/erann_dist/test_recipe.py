@@ -113,9 +113,18 @@ def test_missing_file() -> None:
         find_recipe(Path("nowhere.yaml"))
 
 
-@pytest.mark.parametrize("name", ["demo", "esc10", "audioset", "audioset_balanced"])
+@pytest.mark.parametrize("name", ["demo", "esc10", "audioset", "audioset_balanced", "audioset_fast"])
 def test_recipes_that_come_along_are_valid(name: str) -> None:
     assert load_recipe(find_recipe(Path(f"{name}.yaml"))).run.name == name
+
+
+def test_audioset_in_large_steps_is_the_papers_run_but_for_the_step() -> None:
+    paper, fast = (load_recipe(find_recipe(Path(f"{name}.yaml"))) for name in ("audioset", "audioset_fast"))
+    changed = {line.split(":")[0] for line in differences(paper, fast)}
+    assert changed == {"optim.global_batch", "optim.lr"}
+    for recipe in (paper, fast):
+        assert recipe.optim.lr == pytest.approx(min(3e-3, 1e-3 * (recipe.optim.global_batch / 32) ** 0.5))
+    assert fast.optim.global_batch // fast.optim.micro_batch == fast.run.max_workers
 
 
 def test_cache_bad_clips_and_lists_of_keys(path: Path) -> None:

@@ -1,7 +1,8 @@
-"""docs/clusters.md says what the program does."""
+"""What the pages on clusters say is what the program does."""
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,18 +13,26 @@ from cluster.environment import HEALTH_CHECKS
 from cluster.render.instances import INSTANCES
 from jobs.cluster_commands import cluster_app
 
-TEXT = (Path(__file__).parents[2] / "docs" / "clusters.md").read_text()
-COMMANDS = re.findall(r"^    erann cluster (render .*)$", TEXT.replace("\\\n", " "), re.MULTILINE)
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {page.name: page.read_text() for page in sorted(DOCS.glob("*.md"))}
+COMMANDS = [
+    (page, command)
+    for page, text in PAGES.items()
+    for command in re.findall(r"^    (?:\$ )?erann cluster (render .*)$", text.replace("\\\n", " "), re.MULTILINE)
+]
 
 
 def test_the_health_checks() -> None:
-    assert dict(re.findall(r"^\| `(RAY_health_\w+)` \| \d+ \| (\d+) \|$", TEXT, re.MULTILINE)) == HEALTH_CHECKS
+    assert (
+        dict(re.findall(r"^\| `(RAY_health_\w+)` \| \d+ \| (\d+) \|$", PAGES["hosts.md"], re.MULTILINE))
+        == HEALTH_CHECKS
+    )
 
 
 def test_the_instances() -> None:
     told = {
         name: [cell.strip() for cell in cells.split("|")]
-        for name, cells in re.findall(r"^\| ([gp]\d\S+) \|(.*)\|$", TEXT, re.MULTILINE)
+        for name, cells in re.findall(r"^\| ([gp]\d\S+) \|(.*)\|$", PAGES["aws.md"], re.MULTILINE)
     }
     assert told == {
         each.name: [
@@ -38,18 +47,32 @@ def test_the_instances() -> None:
     }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands(command: str) -> None:
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_the_commands(page: str, command: str) -> None:
     words = shlex.split(command.partition(" > ")[0].replace("$ami", "ami-0123456789abcdef0"))
     outcome = CliRunner().invoke(cluster_app, words, catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
-    text = outcome.stdout
-    assert yaml.safe_load(text)
-    # The cache that the docs give the recipe is the one that the file tells of.
-    (told,) = re.findall(r"data.cache={dir: /scratch/erann, max_bytes: (\w+)}$", text, re.MULTILINE)
-    shown = re.findall(r"data.cache={dir: /scratch/erann, max_bytes: (\w+)}'", TEXT)
-    assert told in shown
+    if words[1] == "slurm":
+        assert subprocess.run(["bash", "-n"], input=outcome.stdout, text=True).returncode == 0
+        return
+    assert yaml.safe_load(outcome.stdout)
+    # The cache that the page gives the recipe is the one that the file tells of.
+    (told,) = re.findall(r"data.cache={dir: /scratch/erann, max_bytes: (\w+)}$", outcome.stdout, re.MULTILINE)
+    shown = re.findall(r"data.cache={dir: /scratch/erann, max_bytes: (\w+)}'", PAGES[page])
+    assert told in shown or page == "clusters.md"  # which leaves it to the target's page
 
 
-def test_both_targets_are_shown() -> None:
-    assert {command.split()[1] for command in COMMANDS} >= {"aws", "kubernetes"}
+def test_each_target_has_a_page_with_its_command() -> None:
+    assert {(page, command.split()[1]) for page, command in COMMANDS} >= {
+        (f"{target}.md", target) for target in ("aws", "kubernetes", "slurm")
+    }
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES)])
+def test_links_lead_somewhere(page: str) -> None:
+    text = (DOCS.parent / page).read_text()
+    for target, _, part in re.findall(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)", text):
+        there = (DOCS.parent / page).parent / target if target else DOCS.parent / page
+        assert there.exists(), target
+        headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE) if part else []
+        assert not part or part in [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], part
