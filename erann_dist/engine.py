@@ -68,7 +68,7 @@ class TorchEngine:
 
     def __init__(self, model: ERANN, optim: OptimSection, micro_batches: int, workers: Workers) -> None:
         self.model = model
-        self.adam = CheckedAdam(model.parameters(), optim.lr, optim.clip_norm, optim.precision == "fp16", _whole)
+        self.adam = CheckedAdam(model.parameters(), optim, _whole)
         self._micro_batches = micro_batches
         self._left = micro_batches  # of the step
         self._world_size = workers.world_size
@@ -127,8 +127,7 @@ class DeepSpeedEngine:
         self.model = model
         self._workers = workers
         self._sharded = optim.zero_stage > 0
-        sum_of_parts = workers.sum if self._sharded else _whole
-        self.adam = CheckedAdam(model.parameters(), optim.lr, optim.clip_norm, optim.precision == "fp16", sum_of_parts)
+        self.adam = CheckedAdam(model.parameters(), optim, workers.sum if self._sharded else _whole)
         config = {
             # Nominal: a rank that is one micro-batch short repeats its last with weight 0.
             "train_micro_batch_size_per_gpu": optim.micro_batch,

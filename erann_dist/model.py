@@ -7,6 +7,7 @@ factor W (8·W channels in stage 0, 128·W in stage 4).
 
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 MEL_BINS = 128
+Initialisation = Literal["he", "pytorch"]
 NEGATIVE_SLOPE = 0.01
 # Kernel size and second convolution's padding for a stride (Table 2). The first convolution always pads by 1.
 _KERNELS = {1: (3, 3, 1), 2: (3, 3, 1), 4: (6, 5, 2)}
@@ -81,7 +83,8 @@ class ERANN(nn.Module):
     4 to the power of s_m. Apply a sigmoid (tagging) or a softmax (classification) to the logits for probabilities.
     """
 
-    def __init__(self, variant: Variant, num_classes: int) -> None:
+    def __init__(self, variant: Variant, num_classes: int, initialisation: Initialisation = "he") -> None:
+        """initialisation: he, as `_initialise` says, or pytorch, that of torch's layers. The paper's is not known."""
         super().__init__()
         self.variant = variant
         self.num_classes = num_classes
@@ -94,7 +97,8 @@ class ERANN(nn.Module):
             self.stages.append(_stage(channels // 2, channels, (2, stride_t)))
         self.fc1 = nn.Linear(128 * w, 128 * w)
         self.fc2 = nn.Linear(128 * w, num_classes)
-        self._initialise()
+        if initialisation == "he":
+            self._initialise()
 
     def _initialise(self) -> None:
         """He et al. (2015) for LeakyReLU where one lies before a layer; unit gain for the linear path, the shortcuts
@@ -108,9 +112,9 @@ class ERANN(nn.Module):
         nn.init.normal_(self.fc2.weight, std=0.01)
 
     @classmethod
-    def from_name(cls, name: str, num_classes: int) -> "ERANN":
+    def from_name(cls, name: str, num_classes: int, initialisation: Initialisation = "he") -> "ERANN":
         """The variant called, for example, "ERANN-1-6". ValueError when there is none of that name."""
-        return cls(Variant.parse(name), num_classes)
+        return cls(Variant.parse(name), num_classes, initialisation)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, N) of log-mel spectrograms x (B, 1, 128, T).

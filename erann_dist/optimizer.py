@@ -5,14 +5,15 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-BETAS = (0.9, 0.999)
+from erann_dist.recipe import OptimSection
+
 # As torch.amp.GradScaler: the scale is halved when a gradient overflows, and doubled after so many steps without.
 _FIRST_SCALE = 65536.0
 _GROWTH_INTERVAL = 2000
 
 
 class CheckedAdam(torch.optim.Adam):
-    """torch's fused Adam (no weight decay), which leaves weights and moments alone when the step is not finite.
+    """torch's fused Adam, which leaves weights and moments alone when the step is not finite.
 
     Before `step`, `loss` is the step's loss over all workers. Behind it, `skipped` and `norm` say what came of it; each
     is () on the device. The gradient is clipped to `clip_norm` and freed of the scale that the losses were given.
@@ -21,19 +22,16 @@ class CheckedAdam(torch.optim.Adam):
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        lr: float,
-        clip_norm: float | None,
-        scaled: bool,
+        optim: OptimSection,
         sum_of_parts: Callable[[Tensor], Tensor],
     ) -> None:
-        """scaled: with a loss scale, for fp16. sum_of_parts: what adds up a number over those who each hold a part of
-        the gradient."""
-        super().__init__(parameters, lr, BETAS, fused=True)
+        """sum_of_parts: what adds up a number over those who each hold a part of the gradient."""
+        super().__init__(parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
         device = self.param_groups[0]["params"][0].device
-        self._clip_norm = clip_norm
+        self._clip_norm = optim.clip_norm
         self._sum_of_parts = sum_of_parts
-        self.scaled = scaled
-        self.scale = torch.full((), _FIRST_SCALE if scaled else 1.0, device=device)
+        self.scaled = optim.precision == "fp16"  # the losses are, and with them the gradient
+        self.scale = torch.full((), _FIRST_SCALE if self.scaled else 1.0, device=device)
         self.steps_at_scale = torch.zeros((), device=device)
         self.loss = self.norm = self.skipped = torch.zeros((), device=device)
 

@@ -24,7 +24,7 @@ from erann_dist import SAMPLE_RATE
 from erann_dist.cache import CacheForm
 from erann_dist.errors import UsageError
 from erann_dist.features import PAD_SAMPLES
-from erann_dist.model import Variant
+from erann_dist.model import Initialisation, Variant
 
 
 class Section(BaseModel):
@@ -45,6 +45,7 @@ class ModelSection(Section):
     init: str = Field("none", min_length=1)  # a model folder, or a run's, whose weights training begins with
     # The layers that begin anew all the same. The paper: "the last layers", which may be fc2 alone, or fc1 too.
     fresh: list[str] = ["fc2"]
+    initialisation: Initialisation = "he"  # of what begins anew; the paper's is not known
 
 
 class DataSource(Section):
@@ -112,6 +113,9 @@ class AugmentSection(Section):
 LEAST_MICRO_BATCH = 8
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimSection(Section):
     global_batch: int = Field(32, ge=1)  # examples per optimizer step, whatever the number of workers
     micro_batch: int = Field(32, ge=1)  # examples that share BatchNorm statistics
@@ -119,6 +123,12 @@ class OptimSection(Section):
     epochs: float | None = Field(None, gt=0, allow_inf_nan=False)  # the same in passes over the training clips
     lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    # The paper's are not known: Adam's and one_cycle's, with PyTorch's names and defaults.
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    pct_start: float = Field(0.3, gt=0, lt=1)  # share of the steps in which the rate rises
+    div_factor: float = Field(25.0, ge=1, allow_inf_nan=False)  # lr over the first step's
+    final_div_factor: float = Field(1e4, ge=1, allow_inf_nan=False)  # the first step's over the last one's
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     compile: bool = False  # by torch.compile
     clip_norm: float | None = Field(None, gt=0, allow_inf_nan=False)  # of the whole gradient; none: not clipped

@@ -50,12 +50,13 @@ def micro_batches_per_rank(optim: OptimSection, world_size: int) -> int:
 
 
 def learning_rate(step: int, steps: int, optim: OptimSection) -> float:
-    """The rate of step 0..steps−1: constant, or torch's OneCycleLR(max_lr, total_steps=steps) with its defaults."""
+    """The rate of step 0..steps−1: constant, or that of torch's OneCycleLR(max_lr, total_steps=steps, …)."""
     if optim.schedule == "constant":
         return optim.lr
-    rise_end = 0.3 * steps - 1
-    start, peak, end = optim.lr / 25, optim.lr, optim.lr / 25 / 1e4
-    if step <= rise_end:
+    rise_end = optim.pct_start * steps - 1
+    start, peak = optim.lr / optim.div_factor, optim.lr
+    end = start / optim.final_div_factor
+    if step < rise_end:
         return _cosine(start, peak, step / rise_end)
     return _cosine(peak, end, (step - rise_end) / (steps - 1 - rise_end))
 

@@ -5,6 +5,7 @@ each micro-batch computes the same function, up to the order of summation; which
 """
 
 import importlib.metadata
+import platform
 import math
 import socket
 import time
@@ -121,7 +122,8 @@ class _Training:
 
         torch.set_num_threads(recipe.run.threads)
         torch.manual_seed(recipe.run.seed)  # the initial weights; no other random choice is torch's
-        self.model = ERANN.from_name(recipe.model.variant, clips.num_classes).to(workers.device)
+        self.model = ERANN.from_name(recipe.model.variant, clips.num_classes, recipe.model.initialisation)
+        self.model.to(workers.device)
         self.saver: Saver | None = None
         found = None
         if workers.is_first:
@@ -527,4 +529,5 @@ class _Training:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
+    packages = ("erann-dist", "torch", "torchaudio", "deepspeed", "ray")
+    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

@@ -406,13 +406,13 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
     torch.manual_seed(recipe.run.seed)
     torch.backends.cudnn.allow_tf32 = optim.precision == "tf32"
     clips = load_sources(recipe.data.train)
-    model = ERANN.from_name(recipe.model.variant, clips.num_classes).to(device)
+    model = ERANN.from_name(recipe.model.variant, clips.num_classes, recipe.model.initialisation).to(device)
     network: Any = model
     if workers.world_size > 1:
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
     if optim.compile:
         network.compile()
-    adam = torch.optim.Adam(model.parameters(), optim.lr, fused=True)
+    adam = torch.optim.Adam(model.parameters(), optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, optim.lr, 10**6, cycle_momentum=False)
     scaler = GradScaler(device.type, enabled=optim.precision == "fp16")
     log_mel = LogMel().to(device)
@@ -505,7 +505,7 @@ def _pool(count: int, length: int, pin_memory: bool) -> list[Tensor]:
 class NullModel(nn.Module):
     """Next to no computation in as many tensors as an ERANN has, with BatchNorms of ERANN-1-6's sizes."""
 
-    def __init__(self, name: str, num_classes: int) -> None:
+    def __init__(self, name: str, num_classes: int, initialisation: str) -> None:
         super().__init__()
         with torch.device("meta"):
             real = ERANN(Variant(1, 6), num_classes)

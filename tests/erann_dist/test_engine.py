@@ -50,6 +50,29 @@ def take_step(engine: Engine, workers: Workers, number: int, factor: float = 1.0
     return total.item()
 
 
+def check_adam(workers: Workers, kind: str, stage: int) -> None:
+    """Betas and weight decay are those of the recipe."""
+    settings = {"betas": (0.8, 0.9), "weight_decay": 0.1}
+    engine = new_engine(kind, stage, workers, **settings)
+    model = new_model()
+    adam = torch.optim.Adam(model.parameters(), LR, **settings)  # type: ignore[arg-type]
+    for number in range(3):
+        for rank in range(workers.world_size):
+            inputs, targets = batch(workers.world_size * number + rank)
+            loss_of(model(inputs), targets).backward()
+        take_step(engine, workers, number)
+        adam.step()
+        adam.zero_grad()
+    found = state_of(engine)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        expected = {f"{moment}.{name}": adam.state[p][moment] for name, p in model.named_parameters()}
+        rounding = 1e-3 * max(float(value.abs().max()) for value in expected.values())
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-2, atol=rounding, msg=name)
+    weight = model.fc1.weight.detach()
+    torch.testing.assert_close(found["model.fc1.weight"], weight, rtol=0, atol=0.1 * LR)
+
+
 def state_of(engine: Engine) -> State:
     state: State = {}
     engine.state(state)
@@ -153,9 +176,10 @@ def test_compiled_steps_are_the_eager_ones(kind: str, world_size: int) -> None:
 
 
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)
-@pytest.mark.parametrize("check", [check_clipping, check_not_finite, check_loss_scale, check_bf16])
+@pytest.mark.parametrize("check", [check_clipping, check_adam, check_not_finite, check_loss_scale, check_bf16])
 def test_on_two_workers(check: Callable[[Workers, str, int], None], kind: str, stage: int) -> None:
     """check_clipping: steps are Adam's behind torch's clipping, and the norm is that of the whole gradient.
+    check_adam: so are they with the recipe's betas and weight decay.
     check_not_finite: a step that is not finite on one worker leaves everything as it was on both.
     check_loss_scale: it does not show in the weights, is halved by an overflow, doubled after 2000 steps, and saved.
     check_bf16: weights, moments and statistics stay in fp32.

@@ -60,6 +60,16 @@ def test_unknown_variants_are_refused(name: str) -> None:
         Variant.parse(name)
 
 
+def test_initialisation() -> None:
+    """He's, or torch's own: uniform up to 1/√fan-in."""
+    torch.manual_seed(0)
+    he, torchs = ERANN.from_name("ERANN-3-1", 10), ERANN.from_name("ERANN-3-1", 10, "pytorch")
+    assert he.fc2.weight.std().item() == pytest.approx(0.01, rel=0.1)
+    assert he.fc1.weight.std().item() == pytest.approx(128**-0.5, rel=0.1)
+    for layer in (torchs.fc1, torchs.fc2):
+        assert layer.weight.std().item() == pytest.approx((3 * 128) ** -0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("stride", [(2, 1), (2, 2), (2, 4)])
 def test_sliced_shortcut_is_the_strided_convolution(stride: tuple[int, int]) -> None:
     """Against NCHW and torch's own stride, forward and backward, in double precision."""

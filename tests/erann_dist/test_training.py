@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -53,6 +53,21 @@ def test_one_cycle_is_torchs(steps: int) -> None:
         if step < steps - 1:
             scheduler.step()
     assert learning_rate(3, steps, optim.model_copy(update={"schedule": "constant"})) == 1e-3
+
+
+@given(st.integers(2, 300), st.floats(0.01, 0.99), st.floats(1, 100), st.floats(1, 1e5))
+@settings(deadline=None)
+def test_one_cycle_of_another_shape_is_torchs(steps: int, pct_start: float, div: float, final_div: float) -> None:
+    shape = {"pct_start": pct_start, "div_factor": div, "final_div_factor": final_div}
+    optim = OptimSection.model_validate({"lr": 1e-3, "schedule": "one_cycle", "examples": 1, **shape})
+    adam = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    assume(pct_start * steps != 1)  # the rate would have reached its maximum before the first step; torch divides by 0
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(adam, 1e-3, total_steps=steps, cycle_momentum=False, **shape)
+    for step in range(steps):
+        assert learning_rate(step, steps, optim) == pytest.approx(adam.param_groups[0]["lr"], rel=1e-6)
+        adam.step()
+        if step < steps - 1:
+            scheduler.step()
 
 
 def test_losses_of_mixed_labels() -> None:
