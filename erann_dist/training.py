@@ -5,8 +5,8 @@ each micro-batch computes the same function, up to the order of summation; which
 """
 
 import importlib.metadata
-import platform
 import math
+import platform
 import socket
 import time
 from collections import Counter
