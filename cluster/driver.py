@@ -10,23 +10,28 @@ import signal
 import subprocess
 import sys
 
-from cluster.package import versions
+from cluster.package import BY_PIP, versions
 
 VERSIONS = "ERANN_VERSIONS"  # in the job's environment: those of the client, as JSON
 _STARTS = 4
 
 
-def differing(client: dict[str, str], here: dict[str, str]) -> list[str]:
-    """What client and cluster do not have alike."""
-    return [f"{name} {here[name]} here, {version} there" for name, version in client.items() if here[name] != version]
+def what_differs(client: dict[str, str], here: dict[str, str]) -> str | None:
+    """A line about what client and cluster do not have alike, and its mend."""
+    names = [name for name, version in client.items() if here[name] != version]
+    if not names:
+        return None
+    found = "; ".join(f"{name} {here[name]} here, {client[name]} there" for name in names)
+    by_pip = ", or submit with --dependencies pip" if set(names) <= set(BY_PIP) else ""
+    return (
+        f"the cluster has other versions than the machine that sent this job: {found} (here is the cluster); "
+        f"install the same ones{by_pip}"
+    )
 
 
 def main() -> int:
-    if differences := differing(json.loads(os.environ[VERSIONS]), versions()):
-        print(
-            f"erann: the cluster has other versions than the machine that sent this job: {'; '.join(differences)} "
-            "(here is the cluster); install the same ones, or submit with --dependencies pip"
-        )
+    if line := what_differs(json.loads(os.environ[VERSIONS]), versions()):
+        print(f"erann: {line}")
         return 1
     told_to_stop = False
 

@@ -13,8 +13,9 @@ _ROOT = Path(__file__).parents[1]
 _PACKAGES = ("erann_dist", "shards", "cluster", "jobs")
 _SUFFIXES = {".py", ".yaml", ".csv", ".sh"}  # of source and package data: whatever else lies there is not sent
 _LIMIT = 100 * 2**20  # bytes: Ray takes no larger package
-# Of which the cluster has to have the versions that are here, since results, checkpoints or messages depend on them.
-_SAME = ("torch", "torchaudio", "ray", "deepspeed")
+# Of which the cluster has to have the versions that are here, since results and checkpoints depend on them. pip can
+# bring them along with a job, but not Python and Ray, whose versions matter too.
+BY_PIP = ("torch", "torchaudio", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,21 @@ def make_package(files: dict[str, Path]) -> Package:
 
 
 def versions() -> dict[str, str]:
-    """Of Python (major.minor) and of the libraries that client and cluster need to have alike."""
+    """Of Python and Ray (major.minor), and of the libraries, that client and cluster need to have alike."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python} | {name: _public(importlib.metadata.version(name)) for name in _SAME}
+    return {"python": python, "ray": ".".join(_installed("ray").split(".")[:2])} | {n: _installed(n) for n in BY_PIP}
 
 
 def pins() -> list[str]:
     """This program's requirements at the versions that are installed here, for pip; without Ray, which is there."""
     needed = [each for each in importlib.metadata.requires("erann-dist") or [] if "extra ==" not in each]
     names = [re.split(r"[^A-Za-z0-9._-]", each, maxsplit=1)[0] for each in needed]
-    return [f"{name}=={_public(importlib.metadata.version(name))}" for name in names if name != "ray"]
+    return [f"{name}=={_installed(name)}" for name in names if name != "ray"]
 
 
-def _public(version: str) -> str:
-    """Without the local part: torch's wheels for a CPU and for a GPU differ in that alone."""
-    return version.partition("+")[0]
+def _installed(name: str) -> str:
+    """The version without its local part, in which alone torch's wheels for a CPU and for a GPU differ; or none."""
+    try:
+        return importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "none"

@@ -56,9 +56,15 @@ class Submission:
     """A command for a cluster."""
 
     arguments: list[str]  # of erann
-    run: str  # what it trains: the folder's URL. Two submissions with the same are one
+    run: str  # the folder's URL
+    trains: bool  # it: there may be one such job at a time
     package: Package
     dependencies: Dependencies  # of the nodes: their own image's, or installed by pip for the job
+
+    @property
+    def what(self) -> str:
+        """By which the cluster's list of jobs shows it: the run that it trains, or what it does with it."""
+        return self.run if self.trains else f"{self.arguments[0]} of {self.run}"
 
     @property
     def entrypoint(self) -> str:
@@ -108,7 +114,12 @@ def connect(address: str | None) -> Cluster:
         ports = {"http": 80, "https": 443, "ray": 10001}
         # Ray itself waits for minutes where nothing answers.
         socket.create_connection((parts.hostname, parts.port or ports[parts.scheme]), timeout=_ANSWER_S).close()
-        client = JobSubmissionClient(address)
+        try:
+            client = JobSubmissionClient(address)
+        except RuntimeError as error:
+            if "404" in str(error):
+                raise _no_dashboard(address) from error
+            raise
     theirs, ours = client._server_ray_version or "", ray.__version__
     if theirs.split(".")[:2] != ours.split(".")[:2]:
         raise UserError(f"{address}: Ray {theirs} runs there, and {ours} here; install the cluster's version here")
@@ -121,10 +132,7 @@ def _in_one_line(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        raise UserError(
-            f"{address}: asks for a token, or for another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or "
-            "RAY_AUTH_TOKEN to the cluster's"
-        ) from error
+        raise _wants_token(address) from error
     except requests.exceptions.SSLError as error:
         raise UserError(f"{address}: no TLS, or a certificate that is not trusted here: {_line(error)}") from error
     except (requests.exceptions.JSONDecodeError, requests.exceptions.HTTPError, KeyError) as error:
@@ -135,9 +143,14 @@ def _in_one_line(address: str) -> Iterator[None]:
             "dashboard (8265 by default), and does it listen on more than loopback?"
         ) from error
     except (RuntimeError, ValueError) as error:
-        if "404" in str(error):  # of the question which version it is
-            raise _no_dashboard(address) from error
         raise UserError(f"{address}: {_line(error)}") from error
+
+
+def _wants_token(address: str) -> UserError:
+    return UserError(
+        f"{address}: asks for a token, or for another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or "
+        "RAY_AUTH_TOKEN to the cluster's"
+    )
 
 
 def _no_dashboard(address: str) -> UserError:
@@ -152,14 +165,23 @@ def _line(error: Exception) -> str:
 
 
 def submit(cluster: Cluster, work: Submission) -> tuple[str, bool]:
-    """Send it, unless a job for the same run is on its way; the job's id, and whether it is new. Raises UserError."""
+    """Send it, unless a job that trains the same run is on its way; the job's id, and whether it is new.
+
+    Raises UserError, also when that job trains it by another command.
+    """
     with _in_one_line(cluster.address), tempfile.TemporaryDirectory(prefix="erann-submit-") as folder:
         work.package.write(Path(folder))
         deadline = time.monotonic() + _AGENT_S
         while True:
             jobs = cluster.client.list_jobs()
             for job in jobs:
-                if run_of(job) == work.run and not job.status.is_terminal():
+                if work.trains and run_of(job) == work.what and not job.status.is_terminal():
+                    if job.entrypoint != work.entrypoint:
+                        raise UserError(
+                            f"{work.run}: job {job.submission_id} trains it already, by another command: "
+                            f"{job.entrypoint}; stop it first (erann jobs stop {job.submission_id}), or give another "
+                            "run.name"
+                        )
                     return str(job.submission_id), False
             taken = {job.submission_id for job in jobs}
             job_id = next(name for i in count(1) if (name := f"{_stem(work)}-{i}") not in taken)
@@ -168,7 +190,7 @@ def submit(cluster: Cluster, work: Submission) -> tuple[str, bool]:
                     entrypoint=work.entrypoint,
                     submission_id=job_id,
                     runtime_env=work.runtime_env | {"working_dir": folder},
-                    metadata={_RUN: work.run},
+                    metadata={_RUN: work.what},
                 ), True
             except RuntimeError as error:
                 if "No available agent" in str(error) and time.monotonic() < deadline:  # the cluster has just come up
@@ -223,7 +245,7 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], tell: Cal
     """Show a job's log until it ends, over lost connections. Its last status.
 
     tell: is told when the connection is lost, and when it is back. Raises UserError when nothing answers for ten
-    minutes.
+    minutes, and when a cluster answers that has no such job, or wants another token.
     """
     log = _Log(show)
     lost_at: float | None = None
@@ -238,7 +260,14 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], tell: Cal
             asyncio.run(_tail(cluster, job_id, log))
             if status.is_terminal():
                 return status
+        except AuthenticationError as error:
+            raise _wants_token(cluster.address) from error
         except (OSError, RuntimeError, requests.exceptions.RequestException, aiohttp.ClientError) as error:
+            if "status code 404" in str(error):
+                raise UserError(
+                    f"{job_id}: gone from {cluster.address}, whose head must be a new one; submitted again, the run "
+                    "goes on from its last checkpoint"
+                ) from error
             now = time.monotonic()
             if lost_at is None:
                 lost_at = now
@@ -246,7 +275,7 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], tell: Cal
             if now - lost_at > _PATIENCE_S:
                 raise UserError(
                     f"{cluster.address}: no answer for {_PATIENCE_S / 60:.0f} minutes; the job may be running: "
-                    f"erann jobs logs {shlex.quote(job_id)} --follow"
+                    f"erann jobs logs {shlex.quote(job_id)} --address {shlex.quote(cluster.address)} --follow"
                 ) from error
             time.sleep(_POLL_S)
 

@@ -1,5 +1,6 @@
 """The `erann` command."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -87,6 +88,7 @@ def preflight(
     ] = None,
     as_json: Json = False,
 ) -> None:
+    address = address or os.environ.get("RAY_ADDRESS")
     if address and "://" in address:
         submit_commands.submit_preflight(context, recipe, overrides or [], address, as_json)
         return

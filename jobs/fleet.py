@@ -7,12 +7,14 @@ finished is not run again.
 
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -101,10 +103,12 @@ def run_all(recipes: dict[str, Recipe], address: str | None, on_event: Tell) -> 
             except UserError as error:
                 ended[name] = Ended(why=str(error))
     if waiting := {name: recipe for name, recipe in recipes.items() if name not in ended}:
-        with _cluster(waiting, address) as (found, room), signals_as_notice() as notice:
-            ended |= _run(waiting, found, room, on_event, notice)
-            if (reason := notice()) and not all(name in ended and ended[name].outcome for name in waiting):
-                raise Stopped(f"{reason}: the checkpoint of each run is saved")
+        with _cluster(waiting, address) as (found, room):
+            _ready_to_fork()
+            with signals_as_notice() as notice:
+                ended |= _run(waiting, found, room, on_event, notice)
+                if (reason := notice()) and not all(name in ended and ended[name].outcome for name in waiting):
+                    raise Stopped(f"{reason}: the checkpoint of each run is saved")
     return ended
 
 
@@ -186,9 +190,22 @@ def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[
         yield found, _Room(lambda run: free_room(bundle(run)), lambda run: all_room(bundle(run)))
 
 
+def _ready_to_fork() -> None:
+    """Start the process that the runs' own are forked from, deaf to SIGTERM.
+
+    Whoever stops a job, as Ray does, sends that to all of its processes. This one is the parent of the runs, which
+    would be killed with it before they have saved their checkpoints; they listen themselves (cluster/notice.py).
+    """
+    multiprocessing.set_forkserver_preload(["jobs.fleet"])
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _start(recipe: Recipe, address: str | None) -> _Going:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["jobs.fleet"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_train, args=(recipe.model_dump(mode="json"), address, theirs))
     process.start()

@@ -5,6 +5,7 @@ its own, below the folder of the whole, trained on the other folds and evaluated
 """
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,11 +87,21 @@ class CrossValidation:
         return next(iter(self.recipes.values()))
 
 
-def load_cross_validation(path: Path, overrides: list[str], init: str | None) -> CrossValidation:
-    """Read its recipe and divide its shard set. init: in place of the recipe's model.init.
+@dataclass(frozen=True)
+class Design:
+    """What a cross-validation's recipe says, before its data is looked at."""
 
-    Raises UsageError and UserError for all that is wrong, but for the pretrained model, which need not be there yet.
-    """
+    protocol: Protocol
+    run: RunSection
+    recipe: Callable[[int, list[int]], Recipe]  # of the run on a fold, trained on others
+
+    @property
+    def folder(self) -> str:
+        return f"{self.run.dir.rstrip('/')}/{self.run.name}"
+
+
+def read_design(path: Path, overrides: list[str], init: str | None) -> Design:
+    """Read a cross-validation's recipe. init: in place of its model.init. Raises UsageError for what is wrong in it."""
     tree = read_tree(path, overrides)
     if "protocol" not in tree:
         raise UsageError(f"{path}: no cross-validation: it has no section protocol; erann pretrain runs it as it is")
@@ -102,7 +113,6 @@ def load_cross_validation(path: Path, overrides: list[str], init: str | None) ->
                 f"{path}: data.{key}: a cross-validation's clips are those of protocol.shards; remove this key"
             )
     run = check(RunSection, tree["run"], f"{path}: run")
-    folder = f"{run.dir.rstrip('/')}/{run.name}"
     if init is not None:
         model = model | {"init": init}
     from_scratch = model.get("init", "none") == "none"
@@ -110,14 +120,27 @@ def load_cross_validation(path: Path, overrides: list[str], init: str | None) ->
 
     def recipe(fold: int, others: list[int]) -> Recipe:
         sources = {"train": {"url": protocol.shards, "fold": others}, "eval": {"url": protocol.shards, "fold": [fold]}}
-        of_fold = {"dir": folder, "name": f"fold-{fold}"}
+        of_fold = {"dir": design.folder, "name": f"fold-{fold}"}
         sections = {"model": model, "data": data | sources, "optim": optim, "run": tree["run"] | of_fold}
         return parse_recipe(tree | sections, str(path))
 
-    recipe(1, [2])  # what is wrong with the recipe shows before the data is looked at
+    design = Design(protocol, run, recipe)
+    recipe(1, [2])  # what is wrong in it shows here
+    return design
+
+
+def load_cross_validation(path: Path, overrides: list[str], init: str | None) -> CrossValidation:
+    """Read its recipe and divide its shard set. init: in place of the recipe's model.init.
+
+    Raises UsageError and UserError for all that is wrong, but for the pretrained model, which need not be there yet.
+    """
+    design = read_design(path, overrides, init)
+    protocol, run, folder = design.protocol, design.run, design.folder
     clips = load_manifest(protocol.shards)
     division = _divide(clips, protocol)
-    recipes = {fold: recipe(fold, [other for other in division.folds if other != fold]) for fold in division.folds}
+    recipes = {
+        fold: design.recipe(fold, [other for other in division.folds if other != fold]) for fold in division.folds
+    }
     validation = CrossValidation(run.name, open_folder(folder), clips, protocol, division, recipes)
     load_source(validation.any_recipe.data.eval[0])
     require_layers(untrained(validation), validation.any_recipe.model.fresh)

@@ -13,6 +13,7 @@ from cluster.submit import Dependencies, Submission
 from erann_dist.errors import UsageError
 from erann_dist.recipe import check, load_recipe, read_section, read_tree
 from jobs.pipeline import Pipeline
+from jobs.protocol import read_design
 from jobs.recipes import find_recipe
 
 COMMANDS = ("pretrain", "finetune", "study", "pipeline", "preflight")
@@ -62,7 +63,7 @@ def prepare(context: typer.Context, arguments: list[str], dependencies: Dependen
         for path in [*also, *_lists_of_keys(tree)]:
             files[_needed_below_here(path)] = path
     there = [sent.get(str(Path(each)), each) for each in rest]
-    return Submission([name, *there], run, make_package(files), dependencies)
+    return Submission([name, *there], run, name != "preflight", make_package(files), dependencies)
 
 
 def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[_Part], str]:
@@ -74,15 +75,16 @@ def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[
         stages = [pipeline.pretrain, *pipeline.finetune]
         parts = [_Part(Path(stage.recipe), stage.settings(), in_pipeline=True) for stage in stages]
         return parts, f"{pipeline.run.dir.rstrip('/')}/{pipeline.run.name}"
-    if name in ("pretrain", "preflight"):
-        launcher = load_recipe(find_recipe(recipes[0]), overrides).run.launcher
-        if launcher != "ray":
-            raise UsageError(f"{recipes[0]}: run.launcher {launcher}: a cluster's runs are launched by ray")
+    folded = name == "finetune" or typed.get("kind") == "transfer"
+    for path in recipes:
+        found = find_recipe(path)
+        run = read_design(found, overrides, None).run if folded else load_recipe(found, overrides).run
+        if run.launcher != "ray":
+            raise UsageError(f"{path}: run.launcher {run.launcher}: a cluster's runs are launched by ray")
     named = ["run.name=transfer", *overrides] if typed.get("kind") == "transfer" else overrides
-    run = read_tree(find_recipe(recipes[0]), named)["run"]
+    run_section = read_tree(find_recipe(recipes[0]), named)["run"]
     parts = [_Part(path, overrides) for path in recipes]
-    url = f"{str(run.get('dir', 'runs')).rstrip('/')}/{run['name']}"
-    return parts, f"preflight of {url}" if name == "preflight" else url
+    return parts, f"{str(run_section.get('dir', 'runs')).rstrip('/')}/{run_section['name']}"
 
 
 def _places(tree: dict[str, Any], in_pipeline: bool) -> Iterator[tuple[str, str]]:

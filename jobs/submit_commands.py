@@ -84,7 +84,8 @@ def submit_preflight(context: typer.Context, recipe: Path, overrides: list[str],
     job, _ = ray_jobs.submit(cluster, work)
     console.print(f"{job}: submitted to {address}", markup=False)
     facts = _follow(cluster, job, as_json)
-    if as_json and (lines := ray_jobs.logs(cluster, job).splitlines()):
+    lines = ray_jobs.logs(cluster, job).splitlines()
+    if as_json and lines and lines[-1].startswith("{"):  # else it ended before it had a result
         print(lines[-1])
     _end_as(facts)
 
@@ -171,7 +172,10 @@ def _follow(cluster: Any, job: str, as_json: bool) -> dict[str, Any]:
         raise
     ended = ray_jobs.find(cluster, job)
     facts = job_facts(ended, ray_jobs.run_of(ended))
-    console.print(f"{job}: {facts['status'].lower()}", markup=False)
+    line = f"{job}: {facts['status'].lower()}"
+    if facts["status"] == "FAILED" and facts["exit_code"] is None:  # it never began, or was lost: no log says why
+        line += f": {facts['message']}"
+    console.print(line, markup=False)
     return facts
 
 
@@ -185,7 +189,7 @@ def _end_as(facts: dict[str, Any]) -> None:
 
 def _plan(work: Any) -> dict[str, Any]:
     return {
-        "run": work.run,
+        "run": work.what,
         "entrypoint": work.entrypoint,
         "dependencies": work.dependencies,
         "runtime_env": work.runtime_env,

@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
+from erann_dist import checkpoint
 from erann_dist.folder import LocalFolder
 from erann_dist.run_log import read_log
 from tests.commands import Running, erann
@@ -113,6 +114,27 @@ def test_a_fold_that_fails_takes_no_other_along(shards: Path, tmp_path: Path) ->
     assert [fold["fold"] for fold in again["folds"]] == [1, 2, 3]
     assert again["failed"] == []
     assert [starts(runs / f"fold-{fold}") for fold in (1, 3)] == [1, 1]
+
+
+def test_told_to_stop_with_all_that_it_has_started(shards: Path, tmp_path: Path) -> None:
+    """As Ray's stop of a job does: the run saves a checkpoint all the same."""
+    run = RUN | {"launcher": "none", "log_every": 1}
+    recipe = write_protocol(
+        tmp_path / "tones.yaml", shards, run=run, optim={"examples": 3200}, checkpoint={"every": 999}
+    )
+    fold = LocalFolder(str(tmp_path / "runs" / "tones" / "fold-1"))
+    command = Running(tmp_path, "finetune", recipe, "--from", "none")
+    try:
+        command._wait(lambda: any(line["event"] == "Step" for line in read_log(fold)), "step", 180)
+        for process in [command.process, *command.family.values()]:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
+                process.send_signal(signal.SIGTERM)
+        assert command.process.wait(timeout=60) == 143, command.text()
+    finally:
+        command.process.kill()
+        command.process.wait()
+    assert command.survivors() == []
+    assert checkpoint.committed(fold)
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])

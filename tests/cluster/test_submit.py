@@ -218,7 +218,9 @@ def test_another_version(place: Path, tone_shards: Path, ray: Nodes, monkeypatch
     monkeypatch.setattr(submit, "versions", lambda: versions() | {"torch": "2.9.0"})
     cluster = submit.connect(ray.address)
     package = make_package({str(recipe): recipe})
-    job, _ = submit.submit(cluster, submit.Submission(["pretrain", str(recipe)], str(place / "runs"), package, "image"))
+    job, _ = submit.submit(
+        cluster, submit.Submission(["pretrain", str(recipe)], str(place / "runs"), True, package, "image")
+    )
     text: list[str] = []
     assert submit.follow(cluster, job, text.append, text.append) == "FAILED"
     assert "erann: the cluster has other versions" in "".join(text)
@@ -239,6 +241,8 @@ def test_two_at_the_same_moment(place: Path, tone_shards: Path, ray: Nodes) -> N
     jobs = [json.loads(each.text().splitlines()[-1]) for each in both]
     assert jobs[0]["job"] == jobs[1]["job"]
     assert {each["new"] for each in jobs} == {True, False}
+    refused = erann(place, *command[:3], "optim.lr=0.1", "--address", ray.address, code=1)
+    assert f"job {jobs[0]['job']} trains it already, by another command: " in refused
     erann(place, "jobs", "stop", jobs[0]["job"], "--address", ray.address)
 
 
@@ -259,6 +263,24 @@ def test_a_job_of_an_odd_name(place: Path, ray: Nodes) -> None:
     assert erann(place, "jobs", "status", "no/such job", "--address", ray.address, code=1).startswith(
         "erann: no/such job: no such job at "
     )
+
+
+def test_a_job_that_the_cluster_no_longer_knows(ray: Nodes) -> None:
+    """As after its head was replaced: nothing to wait for."""
+    from cluster import submit
+
+    with pytest.raises(UserError, match=f"pretrain-tones-9: gone from {ray.address}"):
+        submit.follow(submit.connect(ray.address), "pretrain-tones-9", print, print)
+
+
+def test_a_command_that_never_begins(place: Path, ray: Nodes) -> None:
+    """Ray could not make its environment; no log says why."""
+    from ray.job_submission import JobSubmissionClient
+
+    job = JobSubmissionClient(ray.address).submit_job(entrypoint="true", runtime_env={"working_dir": "/no/such.zip"})
+    following = Running(place, "jobs", "logs", job, "--follow", "--address", ray.address)
+    assert following.process.wait(timeout=120) == 1
+    assert re.search(rf"^{job}: failed: .*no/such", following.text(), re.MULTILINE)
 
 
 class Link:
@@ -335,7 +357,7 @@ def test_the_head_is_gone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             if "hello" in text:
                 threading.Thread(target=own.cluster.shutdown).start()
 
-        with pytest.raises(UserError, match=f"erann jobs logs {job} --follow"):
+        with pytest.raises(UserError, match=f"erann jobs logs {job} --address {own.address} --follow"):
             submit.follow(cluster, job, shut, said.append)
     assert any("lost" in line for line in said)
 

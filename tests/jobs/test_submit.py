@@ -1,5 +1,6 @@
 """What is sent to a cluster, and what is refused before anything is: nothing here reaches one."""
 
+import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cluster.driver import differing
-from cluster.package import make_package, pins
+from cluster.driver import what_differs
+from cluster.package import make_package, pins, versions
 from cluster.submit import Submission
 from erann_dist.errors import UserError
 from jobs import cli
@@ -171,10 +172,30 @@ def test_the_package_is_what_is_written(tmp_path: Path) -> None:
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     assert written == set(package.files)
     assert (tmp_path / "out" / "recipes" / "a.yaml").read_text() == "a: 1"
-    assert Submission(["pretrain", "a b.yaml"], "/runs/a", package, "image").entrypoint.endswith("pretrain 'a b.yaml'")
+    assert Submission(["pretrain", "a b.yaml"], "/runs/a", True, package, "image").entrypoint.endswith(
+        "pretrain 'a b.yaml'"
+    )
 
 
 def test_versions_that_differ() -> None:
-    here = {"python": "3.11", "torch": "2.11.0"}
-    assert differing(dict(here), here) == []
-    assert differing({"python": "3.11", "torch": "2.9.0"}, here) == ["torch 2.11.0 here, 2.9.0 there"]
+    here = {"python": "3.11", "torch": "2.11.0", "deepspeed": "none"}
+    assert what_differs(dict(here), here) is None
+    line = what_differs({"python": "3.11", "torch": "2.9.0", "deepspeed": "0.19.8"}, here)
+    assert line is not None
+    assert "torch 2.11.0 here, 2.9.0 there; deepspeed none here, 0.19.8 there (here is the cluster)" in line
+    assert line.endswith("install the same ones, or submit with --dependencies pip")
+    line = what_differs(here | {"python": "3.12"}, here)
+    assert line is not None
+    assert line.endswith("install the same ones")  # pip brings no Python
+
+
+def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "deepspeed":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "2.60.3+local"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = versions()
+    assert found["deepspeed"] == "none"
+    assert (found["ray"], found["torch"]) == ("2.60", "2.60.3")
