@@ -72,8 +72,9 @@ def pretrain(
     "and some real steps, a line each with what mends it; then the time that the run will take. Exit code 0 only when "
     "the run can start. Nothing stays in run.dir."
     + EXAMPLE
-    + "erann preflight --address http://HEAD:8265 audioset.yaml run.dir=s3://bucket/runs run.workers=32"
-    + "\n\n    erann preflight --address 10.0.0.1:6379 audioset.yaml run.workers=32",
+    + "erann preflight audioset_fast.yaml data.train=s3://bucket/train data.eval=s3://bucket/eval "
+    + "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265"
+    + "\n\n    erann preflight audioset_fast.yaml run.workers=8 --address 10.0.0.1:6379",
 )
 def preflight(
     context: typer.Context,
@@ -199,7 +200,9 @@ def study(
 
 @app.command(
     help="Pretrain, evaluate, and fine-tune on several data sets, as one job. The same command again goes on where it "
-    "was stopped." + EXAMPLE + "erann pipeline pipeline.yaml pretrain.set.run.workers=8",
+    "was stopped."
+    + EXAMPLE
+    + "erann pipeline pipeline.yaml pretrain.recipe=audioset_fast.yaml pretrain.set.run.workers=8",
 )
 def pipeline(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],

@@ -32,8 +32,9 @@ def add_to(app: typer.Typer) -> None:
         "the recipe are of the cluster: paths that all its nodes share, or s3://. Of this machine's environment only "
         "the S3 endpoint and region go along."
         + EXAMPLE
-        + "erann submit pretrain audioset.yaml run.dir=s3://bucket/runs run.workers=32 --address http://HEAD:8265"
-        + "\n\n    erann submit pipeline pipeline.yaml run.dir=/shared/runs --detach",
+        + "erann submit pretrain audioset_fast.yaml data.train=s3://bucket/train data.eval=s3://bucket/eval "
+        + "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265"
+        + "\n\n    erann submit pipeline mine.yaml --detach",
     )(submit)
     app.add_typer(jobs_app, name="jobs")
 

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 
 from cluster.environment import HEALTH_CHECKS
 from cluster.render.instances import INSTANCES
+from jobs.cli import app
 from jobs.cluster_commands import cluster_app
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -76,3 +78,43 @@ def test_links_lead_somewhere(page: str) -> None:
         assert there.exists(), target
         headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE) if part else []
         assert not part or part in [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], part
+
+
+# In place of those of the machine where a command is typed.
+DATA = ["data.train=/t", "data.eval=/e", "run.dir=/runs"]
+FOLDED = ["protocol.shards=/s", "run.dir=/runs"]
+ELSEWHERE = {
+    "pretrain": DATA,
+    "preflight": DATA,
+    "finetune": FOLDED,
+    "transfer": FOLDED,
+    "pipeline": ["run.dir=/runs"]
+    + [f"pretrain.set.{each}" for each in DATA[:2]]
+    + [f"finetune.{number}.set.{FOLDED[0]}" for number in range(3)],
+}
+
+
+def typed() -> Iterator[tuple[str, str]]:
+    """The pages' commands that train, check or submit, by recipes that come along, and not under torchrun."""
+    names = "submit|preflight|pretrain|finetune|study|pipeline"
+    for page, text in {"README.md": (DOCS.parent / "README.md").read_text(), **PAGES}.items():
+        data = dict(re.findall(r"^    (data)='(.*)'$", text, re.MULTILINE)).get("data", "")
+        for line in text.replace("\\\n", " ").splitlines():
+            command = re.search(
+                rf"^ {{4}}(?:.*? -- +)?erann ((?:{names}) .*?)( {{4}}|$)", re.sub(r"(?<=\S) {8}", " ", line)
+            )
+            if command and ".yaml" in command[1] and "--launcher" not in command[1] and "mine.yaml" not in command[1]:
+                yield page, command[1].partition(" > ")[0].replace("$data", data)
+
+
+@pytest.mark.parametrize(("page", "command"), typed())
+def test_what_is_typed_is_taken(page: str, command: str) -> None:
+    """As far as that shows without data and cluster: `erann submit --dry-run` reads it as the command itself does."""
+    words = shlex.split(command)
+    if words[0] != "submit":
+        kind = "transfer" if "transfer" in words else words[0]
+        words = ["submit", *words, *ELSEWHERE.get(kind, DATA)]
+        if "--from" in words and words[words.index("--from") + 1] != "none":
+            words[words.index("--from") + 1] = "/model"
+    outcome = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert outcome.exit_code == 0, f"{command}: {outcome.exception}"
