@@ -70,6 +70,10 @@ def test_each_target_has_a_page_with_its_command() -> None:
     }
 
 
+def test_no_page_is_unfinished() -> None:
+    assert not [page for page, text in PAGES.items() if re.search(r"@[A-Z]+@", text)]
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES)])
 def test_links_lead_somewhere(page: str) -> None:
     text = (DOCS.parent / page).read_text()
@@ -99,11 +103,9 @@ def typed() -> Iterator[tuple[str, str]]:
     names = "submit|preflight|pretrain|finetune|study|pipeline"
     for page, text in {"README.md": (DOCS.parent / "README.md").read_text(), **PAGES}.items():
         data = dict(re.findall(r"^    (data)='(.*)'$", text, re.MULTILINE)).get("data", "")
-        for line in text.replace("\\\n", " ").splitlines():
-            command = re.search(
-                rf"^ {{4}}(?:.*? -- +)?erann ((?:{names}) .*?)( {{4}}|$)", re.sub(r"(?<=\S) {8}", " ", line)
-            )
-            if command and ".yaml" in command[1] and "--launcher" not in command[1] and "mine.yaml" not in command[1]:
+        for line in re.sub(r"\\\n *", "", text).splitlines():
+            command = re.search(rf"^ {{4}}(?:.*? -- +)?erann ((?:{names}) .*?)( {{4}}|$)", line)
+            if command and ".yaml" in command[1] and not re.search(r"--launcher|\b(mine|tones)\.yaml", command[1]):
                 yield page, command[1].partition(" > ")[0].replace("$data", data)
 
 
