@@ -86,7 +86,7 @@ def test_bench_train(tmp_path: Path, tone_shards: Path) -> None:
     assert layers.keys() == result["share_of_gpu_step"].keys()
     assert layers.keys() > {"loop", "deepspeed_0", "loader", "torchrun", "loop: statistics", "loop: sampler"}
     for layer, share in result["share_of_gpu_step"].items():
-        assert share == pytest.approx(layers[layer] / 38_000, abs=3e-5)
+        assert share == pytest.approx(layers[layer] / 106_000, abs=3e-5)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -294,7 +294,7 @@ ACTIONS = {
 
 def policies() -> dict[str, Any]:
     """The page's, by the title above each, for the test's own bucket."""
-    blocks = re.findall(r"\*\*(\w+)\*\*[^\n]*\n+```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    blocks = re.findall(r"\*\*(\w+)\*\*(?:[^\n]+\n)+\n```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
     return {title: json.loads(text.replace("BUCKET", "sounds")) for title, text in blocks}
 
 
