@@ -185,6 +185,9 @@ def submit(cluster: Cluster, work: Submission) -> tuple[str, bool]:
                     return str(job.submission_id), False
             taken = {job.submission_id for job in jobs}
             job_id = next(name for i in count(1) if (name := f"{_stem(work)}-{i}") not in taken)
+            # Ray keeps packages by their content, and drops one with the last job that has it: at that moment this job
+            # would find it there and then not any more. So each has its own.
+            Path(folder, "job").write_text(job_id)
             try:
                 return cluster.client.submit_job(
                     entrypoint=work.entrypoint,
