@@ -505,7 +505,7 @@ def _pool(count: int, length: int, pin_memory: bool) -> list[Tensor]:
 class NullModel(nn.Module):
     """Next to no computation in as many tensors as an ERANN has, with BatchNorms of ERANN-1-6's sizes."""
 
-    def __init__(self, name: str, num_classes: int, initialisation: str) -> None:
+    def __init__(self, name: str, num_classes: int, initialisation: str = "he") -> None:
         super().__init__()
         with torch.device("meta"):
             real = ERANN(Variant(1, 6), num_classes)
