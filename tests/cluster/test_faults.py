@@ -198,6 +198,20 @@ def gone(pids: list[int]) -> bool:
     return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
 
 
+def test_a_worker_that_is_killed(two_nodes: Nodes, tmp_path: Path) -> None:
+    with running(tmp_path, {}, address=two_nodes.address) as command:
+        command.wait_for_step(15)
+        os.kill(command.starts()[0][1]["pid"], signal.SIGKILL)
+        first, second = command.end()
+    assert [worker["failure"] for worker in first] == [None, None]
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert second[0]["failure"] == second[1]["failure"]
+    assert second[0]["failure"].startswith("worker 1 on ")
+    assert "killed" in second[0]["failure"]
+    assert first[0]["launched"] == second[1]["launched"] <= time.time()
+    assert (tmp_path / "stdout").read_text() == ""
+
+
 def test_all_workers_killed(two_nodes: Nodes, tmp_path: Path) -> None:
     with running(tmp_path, {}, address=two_nodes.address) as command:
         command.wait_for_step(15)
@@ -207,6 +221,22 @@ def test_all_workers_killed(two_nodes: Nodes, tmp_path: Path) -> None:
     assert [worker["from"] for worker in second] == [10, 10]
 
 
+def test_a_worker_that_is_stopped(two_nodes: Nodes, tmp_path: Path) -> None:
+    """It answers nobody; nothing is left of it."""
+    with running(tmp_path, {}, address=two_nodes.address, hang_timeout=15) as command:
+        command.wait_for_step(15)
+        pids = [worker["pid"] for worker in command.starts()[0]]
+        os.kill(pids[1], signal.SIGSTOP)
+        _, second = command.end()
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert second[0]["failure"].startswith("worker 1 on ")
+    assert "does not answer" in second[0]["failure"]
+    deadline = time.monotonic() + SECONDS
+    while not gone(pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_worker_that_is_stuck(two_nodes: Nodes, tmp_path: Path) -> None:
     """The watchdogs end it, and the one that waits for it."""
     stuck = {"fault": "stuck", "fault_step": 15, "watchdog_s": 15}
@@ -214,6 +244,25 @@ def test_a_worker_that_is_stuck(two_nodes: Nodes, tmp_path: Path) -> None:
         _, second = command.end()
     assert [worker["from"] for worker in second] == [10, 10]
     assert "watchdog" in second[0]["failure"]
+
+
+def test_a_node_that_is_lost_and_one_that_joins(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
+    nodes = own_nodes(2)
+    with running(tmp_path, {"steps": 200}, num_workers=2, min_workers=1, address=nodes.address) as command:
+        command.wait_for_step(15)
+        nodes.remove(nodes.nodes[1])
+        command.wait_until(lambda: len(command.starts()) == 2)
+        ((alone,),) = command.starts()[1:]
+        command.wait_for_step(25)
+        nodes.add()
+        third = command.end()[2]
+    assert alone["from"] in (10, 20)  # a slow machine may reach the next checkpoint before it loses the node
+    assert alone["failure"].startswith("node ")
+    assert alone["failure"].endswith(" lost; resized from 2 to 1 worker")
+    assert [worker["failure"] for worker in third] == ["resized from 1 to 2 workers"] * 2
+    # No step is lost to those that join.
+    assert third[0]["from"] > 20
+    assert "Traceback" not in command.log.read_text()
 
 
 def test_a_node_that_is_preempted(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
@@ -263,6 +312,17 @@ def test_the_command_is_told_to_stop(two_nodes: Nodes, tmp_path: Path) -> None:
         assert len(command.end(143)) == 1
     assert "told to stop by SIGTERM" in command.log.read_text().splitlines()[-1]
     assert int((tmp_path / "saved").read_text()) >= int((tmp_path / "step").read_text())
+
+
+def test_the_command_is_killed_and_run_again(two_nodes: Nodes, tmp_path: Path) -> None:
+    with running(tmp_path, {"steps": 400}, address=two_nodes.address) as command:
+        command.wait_for_step(15)
+        pids = [worker["pid"] for worker in command.starts()[0]]
+    with running(tmp_path, {}, address=two_nodes.address) as command:
+        _, second = command.end()
+    assert [worker["from"] for worker in second] == [10, 10]
+    assert second[0]["failure"] is None
+    assert gone(pids)
 
 
 def test_the_head_is_lost_and_the_command_run_again(own_nodes: Callable[[int], Nodes], tmp_path: Path) -> None:

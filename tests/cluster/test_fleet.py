@@ -137,14 +137,15 @@ def test_told_to_stop_with_all_that_it_has_started(shards: Path, tmp_path: Path)
     assert checkpoint.committed(fold)
 
 
-def test_stopped_and_run_again(shards: Path, tmp_path: Path, one_by_one: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_and_run_again(shards: Path, tmp_path: Path, one_by_one: Path, how: signal.Signals) -> None:
     recipe = write_protocol(tmp_path / "tones.yaml", shards, run=RUN)
     runs = tmp_path / "runs" / "tones"
     command = Running(tmp_path, "finetune", recipe, "--from", "none")
     try:
         command.wait_for(runs / "fold-1" / "checkpoints")
-        code = command.end(signal.SIGINT)
-        assert code == 130, command.text()
+        code = command.end(how)
+        assert code == 128 + how, command.text()
         assert "Traceback" not in command.text()
     finally:
         command.process.kill()

@@ -66,7 +66,7 @@ def test_pretrain_on_ray(place: Path, undisturbed: str) -> None:
     assert any(p.name.startswith("events.out.tfevents") for p in (run / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2)])
+@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2), ("torchrun", 3)])
 def test_the_same_run_without_ray(place: Path, undisturbed: str, launcher: str, workers: int) -> None:
     name = f"{launcher}-{workers}"
     erann(place, "pretrain", write_recipe(place, name, workers=workers), "--launcher", launcher)
