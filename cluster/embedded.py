@@ -22,9 +22,8 @@ from ray._private import ray_constants  # private: the test of what listens wher
 from cluster.environment import WORKER_ENVIRONMENT
 from erann_dist.errors import UsageError, UserError
 
-_EMBEDDED = (
-    "ERANN_EMBEDDED_CLUSTER"  # tells the command's other processes the address of that which its first one started
-)
+# Tells the command's other processes the address of the cluster that its first one has started.
+_EMBEDDED = "ERANN_EMBEDDED_CLUSTER"
 
 
 @contextmanager

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-MEL_BINS = 128
 Initialisation = Literal["he", "pytorch"]
+
+MEL_BINS = 128
 NEGATIVE_SLOPE = 0.01
 # Kernel size and second convolution's padding for a stride (Table 2). The first convolution always pads by 1.
 _KERNELS = {1: (3, 3, 1), 2: (3, 3, 1), 4: (6, 5, 2)}

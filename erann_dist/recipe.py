@@ -182,9 +182,19 @@ WorkersNumber = Annotated[
 ]
 
 
-class RunSection(Section):
+class Place(Section):
+    """Where a run is, or the runs of a command."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     dir: str = Field("runs", min_length=1)  # a path, or s3://bucket/prefix
+
+    @property
+    def url(self) -> str:
+        """The folder dir/name: a path, or s3://bucket/prefix."""
+        return f"{self.dir.rstrip('/')}/{self.name}"
+
+
+class RunSection(Place):
     workers: WorkersNumber = 1
     launcher: Literal["ray", "torchrun", "none"] = "ray"
     engine: Literal["deepspeed", "torch"] = "deepspeed"
@@ -247,7 +257,7 @@ class Recipe(Section):
     @property
     def run_url(self) -> str:
         """The run's folder: a path, or s3://bucket/prefix."""
-        return f"{self.run.dir.rstrip('/')}/{self.run.name}"
+        return self.run.url
 
     def steps(self, training_clips: int) -> int:
         """Optimizer steps in the whole run."""

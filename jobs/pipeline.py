@@ -13,7 +13,7 @@ from erann_dist.data import load_train_and_eval
 from erann_dist.errors import UsageError
 from erann_dist.folder import open_folder
 from erann_dist.model_folder import ModelInfo, require_beginning
-from erann_dist.recipe import Recipe, Section, check, load_recipe, read_tree
+from erann_dist.recipe import Place, Recipe, Section, check, load_recipe, read_tree
 from jobs.finetune import check_folds, finetune
 from jobs.fleet import check_runs
 from jobs.pretrain import pretrain
@@ -38,15 +38,8 @@ class Stage(Section):
         ]
 
 
-class Place(Section):
-    """Where all runs of the pipeline are: in dir/name."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    dir: str = Field("runs", min_length=1)
-
-
 class Pipeline(Section):
-    """The stages. Each recipe's runs go to the pipeline's folder, whatever its own run.dir."""
+    """The stages. Each recipe's runs go to the pipeline's folder, dir/name, whatever its own run.dir."""
 
     pretrain: Stage
     finetune: list[Stage] = Field(min_length=1)
@@ -69,7 +62,7 @@ def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan
     pretraining is done.
     """
     pipeline = check(Pipeline, read_tree(path, overrides), str(path))
-    folder = f"{pipeline.run.dir.rstrip('/')}/{pipeline.run.name}"
+    folder = pipeline.run.url
     place = f"run.dir={json.dumps(folder)}"
     recipe = load_recipe(find_recipe(Path(pipeline.pretrain.recipe)), [*pipeline.pretrain.settings(), place])
     if recipe.run.launcher == "torchrun":

@@ -95,10 +95,6 @@ class Design:
     run: RunSection
     recipe: Callable[[int, list[int]], Recipe]  # of the run on a fold, trained on others
 
-    @property
-    def folder(self) -> str:
-        return f"{self.run.dir.rstrip('/')}/{self.run.name}"
-
 
 def read_design(path: Path, overrides: list[str], init: str | None) -> Design:
     """Read a cross-validation's recipe. init: in place of its model.init. Raises UsageError for what is wrong in it."""
@@ -120,13 +116,12 @@ def read_design(path: Path, overrides: list[str], init: str | None) -> Design:
 
     def recipe(fold: int, others: list[int]) -> Recipe:
         sources = {"train": {"url": protocol.shards, "fold": others}, "eval": {"url": protocol.shards, "fold": [fold]}}
-        of_fold = {"dir": design.folder, "name": f"fold-{fold}"}
+        of_fold = {"dir": run.url, "name": f"fold-{fold}"}
         sections = {"model": model, "data": data | sources, "optim": optim, "run": tree["run"] | of_fold}
         return parse_recipe(tree | sections, str(path))
 
-    design = Design(protocol, run, recipe)
     recipe(1, [2])  # what is wrong in it shows here
-    return design
+    return Design(protocol, run, recipe)
 
 
 def load_cross_validation(path: Path, overrides: list[str], init: str | None) -> CrossValidation:
@@ -135,13 +130,13 @@ def load_cross_validation(path: Path, overrides: list[str], init: str | None) ->
     Raises UsageError and UserError for all that is wrong, but for the pretrained model, which need not be there yet.
     """
     design = read_design(path, overrides, init)
-    protocol, run, folder = design.protocol, design.run, design.folder
+    protocol, run = design.protocol, design.run
     clips = load_manifest(protocol.shards)
     division = _divide(clips, protocol)
     recipes = {
         fold: design.recipe(fold, [other for other in division.folds if other != fold]) for fold in division.folds
     }
-    validation = CrossValidation(run.name, open_folder(folder), clips, protocol, division, recipes)
+    validation = CrossValidation(run.name, open_folder(run.url), clips, protocol, division, recipes)
     load_source(validation.any_recipe.data.eval[0])
     require_layers(untrained(validation), validation.any_recipe.model.fresh)
     return validation

@@ -256,7 +256,7 @@ def run_transfer(
     _require_distinct("--seed", seeds)
     _require_distinct("recipes of one name", [path.stem for path in paths])
     run = check(RunSection, read_tree(paths[0], ["run.name=transfer", *overrides])["run"], f"{paths[0]}: run")
-    place = f"{run.dir.rstrip('/')}/{run.name}"
+    place = run.url
     # A row of the table, by its name, is a cross-validation with each seed.
     rows: dict[str, list[CrossValidation]] = {}
     for path in paths:

@@ -74,17 +74,17 @@ def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[
         _refuse_relative(f"{recipes[0]}: run.dir", pipeline.run.dir)
         stages = [pipeline.pretrain, *pipeline.finetune]
         parts = [_Part(Path(stage.recipe), stage.settings(), in_pipeline=True) for stage in stages]
-        return parts, f"{pipeline.run.dir.rstrip('/')}/{pipeline.run.name}"
-    folded = name == "finetune" or typed.get("kind") == "transfer"
+        return parts, pipeline.run.url
+    is_transfer = typed.get("kind") == "transfer"
+    named = ["run.name=transfer", *overrides] if is_transfer else overrides
+    runs = []
     for path in recipes:
         found = find_recipe(path)
-        run = read_design(found, overrides, None).run if folded else load_recipe(found, overrides).run
-        if run.launcher != "ray":
-            raise UsageError(f"{path}: run.launcher {run.launcher}: a cluster's runs are launched by ray")
-    named = ["run.name=transfer", *overrides] if typed.get("kind") == "transfer" else overrides
-    run_section = read_tree(find_recipe(recipes[0]), named)["run"]
-    parts = [_Part(path, overrides) for path in recipes]
-    return parts, f"{str(run_section.get('dir', 'runs')).rstrip('/')}/{run_section['name']}"
+        design = read_design(found, named, None) if is_transfer or name == "finetune" else load_recipe(found, named)
+        if design.run.launcher != "ray":
+            raise UsageError(f"{path}: run.launcher {design.run.launcher}: a cluster's runs are launched by ray")
+        runs.append(design.run)
+    return [_Part(path, overrides) for path in recipes], runs[0].url
 
 
 def _places(tree: dict[str, Any], in_pipeline: bool) -> Iterator[tuple[str, str]]:

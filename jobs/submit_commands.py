@@ -85,9 +85,10 @@ def submit_preflight(context: typer.Context, recipe: Path, overrides: list[str],
     job, _ = ray_jobs.submit(cluster, work)
     console.print(f"{job}: submitted to {address}", markup=False)
     facts = _follow(cluster, job, as_json)
-    lines = ray_jobs.logs(cluster, job).splitlines()
-    if as_json and lines and lines[-1].startswith("{"):  # else it ended before it had a result
-        print(lines[-1])
+    if as_json:
+        *_, last = ["", *ray_jobs.logs(cluster, job).splitlines()]
+        if last.startswith("{"):  # else it ended before it had a result
+            print(last)
     _end_as(facts)
 
 

@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from erann_dist.augment import draw_choices
-from erann_dist.events import Event, Started, Step
+from erann_dist.events import Event, Started
 from erann_dist.features import LogMel
 from erann_dist.feed import Fed, feed
 from erann_dist.model import ERANN
 from erann_dist.recipe import AugmentSection, Recipe
 from tests.conftest import small_recipe
-from tests.workers import of_kind, run_workers, train_alone, train_events
+from tests.workers import losses, of_kind, run_workers, train_alone, train_events
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: make test-gpu")
 
@@ -26,10 +26,6 @@ def train_there(recipe: Recipe) -> list[Event]:
     """In a process of its own: DeepSpeed takes only the first process group of one."""
     events: list[Event] = run_workers(train_events, 1, recipe.model_dump(), device=GPU)[0]
     return events
-
-
-def losses(events: list[Event]) -> np.ndarray:
-    return np.array([step.loss for step in of_kind(events, Step)])
 
 
 def test_front_end_and_model_give_what_they_give_on_the_cpu() -> None:

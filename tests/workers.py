@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from erann_dist.distributed import Workers, process_group, single_worker
-from erann_dist.events import Event
+from erann_dist.events import Event, Step
 from erann_dist.recipe import Recipe, parse_recipe
 from erann_dist.training import train
 
@@ -62,6 +63,11 @@ def train_events(workers: Workers, tree: dict[str, Any]) -> list[Event]:
 
 def of_kind(events: list[Event], kind: type[T]) -> list[T]:
     return [event for event in events if isinstance(event, kind)]
+
+
+def losses(events: list[Event]) -> np.ndarray:
+    """Of each step that was logged."""
+    return np.array([step.loss for step in of_kind(events, Step)])
 
 
 def train_alone(recipe: Recipe) -> list[Event]:

@@ -50,6 +50,20 @@ def take_step(engine: Engine, workers: Workers, number: int, factor: float = 1.0
     return total.item()
 
 
+def add_gradients(model: ERANN, workers: Workers, number: int) -> None:
+    """Those of the batches that all workers have in this step."""
+    for rank in range(workers.world_size):
+        inputs, targets = batch(workers.world_size * number + rank)
+        loss_of(model(inputs), targets).backward()
+
+
+def require_moment(moment: str, found: State, adam: torch.optim.Adam, model: ERANN) -> None:
+    expected = {f"{moment}.{name}": adam.state[p][moment] for name, p in model.named_parameters()}
+    rounding = 1e-3 * max(float(value.abs().max()) for value in expected.values())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-2, atol=rounding, msg=name)
+
+
 def check_adam(workers: Workers, kind: str, stage: int) -> None:
     """Betas and weight decay are those of the recipe."""
     settings = {"betas": (0.8, 0.9), "weight_decay": 0.1}
@@ -57,18 +71,13 @@ def check_adam(workers: Workers, kind: str, stage: int) -> None:
     model = new_model()
     adam = torch.optim.Adam(model.parameters(), LR, **settings)  # type: ignore[arg-type]
     for number in range(3):
-        for rank in range(workers.world_size):
-            inputs, targets = batch(workers.world_size * number + rank)
-            loss_of(model(inputs), targets).backward()
+        add_gradients(model, workers, number)
         take_step(engine, workers, number)
         adam.step()
         adam.zero_grad()
     found = state_of(engine)
     for moment in ("exp_avg", "exp_avg_sq"):
-        expected = {f"{moment}.{name}": adam.state[p][moment] for name, p in model.named_parameters()}
-        rounding = 1e-3 * max(float(value.abs().max()) for value in expected.values())
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-2, atol=rounding, msg=name)
+        require_moment(moment, found, adam, model)
     weight = model.fc1.weight.detach()
     torch.testing.assert_close(found["model.fc1.weight"], weight, rtol=0, atol=0.1 * LR)
 
@@ -85,9 +94,7 @@ def check_clipping(workers: Workers, kind: str, stage: int) -> None:
         model = new_model()
         adam = torch.optim.Adam(model.parameters(), LR)
         for number in range(3):
-            for rank in range(workers.world_size):
-                inputs, targets = batch(workers.world_size * number + rank)
-                loss_of(model(inputs), targets).backward()
+            add_gradients(model, workers, number)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm or float("inf"))
             take_step(engine, workers, number)
             torch.testing.assert_close(engine.adam.norm, norm, rtol=1e-3, atol=0)
@@ -95,10 +102,7 @@ def check_clipping(workers: Workers, kind: str, stage: int) -> None:
             adam.step()
             adam.zero_grad()
         found = state_of(engine)
-        expected = {f"exp_avg.{name}": adam.state[p]["exp_avg"] for name, p in model.named_parameters()}
-        rounding = 1e-3 * max(float(value.abs().max()) for value in expected.values())
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-2, atol=rounding, msg=name)
+        require_moment("exp_avg", found, adam, model)
 
 
 def check_not_finite(workers: Workers, kind: str, stage: int) -> None:

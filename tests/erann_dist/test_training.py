@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from erann_dist.distributed import Workers
 from erann_dist.errors import UserError
-from erann_dist.events import Evaluated, Event, Started, Step
+from erann_dist.events import Evaluated, Started
 from erann_dist.manifest import load_manifest
 from erann_dist.recipe import OptimSection
 from erann_dist.schedule import deal, learning_rate, make_sampler
 from erann_dist.training import example_losses, train
 from tests.conftest import pack_here, small_recipe, write_tone_set
-from tests.workers import train_alone, train_on
+from tests.workers import losses, train_alone, train_on
 
 BATCHES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 9)).filter(lambda x: x[0] >= x[2])
 
@@ -83,10 +83,6 @@ def test_losses_of_mixed_labels() -> None:
     torch.testing.assert_close(
         example_losses(logits, shares.float(), "classification").double(), expected, atol=1e-5, rtol=1e-5
     )
-
-
-def losses(events: list[Event]) -> np.ndarray:
-    return np.array([event.loss for event in events if isinstance(event, Step)])
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
