@@ -24,6 +24,8 @@ from erann_dist.errors import UsageError, UserError
 
 # Tells the command's other processes the address of the cluster that its first one has started.
 _EMBEDDED = "ERANN_EMBEDDED_CLUSTER"
+# For all clusters that this process starts: Ray reads it once.
+_TOKEN = secrets.token_hex(32)
 
 
 @contextmanager
@@ -54,6 +56,22 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """Let a cluster that is started here have a token of its own, if the user has set none.
+
+    Ray asks for one while RAY_AUTH_MODE is unset, and sets that. It would leave a token in the home directory, for
+    which every later cluster asks.
+    """
+    added = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN"} - os.environ.keys()
+    os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
 def _require_listening(address: str) -> None:
     """Raise OSError at once when nothing answers at host:port, for which Ray would wait many minutes."""
     host, colon, port = address.rpartition(":")
@@ -82,7 +100,7 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
         "env_vars": WORKER_ENVIRONMENT | {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"},
         "worker_process_setup_hook": "cluster.environment.use_interface_of_node",
     }
-    with nullcontext() if address else _own_folder() as folder:
+    with nullcontext() if address else _own_folder() as folder, nullcontext() if address else _own_token():
         try:
             if address:
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a token in the home directory may be another's
@@ -90,9 +108,6 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
                 with _on_loopback() if address == os.environ.get(_EMBEDDED) else nullcontext():
                     ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
             else:
-                # Ray asks for a token while RAY_AUTH_MODE is unset. This one is the cluster's own: Ray would leave one
-                # in the home directory, for which every later cluster asks.
-                os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
                 with _on_loopback():
                     ray.init(
                         "local",

@@ -87,13 +87,13 @@ def test_stopped_and_run_again(place: Path, undisturbed: str, how: signal.Signal
     running = Running(place, "pretrain", recipe)
     running.wait_for(place / "runs" / name / "checkpoints" / "step-00000004-0001" / "COMMITTED")
     code = running.end(how)
-    assert running.survivors() == []
     assert "Traceback" not in running.text()
     if how == signal.SIGINT:
         assert code == 130
         assert "run the same command again to go on" in running.text()
     assert not (place / "runs" / name / "model").exists()
     erann(place, "pretrain", recipe, "--resume", "must")
+    assert running.survivors() == []  # of the first one; what SIGKILL leaves of Ray takes its time
     expected, found = run_steps(place, undisturbed), run_steps(place, name)
     assert {k: v["loss"] for k, v in found.items()} == {k: v["loss"] for k, v in expected.items()}
     assert all(np.array_equal(v, weights(place, undisturbed)[k]) for k, v in weights(place, name).items())

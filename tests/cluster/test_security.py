@@ -117,6 +117,26 @@ def test_a_run_on_one_machine_is_closed_to_all_others(
     assert not (place / ".ray").exists()
 
 
+TWO_CLUSTERS = """
+import os
+from cluster.embedded import ray_cluster
+for _ in range(2):
+    with ray_cluster():
+        assert len(os.environ["RAY_AUTH_TOKEN"]) == 64
+    print({name for name in os.environ if name.startswith("RAY_AUTH")})
+"""
+
+
+def test_the_token_goes_with_the_cluster(tmp_path: Path) -> None:
+    """What the process does next, at another cluster too, is done without it."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    command = [sys.executable, "-c", TWO_CLUSTERS]
+    done = subprocess.run(command, env=ours | {"HOME": str(tmp_path)}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["set()", "set()"]
+    assert not (tmp_path / ".ray").exists()
+
+
 def gcs_address(family: list[psutil.Process]) -> tuple[str, str] | None:
     """Where the family's Ray cluster is to be reached, and the token for it, once a worker is there."""
     for process in family:
