@@ -30,7 +30,7 @@ from tests.hosts import Host, Network, hosts
 
 T = TypeVar("T")
 
-STEPS = 300
+STEPS = 200
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(Path(__file__).parents[2]),

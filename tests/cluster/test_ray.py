@@ -127,9 +127,9 @@ def test_interrupted_before_the_first_step(place: Path) -> None:
 def test_evaluate_on_one_two_and_three_workers(place: Path, undisturbed: str) -> None:
     model = place / "runs" / undisturbed / "model"
     results = []
-    for workers in (1, 2, 3):
-        out = place / f"evaluation-{workers}"
-        result = erann(place, "evaluate", model, "shards", "--workers", workers, "--out", out)
+    for workers, launcher in enumerate(["none", "ray", "torchrun"], 1):
+        options = ["--workers", workers, "--launcher", launcher, "--out", place / f"evaluation-{workers}"]
+        result = erann(place, "evaluate", model, "shards", *options)
         results.append({k: v for k, v in result.items() if k != "out"})
     assert results[0] == results[1] == results[2]
     assert results[0]["mAP"] == json.loads((model / "metrics.json").read_text())["mAP"]
