@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,18 @@ class Running:
         self.log.flush()
         return Path(self.log.name).read_text()
 
-    def survivors(self) -> list[str]:
+    def survivors(self, agents: bool = True) -> list[str]:
         """What is still running of all that the command ever started, after a grace period.
 
-        After SIGKILL the workers are gone at once; two of Ray's own agents notice it within some 65 s.
+        After SIGKILL the workers are gone at once; Ray's two agents on a node notice it within some 65 s.
+        agents: whether they count.
         """
-        _, alive = psutil.wait_procs(list(self.family.values()), timeout=150)
+        processes = [each for each in self.family.values() if agents or not _is_agent(each)]
+        _, alive = psutil.wait_procs(processes, timeout=150)
         return [" ".join(process.cmdline()) for process in alive if process.is_running()]
+
+
+def _is_agent(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):  # it has ended
+        return process.cmdline()[:1] in (["ray::DashboardAgent"], ["ray::RuntimeEnvAgent"])
+    return False

@@ -81,12 +81,13 @@ def test_packed_on_a_cluster_of_several_nodes(place: Path) -> None:
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_and_run_again(place: Path, how: signal.Signals) -> None:
+def test_stopped_and_run_again(place: Path, killed: list[Running], how: signal.Signals) -> None:
     out = f"stopped-{how.name}"
     running = Running(place, *PACK, "--out", out)
     running.wait_for(place / out / ".pack" / digest(place) / "000000.parquet")
     code = running.end(how)
-    assert running.survivors() == []
+    assert running.survivors(agents=how != signal.SIGKILL) == []
+    killed.append(running)
     assert not (place / out / "manifest.parquet").exists()
     if how == signal.SIGINT:
         assert code == 130
@@ -238,7 +239,7 @@ def stored_names(server: Server, prefix: str) -> list[str]:
     return [each["Key"].removeprefix(f"{prefix}/") for each in answer.get("Contents", ())]
 
 
-def test_killed_in_an_upload_of_many_parts(server: Server, tmp_path: Path) -> None:
+def test_killed_in_an_upload_of_many_parts(server: Server, killed: list[Running], tmp_path: Path) -> None:
     """The incomplete upload is aborted by the next run, which ends with the same bytes."""
     segments, audio, classes = write_tone_set(tmp_path / "set", 48, seconds=10.0)
     pack = ["pack", "audioset", "--segments", segments, "--audio", audio, "--classes", classes, "--codec", "wav"]
@@ -253,7 +254,8 @@ def test_killed_in_an_upload_of_many_parts(server: Server, tmp_path: Path) -> No
         running._watch()
         time.sleep(0.1)
     running.end(signal.SIGKILL)
-    assert running.survivors() == []
+    assert running.survivors(agents=False) == []
+    killed.append(running)
     assert server.unfinished() == ["parts/audioset-000000.tar"]
     server.faults = lambda request: None
     erann(tmp_path, *pack, *out)

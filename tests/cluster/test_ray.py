@@ -80,20 +80,21 @@ def test_the_same_run_without_ray(place: Path, undisturbed: str, launcher: str, 
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_stopped_and_run_again(place: Path, undisturbed: str, how: signal.Signals) -> None:
+def test_stopped_and_run_again(place: Path, undisturbed: str, killed: list[Running], how: signal.Signals) -> None:
     """Nothing survives the command, and the next one ends with the weights of the undisturbed run."""
     name = f"stopped-{how.name}"
     recipe = write_recipe(place, name)
     running = Running(place, "pretrain", recipe)
     running.wait_for(place / "runs" / name / "checkpoints" / "step-00000004-0001" / "COMMITTED")
     code = running.end(how)
+    assert running.survivors(agents=how != signal.SIGKILL) == []
+    killed.append(running)
     assert "Traceback" not in running.text()
     if how == signal.SIGINT:
         assert code == 130
         assert "run the same command again to go on" in running.text()
     assert not (place / "runs" / name / "model").exists()
     erann(place, "pretrain", recipe, "--resume", "must")
-    assert running.survivors() == []  # of the first one; what SIGKILL leaves of Ray takes its time
     expected, found = run_steps(place, undisturbed), run_steps(place, name)
     assert {k: v["loss"] for k, v in found.items()} == {k: v["loss"] for k, v in expected.items()}
     assert all(np.array_equal(v, weights(place, undisturbed)[k]) for k, v in weights(place, name).items())
