@@ -25,7 +25,7 @@ test: setup
 
 # Much of these tests' time is waiting for processes that start and end: two files of them at a time.
 test-cluster: setup
-	$(BIN)/pytest tests/cluster --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 60
+	$(BIN)/pytest tests/cluster --numprocesses 2 --dist loadfile --durations 60
 
 # On a machine with an NVIDIA GPU. Continuous integration has none.
 test-gpu: setup
