@@ -84,7 +84,8 @@ def bench_kills(shards: str, kills: int, seed: int, steps: int, every: float | N
     rows: list[Row] = []
     goodputs: list[float] = []
     starts = 0
-    scratch_folder = tempfile.TemporaryDirectory(prefix="erann-", ignore_cleanup_errors=True)
+    # A short name: in a folder whose path is long there would be no room for the paths of Ray's sockets.
+    scratch_folder = tempfile.TemporaryDirectory(prefix="", ignore_cleanup_errors=True)
     with scratch_folder as scratch, _Family() as family:
         # What killed processes leave, Ray's too, is there. An address would take the place of an embedded cluster.
         os.environ["TMPDIR"] = scratch
