@@ -20,6 +20,7 @@ import ray
 from ray._private import ray_constants  # private: the test of what listens where fails when it moves
 
 from cluster.environment import WORKER_ENVIRONMENT
+from cluster.notice import notice_kept
 from erann_dist.errors import UsageError, UserError
 
 # Tells the command's other processes the address of the cluster that its first one has started.
@@ -105,10 +106,10 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
             if address:
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a token in the home directory may be another's
                 _require_listening(address)
-                with _on_loopback() if address == os.environ.get(_EMBEDDED) else nullcontext():
+                with notice_kept(), _on_loopback() if address == os.environ.get(_EMBEDDED) else nullcontext():
                     ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
             else:
-                with _on_loopback():
+                with notice_kept(), _on_loopback():
                     ray.init(
                         "local",
                         num_cpus=max(cpus, len(os.sched_getaffinity(0))),

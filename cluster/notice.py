@@ -39,3 +39,14 @@ def signals_as_notice() -> Iterator[Notice]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def notice_kept() -> Iterator[None]:
+    """What starts in here may handle SIGTERM itself, as Ray does, but not in place of `signals_as_notice`."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if isinstance(before, _Note):
+            signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,6 @@
 """What a submitted job brings to the cluster: this program's source, and the files that its command reads."""
 
+import hashlib
 import importlib.metadata
 import platform
 import re
@@ -22,7 +23,18 @@ BY_PIP = ("torch", "torchaudio", "deepspeed")
 class Package:
     """A working directory in the making: each file's name in it, and where it is here."""
 
-    files: dict[str, Path]
+    source: dict[str, Path]  # of this program
+    read: dict[str, Path]  # what the command reads
+
+    @property
+    def files(self) -> dict[str, Path]:
+        return self.source | self.read
+
+    @property
+    def read_sha256(self) -> str:
+        """Of the files that the command reads, and their names: by it two commands are the same."""
+        digests = [f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}" for name, path in self.read.items()]
+        return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -44,7 +56,7 @@ def make_package(files: dict[str, Path]) -> Package:
         for path in sorted((_ROOT / name).rglob("*"))
         if path.suffix in _SUFFIXES and path.is_file()
     }
-    package = Package(source | files)
+    package = Package(source, files)
     sizes = package.sizes
     if sum(sizes.values()) > _LIMIT:
         largest = ", ".join(f"{name} ({size / 2**20:,.0f} MiB)" for name, size in list(sizes.items())[:3])

@@ -92,9 +92,9 @@ def run_on_ray(
         _lost_cluster_in_one_line(),
         redirect_stdout(sys.stderr),  # Ray writes of lost workers there, where only the command's result belongs
         scratch as storage,
+        notices as stop,  # until Ray has ended: another SIGTERM would cut it off
         ray_cluster(address, least) as embedded,
         open_board() as board,
-        notices as stop,  # behind Ray's start, which handles SIGTERM itself
     ):
         if run:
             on_event = with_gauges(on_event, run)

@@ -36,7 +36,10 @@ from erann_dist.errors import UsageError, UserError
 _PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's own, in its order
-_RUN = "erann_run"  # the job's metadata: the run that it is
+_RUN = "erann_run"  # the job's metadata: the run that it is,
+_READ = "erann_read_sha256"  # and the recipes that it was sent with
+_PORTS = {"http": 80, "https": 443, "ray": 10001}
+_MARK = "cluster/job"  # in a package: a file that no other has
 _STOP_S = 120  # that a job has to save its checkpoint when it is stopped; Ray's own 3 are too few
 _ANSWER_S = 10.0
 _SILENCE_S = 60.0  # without a line, after which a connection may be dead, and is made anew
@@ -106,14 +109,12 @@ def connect(address: str | None) -> Cluster:
     if address is None:
         raise UsageError("which cluster? Give --address http://HEAD:8265, or set RAY_ADDRESS to it")
     parts = urlsplit(address)
-    if parts.scheme not in ("http", "https", "ray") or not parts.hostname:
+    if parts.scheme not in _PORTS or not parts.hostname:
         raise UsageError(f"{address}: is no cluster's address; http://HEAD:8265 is one, or ray://HEAD:10001")
     for name in _ADDRESSES:  # Ray would prefer them to the address that is asked for
         os.environ.pop(name, None)
     with _in_one_line(address):
-        ports = {"http": 80, "https": 443, "ray": 10001}
-        # Ray itself waits for minutes where nothing answers.
-        socket.create_connection((parts.hostname, parts.port or ports[parts.scheme]), timeout=_ANSWER_S).close()
+        _require_answer(address)
         try:
             client = JobSubmissionClient(address)
         except RuntimeError as error:
@@ -124,6 +125,12 @@ def connect(address: str | None) -> Cluster:
     if theirs.split(".")[:2] != ours.split(".")[:2]:
         raise UserError(f"{address}: Ray {theirs} runs there, and {ours} here; install the cluster's version here")
     return Cluster(address, client)
+
+
+def _require_answer(url: str) -> None:
+    """Raise OSError at once where nothing answers; Ray itself would wait for minutes."""
+    parts = urlsplit(url)
+    socket.create_connection((str(parts.hostname), parts.port or _PORTS[parts.scheme]), timeout=_ANSWER_S).close()
 
 
 @contextmanager
@@ -167,39 +174,63 @@ def _line(error: Exception) -> str:
 def submit(cluster: Cluster, work: Submission) -> tuple[str, bool]:
     """Send it, unless a job that trains the same run is on its way; the job's id, and whether it is new.
 
-    Raises UserError, also when that job trains it by another command.
+    Raises UserError, also when that job trains it by another command or other recipes.
     """
-    with _in_one_line(cluster.address), tempfile.TemporaryDirectory(prefix="erann-submit-") as folder:
+    with tempfile.TemporaryDirectory(prefix="erann-submit-") as folder:
         work.package.write(Path(folder))
         deadline = time.monotonic() + _AGENT_S
         while True:
-            jobs = cluster.client.list_jobs()
+            with _in_one_line(cluster.address):
+                jobs = cluster.client.list_jobs()
             for job in jobs:
                 if work.trains and run_of(job) == work.what and not job.status.is_terminal():
-                    if job.entrypoint != work.entrypoint:
-                        raise UserError(
-                            f"{work.run}: job {job.submission_id} trains it already, by another command: "
-                            f"{job.entrypoint}; stop it first (erann jobs stop {job.submission_id}), or give another "
-                            "run.name"
-                        )
+                    _require_same(job, work)
                     return str(job.submission_id), False
             taken = {job.submission_id for job in jobs}
             job_id = next(name for i in count(1) if (name := f"{_stem(work)}-{i}") not in taken)
             # Ray keeps packages by their content, and drops one with the last job that has it: at that moment this job
             # would find it there and then not any more. So each has its own.
-            Path(folder, "job").write_text(job_id)
+            Path(folder, _MARK).write_text(job_id)
             try:
-                return cluster.client.submit_job(
-                    entrypoint=work.entrypoint,
-                    submission_id=job_id,
-                    runtime_env=work.runtime_env | {"working_dir": folder},
-                    metadata={_RUN: work.what},
-                ), True
-            except RuntimeError as error:
-                if "No available agent" in str(error) and time.monotonic() < deadline:  # the cluster has just come up
-                    time.sleep(_POLL_S)
-                elif "already exists" not in str(error):  # else somebody sent it at the same moment
+                with _in_one_line(cluster.address):
+                    return _send(cluster, work, job_id, folder), True
+            except _Again:
+                if time.monotonic() > deadline:
                     raise
+                time.sleep(_POLL_S)
+
+
+class _Again(UserError):
+    """It may be taken at another try."""
+
+
+def _send(cluster: Cluster, work: Submission, job_id: str, folder: str) -> str:
+    try:
+        return cluster.client.submit_job(
+            entrypoint=work.entrypoint,
+            submission_id=job_id,
+            runtime_env=work.runtime_env | {"working_dir": folder},
+            metadata={_RUN: work.what, _READ: work.package.read_sha256},
+        )
+    except RuntimeError as error:
+        # The cluster has just come up, or somebody sent it at the same moment.
+        if any(reason in str(error) for reason in ("No available agent", "already exists")):
+            raise _Again(f"{cluster.address}: {_line(error)}") from error
+        raise
+
+
+def _require_same(job: JobDetails, work: Submission) -> None:
+    """Raise UserError when a job that trains the run of this work does so by other settings."""
+    if job.entrypoint != work.entrypoint:
+        how = f"another command: {job.entrypoint}"
+    elif (job.metadata or {}).get(_READ) != work.package.read_sha256:
+        how = "the same command, but the recipes here have changed since"
+    else:
+        return
+    raise UserError(
+        f"{work.run}: job {job.submission_id} trains it already, by {how}; stop it first "
+        f"(erann jobs stop {job.submission_id}), or give another run.name"
+    )
 
 
 def _stem(work: Submission) -> str:
@@ -254,8 +285,7 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], tell: Cal
     lost_at: float | None = None
     while True:
         try:
-            parts = urlsplit(cluster.client.get_address())
-            socket.create_connection((str(parts.hostname), parts.port or 80), timeout=_ANSWER_S).close()
+            _require_answer(cluster.client.get_address())
             status = _status(cluster, job_id)
             if lost_at is not None:
                 tell(f"connected again to {cluster.address}")

@@ -184,15 +184,15 @@ def study(
                     "study transfer needs recipes of erann finetune, and --from: the pretrained model or run to "
                     "fine-tune from, or none"
                 )
-            variants = variant or studies.transfer_variants(init)
-            result = studies.run_transfer(paths, variants, init, overrides, seeds, address, view)
+            rows = studies.transfer_rows(variant, init)
+            result = studies.run_transfer(paths, rows, overrides, seeds, address, view)
         else:
             if len(paths) != 1 or init:
                 raise UsageError(f"study {kind} takes one recipe of erann pretrain, and no --from")
             if kind == "augmentation" and variant:
                 raise UsageError("study augmentation takes no --variant; its rows are the paper's, each of a variant")
-            rows = studies.augmentation_rows() if kind == "augmentation" else studies.hyperparameter_rows(variant)
-            result = studies.run_grid(kind, rows, paths[0], overrides, seeds, address, view)
+            grid = studies.augmentation_rows() if kind == "augmentation" else studies.hyperparameter_rows(variant)
+            result = studies.run_grid(kind, grid, paths[0], overrides, seeds, address, view)
     show(result, as_json, study_page)
     if result["failed"]:
         raise typer.Exit(1)

@@ -103,12 +103,11 @@ def run_all(recipes: dict[str, Recipe], address: str | None, on_event: Tell) -> 
             except UserError as error:
                 ended[name] = Ended(why=str(error))
     if waiting := {name: recipe for name, recipe in recipes.items() if name not in ended}:
-        with _cluster(waiting, address) as (found, room):
+        with signals_as_notice() as notice, _cluster(waiting, address) as (found, room):
             _ready_to_fork()
-            with signals_as_notice() as notice:
-                ended |= _run(waiting, found, room, on_event, notice)
-                if (reason := notice()) and not all(name in ended and ended[name].outcome for name in waiting):
-                    raise Stopped(f"{reason}: the checkpoint of each run is saved")
+            ended |= _run(waiting, found, room, on_event, notice)
+            if (reason := notice()) and not all(name in ended and ended[name].outcome for name in waiting):
+                raise Stopped(f"{reason}: the checkpoint of each run is saved")
     return ended
 
 
@@ -217,19 +216,24 @@ def _train(tree: dict[str, Any], address: str | None, pipe: Connection) -> None:
     """A run's process: its events and its end go into the pipe."""
     end_with_parent()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # only the command's result belongs there
+    # To the end of this process: it is told to stop more than once, by the command and by what stops the command.
+    with signals_as_notice():
+        pipe.send(_outcome(tree, address, pipe))
+
+
+def _outcome(tree: dict[str, Any], address: str | None, pipe: Connection) -> Ended:
     try:
-        ended = Ended(pretrain(parse_recipe(tree, "recipe"), "auto", address, pipe.send))
+        return Ended(pretrain(parse_recipe(tree, "recipe"), "auto", address, pipe.send))
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
         helps: _Helps = next((what for kind, what in _HELPS.items() if isinstance(error, kind)), "")
-        ended = Ended(why=str(error), then=helps)
+        return Ended(why=str(error), then=helps)
     except OSError as error:
-        ended = Ended(why=in_one_line(error), then="again")
+        return Ended(why=in_one_line(error), then="again")
     except Exception as error:
         traceback.print_exc()
-        ended = Ended(why=f"{type(error).__name__}: {error}", then="again")
-    pipe.send(ended)
+        return Ended(why=f"{type(error).__name__}: {error}", then="again")
 
 
 def _hear(name: str, each: _Going, on_event: Tell) -> None:

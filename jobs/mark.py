@@ -23,7 +23,7 @@ class Mark:
 def require_own(folder: Folder, mark: Mark) -> None:
     """Raise UserError when the folder holds something else."""
     if folder.exists(LOG):
-        raise UserError(f"{folder}: is the folder of a run; give this study another run.name")
+        raise UserError(f"{folder}: is the folder of a run; give this one another run.name")
     found = _read(folder)
     if found and (found.kind, found.of) != (mark.kind, mark.of):
         raise UserError(f"{folder}: holds a study of {found.of} ({found.kind}); give this one another run.name")

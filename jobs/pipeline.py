@@ -16,6 +16,7 @@ from erann_dist.model_folder import ModelInfo, require_beginning
 from erann_dist.recipe import Place, Recipe, Section, check, load_recipe, read_tree
 from jobs.finetune import check_folds, finetune
 from jobs.fleet import check_runs
+from jobs.mark import Mark, require_own
 from jobs.pretrain import pretrain
 from jobs.progress import FleetView, RunView, console
 from jobs.protocol import CrossValidation, load_cross_validation, untrained
@@ -63,6 +64,7 @@ def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan
     """
     pipeline = check(Pipeline, read_tree(path, overrides), str(path))
     folder = pipeline.run.url
+    require_own(open_folder(folder), Mark("pipeline", str(path)))
     place = f"run.dir={json.dumps(folder)}"
     recipe = load_recipe(find_recipe(Path(pipeline.pretrain.recipe)), [*pipeline.pretrain.settings(), place])
     if recipe.run.launcher == "torchrun":
@@ -95,8 +97,8 @@ def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan
 
 def run_pipeline(plan: Plan, address: str | None) -> dict[str, Any]:
     """All stages, those that are finished not again, and the report. What they came to. Raises UserError."""
-    # Behind Ray's start, which handles SIGTERM itself. A notice that comes as one stage ends holds for the next.
-    with _cluster(plan, address), signals_as_notice():
+    # A notice that comes as one stage ends holds for the next.
+    with signals_as_notice(), _cluster(plan, address):
         console.print(f"1 of 2  pretrain {plan.pretrain.model.variant}, and evaluate it", style="bold")
         with RunView() as view:
             pretrained = pretrain(plan.pretrain, "auto", address, view)

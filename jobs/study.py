@@ -86,7 +86,7 @@ def hyperparameter_rows(variants: Iterable[str] | None = None) -> list[Row]:
     known = paper.HYPERPARAMETERS
     rows = []
     for variant in variants or known:
-        published = known[variant].mean_ap if variant in known else None
+        published = known.get(variant)
         rows.append(Row(variant, [f"model.variant={variant}"], {"variant": variant}, published))
     return rows
 
@@ -231,44 +231,54 @@ def _speed(model: ERANN, batch: int, frames: int) -> float:
     return round(batch / statistics.median(took[1:]), 2)
 
 
-def transfer_variants(pretrained: str) -> list[str]:
-    """Those of which the paper has the figures from scratch, and unless that is all that is asked for fine-tuned."""
-    figures = paper.ACCURACY["esc50"].items()
-    return [variant for variant, each in figures if each.scratch and (pretrained == "none" or each.finetuned)]
+def transfer_rows(variants: list[str] | None, pretrained: str) -> list[tuple[str, str]]:
+    """Variants with what they begin with, none or a pretrained model. Raises UsageError.
+
+    variants: each from scratch and fine-tuned; if not given, those rows of which the paper has figures.
+    pretrained: a folder whose runs have the variants' names, such as a hyperparameter study's; {variant} in it is
+    replaced by the variant. none: from scratch alone.
+    """
+    figures = paper.ACCURACY["esc50"]
+    _require_distinct("--variant", variants or [])
+    rows = [
+        (variant, init)
+        for variant in variants or figures
+        for init in dict.fromkeys(["none", pretrained.replace("{variant}", variant)])
+    ]
+    if variants:
+        return rows
+    return [
+        (variant, init)
+        for variant, init in rows
+        if (figures[variant].scratch if init == "none" else figures[variant].finetuned) is not None
+    ]
 
 
 def run_transfer(
     paths: list[Path],
-    variants: list[str],
-    pretrained: str,
+    rows: list[tuple[str, str]],
     overrides: list[str],
     seeds: list[int],
     address: str | None,
     on_event: Tell,
 ) -> dict[str, Any]:
-    """Each data set with each variant, from scratch and fine-tuned; the table. Raises UserError.
-
-    pretrained: a folder whose runs have the variants' names, such as a hyperparameter study's; {variant} in it is
-    replaced by the variant. none: from scratch alone.
-    """
+    """Each data set with each of `transfer_rows`; the table. Raises UserError."""
     _require_free("transfer", overrides, {"model.variant", "model.init", "run.seed"})
-    _require_distinct("--variant", variants)
     _require_distinct("--seed", seeds)
     _require_distinct("recipes of one name", [path.stem for path in paths])
     run = check(RunSection, read_tree(paths[0], ["run.name=transfer", *overrides])["run"], f"{paths[0]}: run")
     place = run.url
     # A row of the table, by its name, is a cross-validation with each seed.
-    rows: dict[str, list[CrossValidation]] = {}
+    repeated: dict[str, list[CrossValidation]] = {}
     for path in paths:
-        for variant in variants:
-            for init in dict.fromkeys(["none", pretrained.replace("{variant}", variant)]):
-                row = f"{path.stem}-{variant}-{'scratch' if init == 'none' else 'finetuned'}"
-                rows[row] = []
-                for seed in seeds:
-                    settings = [*overrides, f"model.variant={variant}", f"run.seed={seed}"]
-                    settings += [f"run.dir={json.dumps(place)}", f"run.name={row}-seed{seed}"]
-                    rows[row].append(load_cross_validation(path, settings, init))
-    validations = [validation for row in rows.values() for validation in row]
+        for variant, init in rows:
+            row = f"{path.stem}-{variant}-{'scratch' if init == 'none' else 'finetuned'}"
+            repeated[row] = []
+            for seed in seeds:
+                settings = [*overrides, f"model.variant={variant}", f"run.seed={seed}"]
+                settings += [f"run.dir={json.dumps(place)}", f"run.name={row}-seed{seed}"]
+                repeated[row].append(load_cross_validation(path, settings, init))
+    validations = [validation for row in repeated.values() for validation in row]
     folder = open_folder(place)
     mark = Mark("transfer", ", ".join(sorted({validation.data_set for validation in validations})))
     require_own(folder, mark)
@@ -276,9 +286,9 @@ def run_transfer(
     with only_one(folder):
         write_mark(folder, mark)
         measure = _Measure(folder)
-        measured = {row: measure.of(each[0].variant, each[0].clips) for row, each in rows.items()}
+        measured = {row: measure.of(each[0].variant, each[0].clips) for row, each in repeated.items()}
         outcomes = {each["name"]: each for each in finetune(validations, address, on_event)}
-        table = [_transfer_line(row, measured[row], [outcomes[v.name] for v in each]) for row, each in rows.items()]
+        table = [_transfer_line(row, measured[row], [outcomes[v.name] for v in each]) for row, each in repeated.items()]
         failed = {f"{name}/fold-{f['fold']}": f["why"] for name, each in outcomes.items() for f in each["failed"]}
         notes = [f"{name}: not counted, as folds of it failed" for name, each in outcomes.items() if each["failed"]]
         return _write(folder, "transfer", run.name, table, failed, notes, measure.on)

@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from cluster.package import make_package
 from cluster.submit import Dependencies, Submission
 from erann_dist.errors import UsageError
-from erann_dist.recipe import check, load_recipe, read_section, read_tree
+from erann_dist.recipe import RunSection, check, load_recipe, read_section, read_tree
 from jobs.pipeline import Pipeline
 from jobs.protocol import read_design
 from jobs.recipes import find_recipe
@@ -57,7 +57,9 @@ def prepare(context: typer.Context, arguments: list[str], dependencies: Dependen
             sent[str(path)] = packed
     for part in parts:
         tree = read_tree(find_recipe(part.path), part.settings)
-        for key, place in _places(tree, part.in_pipeline):
+        for key, place in _places(tree):
+            if part.in_pipeline and key == "run.dir":
+                continue
             _refuse_relative(f"{part.path}: {key}", place)
         also = [part.path] if part.in_pipeline and part.path.exists() else []
         for path in [*also, *_lists_of_keys(tree)]:
@@ -72,8 +74,13 @@ def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[
     if name == "pipeline":
         pipeline = check(Pipeline, read_tree(find_recipe(recipes[0]), overrides), str(recipes[0]))
         _refuse_relative(f"{recipes[0]}: run.dir", pipeline.run.dir)
-        stages = [pipeline.pretrain, *pipeline.finetune]
-        parts = [_Part(Path(stage.recipe), stage.settings(), in_pipeline=True) for stage in stages]
+        first = pipeline.pretrain
+        recipe = load_recipe(find_recipe(Path(first.recipe)), first.settings())
+        _require_ray(first.recipe, recipe.run)
+        for stage in pipeline.finetune:
+            settings = [f"model.variant={recipe.model.variant}", *stage.settings()]
+            _require_ray(stage.recipe, read_design(find_recipe(Path(stage.recipe)), settings, None).run)
+        parts = [_Part(Path(each.recipe), each.settings(), in_pipeline=True) for each in (first, *pipeline.finetune)]
         return parts, pipeline.run.url
     is_transfer = typed.get("kind") == "transfer"
     named = ["run.name=transfer", *overrides] if is_transfer else overrides
@@ -81,13 +88,17 @@ def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[
     for path in recipes:
         found = find_recipe(path)
         design = read_design(found, named, None) if is_transfer or name == "finetune" else load_recipe(found, named)
-        if design.run.launcher != "ray":
-            raise UsageError(f"{path}: run.launcher {design.run.launcher}: a cluster's runs are launched by ray")
+        _require_ray(path, design.run)
         runs.append(design.run)
     return [_Part(path, overrides) for path in recipes], runs[0].url
 
 
-def _places(tree: dict[str, Any], in_pipeline: bool) -> Iterator[tuple[str, str]]:
+def _require_ray(recipe: str | Path, run: RunSection) -> None:
+    if run.launcher != "ray":
+        raise UsageError(f"{recipe}: run.launcher {run.launcher}: a cluster's runs are launched by ray")
+
+
+def _places(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The keys that say where things are, and their values."""
     sections = {name: read_section(tree, name, "recipe") for name in ("data", "protocol", "model", "run")}
     for key in ("train", "eval"):
@@ -96,10 +107,9 @@ def _places(tree: dict[str, Any], in_pipeline: bool) -> Iterator[tuple[str, str]
             yield f"data.{key}", str(url)
     if "shards" in sections["protocol"]:
         yield "protocol.shards", str(sections["protocol"]["shards"])
-    if not in_pipeline:
-        yield "run.dir", str(sections["run"].get("dir", "runs"))
-        if sections["model"].get("init", "none") != "none":
-            yield "model.init", str(sections["model"]["init"])
+    yield "run.dir", str(sections["run"].get("dir", "runs"))
+    if sections["model"].get("init", "none") != "none":
+        yield "model.init", str(sections["model"]["init"])
 
 
 def _sources(data: dict[str, Any], key: str) -> list[Any]:

@@ -60,9 +60,7 @@ def submit(
         show(_plan(work), as_json, package_page)
         return
     cluster = ray_jobs.connect(address)
-    console.print(_package_line(work.package.sizes), markup=False)
-    if work.kept_here:
-        console.print(f"not sent: {', '.join(work.kept_here)}; the nodes need credentials of their own", markup=False)
+    _tell_what_is_sent(work)
     job, is_new = ray_jobs.submit(cluster, work)
     console.print(f"{job}: {'submitted' if is_new else 'is on its way already; not sent again'}", markup=False)
     result = {"job": job, "new": is_new, "run": work.run, "address": cluster.address}
@@ -82,6 +80,7 @@ def submit_preflight(context: typer.Context, recipe: Path, overrides: list[str],
 
     work = prepare(context, ["preflight", str(recipe), *overrides, *(["--json"] if as_json else [])], "image")
     cluster = ray_jobs.connect(address)
+    _tell_what_is_sent(work)
     job, _ = ray_jobs.submit(cluster, work)
     console.print(f"{job}: submitted to {address}", markup=False)
     facts = _follow(cluster, job, as_json)
@@ -200,6 +199,11 @@ def _plan(work: Any) -> dict[str, Any]:
     }
 
 
-def _package_line(sizes: dict[str, int]) -> str:
+def _tell_what_is_sent(work: Any) -> None:
+    sizes = work.package.sizes
     largest = ", ".join(f"{name} {size / 1e3:,.0f} kB" for name, size in list(sizes.items())[:3])
-    return f"package: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; the largest: {largest}"
+    console.print(
+        f"package: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; the largest: {largest}", markup=False
+    )
+    if work.kept_here:
+        console.print(f"not sent: {', '.join(work.kept_here)}; the nodes need credentials of their own", markup=False)

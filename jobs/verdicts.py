@@ -112,7 +112,8 @@ def nodes_verdict(
     if crew:
         found += f" on {count(len(set(crew)), 'node')}"
     if gpus:
-        found += f": {', '.join(sorted({gpu.name for gpu in gpus.values()}))}"
+        names = ", ".join(sorted({gpu.name for gpu in gpus.values()}))
+        found += f": {names}, {_range([gpu.free / 1e9 for gpu in gpus.values()], 'GB')} free"
     figures = {
         "nodes": [
             {"address": n.address, "hostname": n.hostname, "workers": crew.count(n), "resources": n.resources}
@@ -120,6 +121,10 @@ def nodes_verdict(
         ],
         "workers": len(crew),
         "cores": {str(node): there.cores for node, there in facts.items()},
+        "gpus": [
+            {"node": str(crew[rank]), "name": gpu.name, "free": gpu.free, "total": gpu.total}
+            for rank, gpu in gpus.items()
+        ],
     }
     return judge("nodes", found, problems, **figures)
 
@@ -149,8 +154,11 @@ def _differences(here: Facts, there: Facts) -> tuple[list[str], list[str]]:
     if here.python.split(".")[:2] != there.python.split(".")[:2]:
         wrong.append(f"Python {there.python}, here {here.python}")
     for name, version in here.versions.items():
-        if there.versions[name] != version:
-            (doubtful if name == "torchaudio" else wrong).append(f"{name} {there.versions[name]}, here {version}")
+        other = there.versions[name]
+        if other != version:
+            is_other_build = other.partition("+")[0] == version.partition("+")[0]
+            may_be_right = is_other_build or name == "torchaudio"
+            (doubtful if may_be_right else wrong).append(f"{name} {other}, here {version}")
     if here.cuda != there.cuda:
         doubtful.append(f"torch for CUDA {there.cuda or 'none'}, here {here.cuda or 'none'}")
     files = here.files.keys() | there.files.keys()

@@ -25,6 +25,8 @@ from erann_dist.folder import LocalFolder
 from erann_dist.run_log import read_log
 from tests.commands import Running, erann
 from tests.conftest import small_recipe
+from tests.folded import write_folded_set, write_protocol
+from tests.jobs.test_pipeline import write_pipeline
 
 SECRET = "wJalrXUtnFEMI-not-to-be-seen"
 
@@ -243,7 +245,52 @@ def test_two_at_the_same_moment(place: Path, tone_shards: Path, ray: Nodes) -> N
     assert {each["new"] for each in jobs} == {True, False}
     refused = erann(place, *command[:3], "optim.lr=0.1", "--address", ray.address, code=1)
     assert f"job {jobs[0]['job']} trains it already, by another command: " in refused
+    (place / recipe).write_text((place / recipe).read_text() + "# another\n")
+    refused = erann(place, *command[:3], "--address", ray.address, code=1)
+    assert "by the same command, but the recipes here have changed since" in refused
     erann(place, "jobs", "stop", jobs[0]["job"], "--address", ray.address)
+
+
+def test_a_cross_validation_that_is_stopped_goes_on(place: Path, ray: Nodes) -> None:
+    """Its folds save their checkpoints, although Ray tells every process of the job to end."""
+    shards = write_folded_set(place / "set", [1, 2])
+    sections = {"optim": {"examples": 16 * 60}, "evaluate": {"every": 60, "pad_s": 1}, "checkpoint": {"every": 60}}
+    write_protocol(place / "tones.yaml", shards, run={"launcher": "ray"}, **sections)
+    folds = [place / "runs" / "tones" / f"fold-{fold}" for fold in (1, 2)]
+
+    def lines(fold: Path, event: str) -> list[dict[str, Any]]:
+        return [line for line in read_log(LocalFolder(str(fold))) if line["event"] == event] if fold.exists() else []
+
+    command = ["submit", "finetune", "tones.yaml", "--from", "none", "--address", ray.address]
+    job = erann(place, *command, "--detach")["job"]
+    wait_until(lambda: all(lines(fold, "Step") for fold in folds), "a step of each fold")
+    assert erann(place, "jobs", "stop", job, "--address", ray.address)["status"] == "STOPPED"
+    done = [lines(fold, "Step")[-1]["step"] for fold in folds]
+    assert all(lines(fold, "Ended")[-1]["told"] for fold in folds), [lines(fold, "Ended") for fold in folds]
+    assert max(done) < 60
+    assert erann(place, *command)["status"] == "SUCCEEDED"
+    assert [lines(fold, "Started")[-1]["step"] for fold in folds] == done  # no step is lost
+    result = json.loads((place / "runs" / "tones" / "results.json").read_text())
+    assert [fold["fold"] for fold in result["folds"]] == [1, 2]
+
+
+def test_a_pipeline(place: Path, ray: Nodes) -> None:
+    """From pretraining to the report, as one job."""
+    shards = write_folded_set(place / "set", [1, 2])
+    path = write_pipeline(place, shards).relative_to(place)
+    tree = yaml.safe_load((place / path).read_text())
+    for stage in (tree["pretrain"], *tree["finetune"]):
+        stage["recipe"] = Path(stage["recipe"]).name  # they go along
+        stage["set"] = {"run": {"launcher": "ray"}}
+    (place / path).write_text(yaml.safe_dump(tree))
+    submitted = erann(place, "submit", "pipeline", path, "--address", ray.address)
+    assert submitted["status"] == "SUCCEEDED"
+    assert submitted["run"] == str(place / "runs" / "all")
+    for validation in ("one", "two"):
+        result = json.loads((place / "runs" / "all" / validation / "results.json").read_text())
+        assert len(result["folds"]) == 2
+        assert result["init"] == str(place / "runs/all/first/model")
+    assert (place / "runs/all/report.html").exists()
 
 
 def test_a_job_of_an_odd_name(place: Path, ray: Nodes) -> None:

@@ -68,6 +68,14 @@ def test_what_is_wrong_with_a_later_stage_shows_first(
     assert not (tmp_path / "runs/all").exists()
 
 
+def test_a_folder_that_is_a_runs(shards: Path, tmp_path: Path) -> None:
+    path = write_pipeline(tmp_path, shards)
+    (tmp_path / "runs/all").mkdir(parents=True)
+    (tmp_path / "runs/all/metrics.jsonl").touch()
+    with pytest.raises(UserError, match="runs/all: is the folder of a run; give this one another run.name"):
+        load_pipeline(path, [], None)
+
+
 def test_the_cluster_is_large_enough_for_each_stage(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

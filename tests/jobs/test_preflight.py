@@ -88,6 +88,8 @@ def test_clocks(seconds: float, within: float, state: str) -> None:
         ({"versions": HERE.versions | {"ray": "2.59.0"}}, "failed", "ray 2.59.0, here 2.60.0"),
         ({"versions": HERE.versions | {"torchaudio": "2.11.1"}}, "warning", "torchaudio 2.11.1, here 2.11.0"),
         ({"cuda": None}, "warning", "torch for CUDA none, here 13.0"),
+        ({"versions": HERE.versions | {"torch": "2.11.0+cpu"}}, "warning", "torch 2.11.0\\+cpu, here 2.11.0"),
+        ({"versions": HERE.versions | {"torch": "2.10.0+cpu"}}, "failed", "torch 2.10.0\\+cpu, here 2.11.0"),
         ({"files": {"a.py": "1"}, "folder": "/old"}, "failed", "/old, here .* in /app; a.py differs"),
         ({"files": {"a.py": "0", "b.py": "1", "c.py": "1"}}, "failed", "b.py and 1 more differ"),
     ],
@@ -107,6 +109,8 @@ def test_memory_of_a_gpu_that_another_process_holds() -> None:
     gpus = dict.fromkeys(range(4), GPU) | {2: replace(GPU, free=60 * 10**9)}
     verdict = nodes_verdict(recipe, {"CPU": 1.0, "GPU": 1.0}, [A, B], [A] * 4, None, {A: HERE, B: HERE}, gpus, [])
     assert verdict.state == "warning"
+    assert verdict.found.endswith(": H200, 60.0 to 140.0 GB free")
+    assert verdict.figures["gpus"][2] == {"node": str(A), "name": "H200", "free": 60 * 10**9, "total": 141 * 10**9}
     assert texts(verdict) == [
         "10.0.0.1 (gpu-1): 81.0 GB of the 141.0 GB of its H200 are in use already",
         "10.0.0.1 (gpu-1): 4 workers with data.loader_threads=3 for 8 cores",

@@ -55,7 +55,8 @@ def tell(name: str, event: Event) -> None:
 
 
 def transfer(path: Path, model: str, *overrides: str, seeds: tuple[int, ...] = (0,)) -> dict[str, Any]:
-    return study.run_transfer([path], ["ERANN-3-1"], model, list(overrides), list(seeds), None, tell)
+    rows = study.transfer_rows(["ERANN-3-1"], model)
+    return study.run_transfer([path], rows, list(overrides), list(seeds), None, tell)
 
 
 def test_the_augmentation_study(
@@ -187,10 +188,13 @@ def test_only_whole_cross_validations_count() -> None:
     assert (line["seeds"], line["comparable"]) == (2, False)
 
 
-def test_variants_of_which_the_paper_has_figures() -> None:
-    assert study.transfer_variants("runs/{variant}") == ["ERANN-2-4", "ERANN-2-5"]
-    scratch = ["ERANN-0-3", "ERANN-1-3", "ERANN-0-4", "ERANN-1-4", "ERANN-2-4", "ERANN-2-5"]
-    assert study.transfer_variants("none") == scratch
+def test_the_papers_rows() -> None:
+    """Its tables on the small data sets: six variants from scratch, five fine-tuned."""
+    scratch = [(f"ERANN-{v}", "none") for v in ("0-3", "1-3", "0-4", "1-4", "2-4", "2-5")]
+    finetuned = [(f"ERANN-{v}", f"runs/ERANN-{v}") for v in ("2-4", "2-5", "0-6", "1-6", "2-6")]
+    assert study.transfer_rows(None, "none") == scratch
+    assert sorted(study.transfer_rows(None, "runs/{variant}")) == sorted(scratch + finetuned)
+    assert study.transfer_rows(["ERANN-1-6"], "m") == [("ERANN-1-6", "none"), ("ERANN-1-6", "m")]
 
 
 def test_ravdess_without_pitch_shift_has_figures_of_its_own() -> None:

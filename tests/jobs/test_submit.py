@@ -117,6 +117,13 @@ def test_a_pipeline_takes_its_recipes_along(tmp_path: Path, dry_run: DryRun) -> 
     sent = dry_run(tmp_path, "pipeline", "all.yaml")
     assert sent["run"] == "/s/runs/all"
     assert {"all.yaml", "own/fold.yaml"} < set(sent["files"])
+    for setting, refusal in (
+        ("pretrain.set.run.launcher=none", "audioset.yaml: run.launcher none: a cluster's runs are launched by ray"),
+        ("finetune.0.set.run={launcher: none}", "own/fold.yaml: run.launcher none: a cluster's runs are launched by"),
+        ("pretrain.set.run.wrkers=8", "run.wrkers"),
+        ("pretrain.set.model={init: runs/one}", "model.init: runs/one is a folder of this machine's"),
+    ):
+        assert refusal in dry_run(tmp_path, "pipeline", "all.yaml", setting, code=2)
     tree["finetune"] = [{"recipe": str(tmp_path / "own" / "fold.yaml")}]
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(tree))
     assert "goes along only from below the present folder" in dry_run(tmp_path, "pipeline", "all.yaml", code=2)
