@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,12 @@ import boto3
 import psutil
 import pytest
 import yaml
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from moto import settings
 from moto.core.authorization import ActionAuthenticatorMixin
+from ray._private.services import get_node_ip_address
 
 from erann_dist import s3
 from erann_dist.errors import UserError
@@ -294,6 +299,55 @@ def test_the_command_has_the_token_from_the_environment(head: Head, tmp_path: Pa
     assert len(refused.stdout.splitlines()) == 1
     done = in_environment(head, *connect, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(head.token))
     assert done.stdout.splitlines() == ["in"], done.stderr
+
+
+def certificate(folder: Path) -> dict[str, str]:
+    """A certificate for this host of a CA of its own, which is itself: the settings by which Ray uses it."""
+    folder.mkdir()
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, folder.name)])
+    addresses = ["127.0.0.1", get_node_ip_address()]  # Ray puts the second in place of the first
+    names = x509.SubjectAlternativeName([x509.IPAddress(ip_address(each)) for each in addresses])
+    key, now = rsa.generate_private_key(public_exponent=65537, key_size=2048), datetime.now(UTC)
+    made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
+    made = made.add_extension(names, critical=False).add_extension(x509.BasicConstraints(True, None), critical=True)
+    unencrypted = serialization.NoEncryption()
+    pem, pkcs8 = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
+    (folder / "key").write_bytes(key.private_bytes(pem, pkcs8, unencrypted))
+    (folder / "certificate").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(pem))
+    files = {"SERVER_CERT": "certificate", "SERVER_KEY": "key", "CA_CERT": "certificate"}
+    return {"RAY_USE_TLS": "1"} | {f"RAY_TLS_{setting}": str(folder / file) for setting, file in files.items()}
+
+
+def test_a_cluster_with_tls_admits_only_its_cas_certificates(tmp_path: Path) -> None:
+    ours, others = certificate(tmp_path / "ours"), certificate(tmp_path / "others")
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
+    options = ["--include-dashboard=false", "--num-cpus=0"]
+    start = [RAY, "start", "--head", "--block", f"--port={port}", f"--temp-dir={tempfile.mkdtemp()}", *options]
+    with (tmp_path / "log").open("w") as log:
+        head = subprocess.Popen(start, env=os.environ | ours, stdout=log, stderr=log, start_new_session=True)
+
+    def start_client(code: str, tls: dict[str, str]) -> "subprocess.Popen[str]":
+        command, pipe = [sys.executable, "-c", code, address], subprocess.PIPE
+        return subprocess.Popen(command, env=os.environ | tls, stdout=pipe, stderr=pipe, text=True)
+
+    try:
+        deadline = time.monotonic() + 180
+        while start_client(PING, ours).communicate(timeout=120)[0] != "1\n":
+            assert head.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        strangers = [start_client(PING, tls) for tls in ({}, others)]  # whom Ray lets wait
+        connected, error = start_client(CONNECT, ours).communicate(timeout=120)
+        assert connected.splitlines() == ["in"], error
+        for stranger in strangers:
+            answer, _ = stranger.communicate(timeout=120)
+            assert (stranger.returncode, answer) == (1, "")
+    finally:
+        family = psutil.Process(head.pid).children(recursive=True)
+        head.terminate()
+        head.wait(60)
+        for each in psutil.wait_procs(family, timeout=30)[1]:
+            each.kill()
 
 
 # The permission that each operation needs.
