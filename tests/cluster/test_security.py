@@ -10,7 +10,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -198,6 +198,32 @@ def answers(port: int) -> bool:
         return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
+@contextmanager
+def started(
+    command: list[str], environment: dict[str, str], log: Path, is_ready: Callable[[], bool]
+) -> Iterator["subprocess.Popen[bytes]"]:
+    """A head of Ray, once it is ready; it and all that it has started are gone at the end."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=file, stderr=file, start_new_session=True
+        )
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 180
+        while not is_ready():
+            family = psutil.Process(process.pid).children(recursive=True)
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield process
+    finally:
+        family += psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(60)
+        for each in psutil.wait_procs(family, timeout=30)[1]:
+            each.kill()
+
+
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     folder = tmp_path_factory.mktemp("head")
@@ -214,24 +240,10 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
         "temp-dir": tempfile.mkdtemp(),  # a short path; it goes with the tests' own folder
     }
     command = [RAY, "start", "--head", "--block", *(f"--{name}={value}" for name, value in options.items())]
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    family: list[psutil.Process] = []
-    try:
-        deadline = time.monotonic() + 180
-        while not all(map(answers, (gcs, dashboard, client, agent))):
-            family = psutil.Process(process.pid).children(recursive=True)
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline, (folder / "log").read_text()
-            time.sleep(0.5)
+    environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    ports = (gcs, dashboard, client, agent)
+    with started(command, environment, folder / "log", lambda: all(map(answers, ports))) as process:
         yield Head(gcs, dashboard, client, agent, token, psutil.Process(process.pid))
-    finally:
-        family += psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        process.wait(60)
-        for each in psutil.wait_procs(family, timeout=30)[1]:
-            each.kill()
 
 
 def test_a_head_listens_to_all_networks_but_for_its_dashboard(head: Head) -> None:
@@ -324,30 +336,21 @@ def test_a_cluster_with_tls_admits_only_its_cas_certificates(tmp_path: Path) -> 
     address = f"127.0.0.1:{port}"
     options = ["--include-dashboard=false", "--num-cpus=0"]
     start = [RAY, "start", "--head", "--block", f"--port={port}", f"--temp-dir={tempfile.mkdtemp()}", *options]
-    with (tmp_path / "log").open("w") as log:
-        head = subprocess.Popen(start, env=os.environ | ours, stdout=log, stderr=log, start_new_session=True)
 
     def start_client(code: str, tls: dict[str, str]) -> "subprocess.Popen[str]":
         command, pipe = [sys.executable, "-c", code, address], subprocess.PIPE
         return subprocess.Popen(command, env=os.environ | tls, stdout=pipe, stderr=pipe, text=True)
 
-    try:
-        deadline = time.monotonic() + 180
-        while start_client(PING, ours).communicate(timeout=120)[0] != "1\n":
-            assert head.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+    def is_ready() -> bool:
+        return start_client(PING, ours).communicate(timeout=120)[0] == "1\n"
+
+    with started(start, ours, tmp_path / "log", is_ready):
         strangers = [start_client(PING, tls) for tls in ({}, others)]  # whom Ray lets wait
         connected, error = start_client(CONNECT, ours).communicate(timeout=120)
         assert connected.splitlines() == ["in"], error
         for stranger in strangers:
             answer, _ = stranger.communicate(timeout=120)
             assert (stranger.returncode, answer) == (1, "")
-    finally:
-        family = psutil.Process(head.pid).children(recursive=True)
-        head.terminate()
-        head.wait(60)
-        for each in psutil.wait_procs(family, timeout=30)[1]:
-            each.kill()
 
 
 # The permission that each operation needs.
