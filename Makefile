@@ -1,16 +1,37 @@
-# Every target sets itself up: the virtual environment is made once, and again when pyproject.toml changes.
+# Every target sets itself up: the virtual environment is made once, and updated when a lock file changes.
 PYTHON ?= python3
+# uv installs in parallel and takes half a minute where pip takes minutes; `make setup INSTALLER=pip` does without it.
+INSTALLER ?= uv
 BIN := .venv/bin
 
-.PHONY: setup demo lint test test-cluster test-gpu ci-packages
+INSTALL_uv := $(BIN)/uv pip install --python $(BIN)/python --compile-bytecode
+INSTALL_pip := $(BIN)/python -m pip install
+INSTALL = $(INSTALL_$(INSTALLER)) --no-deps --no-build-isolation
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock'
+
+.PHONY: setup lock demo lint test test-cluster test-slow test-newest test-install test-gpu ci-packages
 
 setup: .venv/.installed
 
-.venv/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "erann-dist needs Python 3.11 or newer; name one with: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+.venv/.created: requirements/setup.txt requirements/check_machine.py
+	@$(PYTHON) requirements/check_machine.py
+	@echo 'Setting up .venv: 180 packages at the versions in requirements/dev.txt, 6.8 GB, most of it PyTorch and CUDA.'
+	@echo 'This takes from half a minute to some minutes, depending on the network.'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --no-deps --require-hashes --requirement requirements/setup.txt
 	@touch $@
+
+.venv/.installed: .venv/.created requirements/dev.txt pyproject.toml
+	$(INSTALL) --require-hashes --requirement requirements/dev.txt
+	$(INSTALL) --editable .
+	@touch $@
+
+# Resolves the lock files from pyproject.toml again, to the newest versions it admits: CONTRIBUTING.md.
+lock: .venv/.created
+	$(COMPILE) --upgrade pyproject.toml --all-extras --output-file requirements/dev.txt
+	$(COMPILE) pyproject.toml --extra aws --constraint requirements/dev.txt --output-file requirements/image.txt
+	$(COMPILE) --group pyproject.toml:setup --constraint requirements/dev.txt --output-file requirements/setup.txt
 
 demo: setup
 	$(BIN)/erann demo
@@ -21,11 +42,31 @@ lint: setup
 	$(BIN)/mypy
 
 test: setup
-	$(BIN)/pytest tests --ignore tests/cluster
+	$(BIN)/pytest tests --ignore tests/cluster --numprocesses 2 --dist worksteal
 
-# Much of these tests' time is waiting for processes that start and end: two files of them at a time.
+# Much of these tests' time is waiting for processes that start and end: two files of them at a time. SHARD=1/3 runs the
+# first third of the files.
+SHARD ?= 1/1
+CLUSTER_FILES = $(shell ls tests/cluster/test_*.py | awk -v shard=$(SHARD) 'BEGIN {split(shard, s, "/")} NR % s[2] == s[1] % s[2]')
+
 test-cluster: setup
-	$(BIN)/pytest tests/cluster --numprocesses 2 --dist loadfile --durations 60
+	$(BIN)/pytest $(CLUSTER_FILES) --numprocesses 2 --dist loadfile --durations 60
+
+# From a clone of the commit that is checked out, in an environment of its own.
+test-install: setup
+	$(BIN)/pytest tests/test_install.py -m 'install and not slow'
+
+# What costs much and rarely breaks: CONTRIBUTING.md has the list.
+test-slow: setup
+	$(BIN)/pytest tests -m slow --durations 20
+
+# With the newest releases that pyproject.toml admits, in an environment of its own: what a user gets who installs without
+# the lock. tests/test_resolution.py: pip finds them within a minute.
+test-newest: .venv/.created
+	$(BIN)/uv venv --clear --python $(BIN)/python .venv-newest
+	$(BIN)/uv pip install --python .venv-newest/bin/python --upgrade --editable '.[dev]'
+	.venv-newest/bin/pytest tests/test_resolution.py -m newest
+	.venv-newest/bin/pytest tests --ignore tests/cluster --numprocesses 2
 
 # On a machine with an NVIDIA GPU. Continuous integration has none.
 test-gpu: setup

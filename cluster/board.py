@@ -13,6 +13,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.notice import Notice
+from erann_dist.clock import Anchor, anchor
 from erann_dist.events import CheckpointSaved, Emit, Event
 
 
@@ -37,10 +38,15 @@ class _Start:
 class _Board:
     """The actor between them. A worker of an earlier start, that was cut off and still lives, is not heard."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Anchor) -> None:
         self._start = _Start()
+        self._clock = clock
         self._news = asyncio.Event()
         self._noticed = asyncio.Event()
+
+    async def time(self) -> float:
+        """By the command's clock: it runs on this machine too."""
+        return self._clock.now()
 
     async def begin(self, number: int) -> None:
         self._start = _Start(number)
@@ -84,7 +90,7 @@ def open_board() -> Iterator[Any]:
     """A board, on this process's own node: no loss of another takes it away."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 10_000}  # each worker waits in a call
-    board = ray.remote(_Board).options(**options).remote()
+    board = ray.remote(_Board).options(**options).remote(anchor())
     try:
         yield board
     finally:

@@ -6,6 +6,8 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from urllib.parse import urlsplit
 
 # Before Ray is imported: no usage reports; worker processes keep their working directory.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -21,10 +23,15 @@ from ray._private import ray_constants  # private: the test of what listens wher
 
 from cluster.environment import WORKER_ENVIRONMENT
 from cluster.notice import notice_kept
+from erann_dist.environment import usable_cpus
 from erann_dist.errors import UsageError, UserError
 
 # Tells the command's other processes the address of the cluster that its first one has started.
 _EMBEDDED = "ERANN_EMBEDDED_CLUSTER"
+_ANSWER_S = 10.0
+# Ray talks gRPC, and so HTTP/2: either side begins with a frame of settings.
+_HTTP2_SETTINGS = 4
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, _HTTP2_SETTINGS, 0, 0, 0, 0, 0])
 # For all clusters that this process starts: Ray reads it once.
 _TOKEN = secrets.token_hex(32)
 
@@ -73,11 +80,43 @@ def _own_token() -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _require_listening(address: str) -> None:
-    """Raise OSError at once when nothing answers at host:port, for which Ray would wait many minutes."""
-    host, colon, port = address.rpartition(":")
-    if colon:  # not "auto"
-        socket.create_connection((host, int(port)), timeout=10).close()
+def _found_on_this_machine() -> str:
+    """The address that `ray start` has left for "auto". Raises UserError.
+
+    Ray itself would search all processes of the machine, and connect to any user's cluster.
+    """
+    path = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+    try:
+        if os.getuid() not in (0, path.stat().st_uid):
+            raise UserError(f"auto: the Ray cluster of {path} is another user's; give its address, HEAD:6379")
+        return path.read_text().strip()
+    except OSError as error:
+        raise UserError(
+            f"auto: no Ray cluster was started on this machine by ray start ({path}: {error.strerror}); give its "
+            "address, HEAD:6379"
+        ) from error
+
+
+def _require_ray(address: str) -> None:
+    """Raise OSError, ValueError when no Ray answers at host:port, for which Ray itself would wait many minutes."""
+    try:
+        parts = urlsplit(f"//{address}")  # in which an IPv6 address has brackets
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"this is no HEAD:6379 ({error})") from error
+    if not host or not port:
+        raise ValueError("this is no HEAD:6379")
+    with socket.create_connection((host, port), timeout=_ANSWER_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") in ("1", "true", "True"):
+            return  # it would not talk before certificates are exchanged
+        connection.settimeout(_ANSWER_S)
+        try:
+            connection.sendall(_HTTP2_HELLO)
+            answer = connection.recv(9)  # the header of the first frame
+        except OSError as error:
+            raise OSError(f"what listens there does not answer ({error})") from error
+    if len(answer) < 4 or answer[3] != _HTTP2_SETTINGS:
+        raise OSError("what listens there is no Ray cluster; its port is 6379 by default")
 
 
 @contextmanager
@@ -96,6 +135,8 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
             f"{address}: is for erann submit, by which a command runs on the cluster; from one of its nodes the "
             "address is HEAD:6379, as --address or RAY_ADDRESS"
         )
+    if address == "auto":
+        address = _found_on_this_machine()
     runtime_env = {
         # A worker that hangs does not leave its process group in time; it is killed.
         "env_vars": WORKER_ENVIRONMENT | {"TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3"},
@@ -105,14 +146,14 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
         try:
             if address:
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a token in the home directory may be another's
-                _require_listening(address)
+                _require_ray(address)
                 with notice_kept(), _on_loopback() if address == os.environ.get(_EMBEDDED) else nullcontext():
                     ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
             else:
                 with notice_kept(), _on_loopback():
                     ray.init(
                         "local",
-                        num_cpus=max(cpus, len(os.sched_getaffinity(0))),
+                        num_cpus=max(cpus, usable_cpus()),
                         include_dashboard=False,
                         runtime_env=runtime_env,
                         log_to_driver=False,
@@ -121,7 +162,9 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
                         _temp_dir=folder,
                     )
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"no Ray cluster at {address or 'this machine'}: {str(error).splitlines()[0]}") from error
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            what = f"no Ray cluster at {address}" if address else "no Ray cluster could be started on this machine"
+            raise UserError(f"{what}: {reason}") from error
         if not address:
             os.environ[_EMBEDDED] = ray.get_runtime_context().gcs_address
         try:

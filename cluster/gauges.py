@@ -4,9 +4,9 @@ Gauges ray_erann_step, ray_erann_loss, ray_erann_examples_per_s, …, tagged by 
 where the command runs; Ray hands them on every 10 s.
 """
 
-import time
 from dataclasses import asdict
 
+from erann_dist.clock import steady_time
 from erann_dist.events import Emit, Evaluated, Event, Incident, Started, Step
 from erann_dist.run_log import CommandGoodput
 
@@ -53,7 +53,7 @@ def with_gauges(emit: Emit, run: str) -> Emit:
             values = asdict(event)
             for name in _STEP:
                 gauge(name, values[name])
-            gauge("goodput", goodput.at(time.time()))
+            gauge("goodput", goodput.at(steady_time()))
         elif isinstance(event, Evaluated) and event.averaged is None:
             for name, value in event.metrics.items():
                 gauge(f"eval_{name}", value)

@@ -1,14 +1,13 @@
 """What a submitted job brings to the cluster: this program's source, and the files that its command reads."""
 
 import hashlib
-import importlib.metadata
 import platform
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from erann_dist.errors import UserError
+from erann_dist.versions import installed, pinned_requirements
 
 _ROOT = Path(__file__).parents[1]
 _PACKAGES = ("erann_dist", "shards", "cluster", "jobs")
@@ -69,20 +68,11 @@ def make_package(files: dict[str, Path]) -> Package:
 
 def versions() -> dict[str, str]:
     """Of Python and Ray (major.minor), and of the libraries, that client and cluster need to have alike."""
+    found = {name: installed(name) or "none" for name in ("ray", *BY_PIP)}
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python, "ray": ".".join(_installed("ray").split(".")[:2])} | {n: _installed(n) for n in BY_PIP}
+    return {"python": python} | found | {"ray": ".".join(found["ray"].split(".")[:2])}
 
 
 def pins() -> list[str]:
     """This program's requirements at the versions that are installed here, for pip; without Ray, which is there."""
-    needed = [each for each in importlib.metadata.requires("erann-dist") or [] if "extra ==" not in each]
-    names = [re.split(r"[^A-Za-z0-9._-]", each, maxsplit=1)[0] for each in needed]
-    return [f"{name}=={_installed(name)}" for name in names if name != "ray"]
-
-
-def _installed(name: str) -> str:
-    """The version without its local part, in which alone torch's wheels for a CPU and for a GPU differ; or none."""
-    try:
-        return importlib.metadata.version(name).partition("+")[0]
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
+    return [pin for pin in pinned_requirements() if not pin.startswith("ray[")]

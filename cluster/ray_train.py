@@ -24,7 +24,7 @@ from cluster.embedded import ray_cluster  # before Ray, whose environment it set
 import ray
 import ray.train.torch
 import torch.distributed as dist
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -42,6 +42,7 @@ from cluster.board import Place, Watch, open_board
 from cluster.gauges import with_gauges
 from cluster.notice import Notice, first_of, no_notice, signals_as_notice
 from cluster.room import Bundle, bundle_of, count, room_for, wait_for_room
+from erann_dist.clock import set_time, steady_time
 from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, Unavailable, UserError
 from erann_dist.events import Emit, Event, Incident
@@ -83,7 +84,7 @@ def run_on_ray(
     run: str | None,
 ) -> None:
     """Run the function on the cluster's workers until it has returned on all of them. See `launch`."""
-    launched = time.time()
+    launched = steady_time()
     # A worker whose process does not answer, as on a frozen machine, is taken for lost.
     os.environ[_ANSWER_TIMEOUT] = _USERS_ANSWER_TIMEOUT or str(hang_timeout)
     scratch = tempfile.TemporaryDirectory(prefix="erann-ray-", ignore_cleanup_errors=True)
@@ -148,6 +149,8 @@ def _lost_cluster_in_one_line() -> Iterator[None]:
     try:
         yield
     except RayError as error:
+        if any(isinstance(cause, OutOfMemoryError) for cause in _causes(error)):
+            raise UserError(f"{_OUT_OF_MEMORY}; free some, or add nodes, and {AGAIN}") from error
         raise UserError(f"the Ray cluster is lost ({type(error).__name__}); {AGAIN}") from error
 
 
@@ -234,6 +237,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     start: Start = settings["start"]
     context, board = ray.train.get_context(), start.board
     rank, world_size = context.get_world_rank(), context.get_world_size()
+    set_time(ray.get(board.time.remote()))
     try:
         os.chdir(start.cwd)
     except OSError as error:
@@ -320,14 +324,21 @@ def _causes(error: BaseException | None) -> list[BaseException]:
     return [] if error is None else [error, *_causes(getattr(error, "cause", None) or error.__cause__)]
 
 
+_OUT_OF_MEMORY = "a node's memory is short: Ray's memory monitor ended a process of this run there"
+_LINE = 200  # characters of an error that an incident shows
+
+
 def _line(error: BaseException) -> str:
     if isinstance(error, WorkerHealthCheckTimeoutError):
         return "its process does not answer"
     if isinstance(error, WorkerHealthCheckFailedError):
         error = error.health_check_failure
+    if any(isinstance(cause, OutOfMemoryError) for cause in _causes(error)):
+        return _OUT_OF_MEMORY
     if isinstance(error, RayActorError):
         return "its process was lost: killed, crashed, out of memory, or ended by the watchdog of a hang"
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    text = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
+    return text if len(text) <= _LINE else f"{text[: _LINE - 1]}…"
 
 
 def _why_again(failure: str | None, places: dict[int, Place], workers: int) -> str | None:

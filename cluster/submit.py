@@ -33,7 +33,14 @@ from cluster.package import Package, pins, versions
 from erann_dist.errors import UsageError, UserError
 
 # What goes along of the client's environment, and what stays here: Ray shows the first to whoever sees the job.
-_PASSED_ON = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_PASSED_ON = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_NO_SIGN_REQUEST",
+    "AWS_REQUEST_PAYER",
+)
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
 _ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's own, in its order
 _RUN = "erann_run"  # the job's metadata: the run that it is,
@@ -144,13 +151,27 @@ def _in_one_line(address: str) -> Iterator[None]:
         raise UserError(f"{address}: no TLS, or a certificate that is not trusted here: {_line(error)}") from error
     except (requests.exceptions.JSONDecodeError, requests.exceptions.HTTPError, KeyError) as error:
         raise _no_dashboard(address) from error
+    except requests.exceptions.ProxyError as error:
+        raise UserError(f"{address}: its proxy does not answer{_proxy_hint(address)}") from error
     except (ConnectionError, requests.exceptions.RequestException, OSError) as error:
         raise UserError(
             f"{address}: no Ray dashboard answers there ({_line(error)}); is the head up, is the port that of the "
-            "dashboard (8265 by default), and does it listen on more than loopback?"
+            f"dashboard (8265 by default), and does it listen on more than loopback?{_proxy_hint(address)}"
         ) from error
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{address}: {_line(error)}") from error
+        raise UserError(f"{address}: {_line(error)}{_proxy_hint(address)}") from error
+
+
+def _proxy_hint(address: str) -> str:
+    """That requests go through a proxy, if they do, and how to go without; no user and password of it."""
+    parts = urlsplit(address)
+    scheme, host = "https" if parts.scheme == "https" else "http", parts.hostname or ""
+    proxy = requests.utils.select_proxy(address, requests.utils.get_environ_proxies(f"{scheme}://{parts.netloc}"))
+    if not proxy:
+        return ""
+    server = urlsplit(proxy if "://" in proxy else f"//{proxy}")
+    where = f"{server.hostname}:{server.port}" if server.port else server.hostname
+    return f"; requests go through the proxy {where} of {scheme}_proxy: set no_proxy={host} to go without"
 
 
 def _wants_token(address: str) -> UserError:
@@ -161,7 +182,9 @@ def _wants_token(address: str) -> UserError:
 
 
 def _no_dashboard(address: str) -> UserError:
-    return UserError(f"{address}: what answers there is no Ray dashboard; its port is 8265 by default")
+    return UserError(
+        f"{address}: what answers there is no Ray dashboard; its port is 8265 by default{_proxy_hint(address)}"
+    )
 
 
 def _line(error: Exception) -> str:

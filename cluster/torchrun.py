@@ -33,6 +33,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cluster.environment import WORKER_ENVIRONMENT, meeting_on_loopback
 from cluster.notice import no_notice, signals_as_notice
+from erann_dist.clock import Anchor, anchor, follow, steady_time
 from erann_dist.distributed import Workers, pick_device, process_group_backend
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import Stopped, UserError
@@ -52,6 +53,7 @@ class _Work:
     heeds_notice: bool
     hang_timeout: float
     launched: float
+    clock: Anchor
     meeting: str  # the file in which the workers meet
 
 
@@ -68,7 +70,7 @@ class _End:
     """How a worker ended."""
 
     rank: int
-    at: float  # unix time
+    at: float  # by this machine's monotonic clock
     error: UserError | str | None  # a str is the traceback of another exception; None if it could say nothing
 
 
@@ -90,7 +92,7 @@ def run_under_torchrun(
     codes: dict[int, int] = {}  # exit codes of those that failed, by rank
     with tempfile.TemporaryDirectory(prefix="erann-torchrun-") as folder, meeting_on_loopback():
         address = f"{folder}/socket"
-        work = _Work(function, config, device, heeds_notice, hang_timeout, time.time(), f"{folder}/workers")
+        work = _Work(function, config, device, heeds_notice, hang_timeout, steady_time(), anchor(), f"{folder}/workers")
         settings = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -143,7 +145,7 @@ class _Desk(socketserver.ThreadingUnixStreamServer):
 
     def end(self, begun: _Begun, error: _End | None) -> None:
         self._pids.remove(begun.pid)
-        self.ends.append(error or _End(begun.rank, time.time(), None))
+        self.ends.append(error or _End(begun.rank, time.monotonic(), None))
 
 
 class _Call(socketserver.StreamRequestHandler):
@@ -259,6 +261,7 @@ def work_for(address: str) -> None:
             sys.exit(1)
         with desk.makefile("rb") as file:
             work: _Work = pickle.load(file)
+        follow(work.clock)
 
         def tell(said: object) -> None:
             desk.sendall(pickle.dumps(said))
@@ -280,7 +283,7 @@ def _error_told(tell: Callable[[object], None]) -> Iterator[None]:
         error = raised
     except Exception:
         error = traceback.format_exc()
-    tell(_End(int(os.environ["RANK"]), time.time(), error))
+    tell(_End(int(os.environ["RANK"]), time.monotonic(), error))
     if not isinstance(error, Stopped):  # after which the others end by themselves
         sys.exit(1)
 

@@ -34,6 +34,9 @@ RESAMPLER = {"library": "soxr", "quality": "HQ"}
 Codec = Literal["flac", "wav"]
 
 _UNCOMPRESSED = (b"RIFF", b"RIFX", b"RF64", b"FORM")  # WAV and AIFF, by their first bytes
+# Titles and comments that are not UTF-8 must not keep a file from being read. PyAV 19 replaces what it can't decode by
+# itself and no longer has the argument.
+_READ_ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 _BLOCK_SAMPLES = 1 << 20  # 24 s at 44.1 kHz: most clips are one block, and a film needs no more memory than that
 _RATES = range(1_000, 1_000_000)  # Hz; another one is a damaged header, and would blow a clip up when resampled
 _NOTHING = np.zeros(0, np.float32)
@@ -260,7 +263,7 @@ def _ffmpeg_blocks(file: Path | IO[bytes]) -> Iterator[Block]:
             str(file) if isinstance(file, Path) else file,
             mode="r",
             options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"},
-            metadata_errors="replace",
+            **_READ_ANY_METADATA,
         ) as container:
             if not container.streams.audio:
                 raise DecodeError("no audio stream")

@@ -20,6 +20,7 @@ from typing import Literal
 from isal import isal_zlib
 
 from erann_dist.errors import UsageError
+from erann_dist.open_files import OpenFile, OpenFiles
 
 CacheForm = Literal["flac", "pcm"]  # as the clip is in its tar; or decoded, which is twice the size
 
@@ -55,7 +56,8 @@ class ClipCache:
         except OSError as error:
             raise UsageError(f"{folder}: no cache can be kept here ({error.strerror})") from error
         self._lock = threading.Lock()
-        self._files: dict[str, int] = {}
+        self._files = OpenFiles[str]()
+        self._own: OpenFile | None = None  # the slab that this process appends to, which it holds the lock of
         self._slab = -1  # that this process appends to
         self._end = 0  # of the records in it
         self._untried = 0  # the next slab to ask for
@@ -73,7 +75,8 @@ class ClipCache:
         if not slab:
             return False
         try:
-            size = os.preadv(self._file(f"slab-{slab - 1:05d}", 0), [header, into], place * _ALIGN)
+            file = self._file(f"slab-{slab - 1:05d}", 0)
+            size = os.preadv(file.descriptor, [header, into], place * _ALIGN)
         except OSError:
             return False
         whole = size == len(header) + clip.size
@@ -95,12 +98,13 @@ class ClipCache:
                     self.keeping = False
                     self.problem = f"{self._folder}: the cache is full; other clips are read from their shards"
                     return
-                slab, place = self._slab, self._end
+                slab, place, file = self._slab, self._end, self._own  # its lock is held until the record is written
                 self._end += room
-            file = self._file(f"slab-{slab:05d}", os.O_CREAT)
-            if os.pwritev(file, record, place) == size:
+            assert file
+            if os.pwritev(file.descriptor, record, place) == size:
                 entry = _ENTRY.pack((slab + 1) << 40 | place // _ALIGN)
-                os.pwrite(self._file(_index_name(clip), os.O_CREAT), entry, clip.row * _ENTRY.size)
+                index = self._file(_index_name(clip), os.O_CREAT)
+                os.pwrite(index.descriptor, entry, clip.row * _ENTRY.size)
         except OSError as error:
             self.keeping = False
             self.problem = f"{self._folder}: nothing more is kept in the cache ({error.strerror})"
@@ -108,16 +112,15 @@ class ClipCache:
     def _entry(self, clip: ClipId) -> int:
         """Its place in the slabs by the index, or 0."""
         try:
-            entry = os.pread(self._file(_index_name(clip), 0), _ENTRY.size, clip.row * _ENTRY.size)
+            entry = os.pread(self._file(_index_name(clip), 0).descriptor, _ENTRY.size, clip.row * _ENTRY.size)
         except OSError:
             return 0
         return int(_ENTRY.unpack(entry)[0]) if len(entry) == _ENTRY.size else 0
 
     def close(self) -> None:
         with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
+            self._own = None
+            self._files.close()
 
     def _make_room(self, size: int) -> bool:
         """See that the own slab has room; take another, or a new one, if not."""
@@ -125,28 +128,20 @@ class ClipCache:
             return True
         while self._untried < self._slabs:
             number, self._untried = self._untried, self._untried + 1
-            file = self._open(f"slab-{number:05d}", os.O_CREAT)
+            # Not one of _files, which may be closed: its lock is to stay.
+            file = OpenFile(self._folder / f"slab-{number:05d}", os.O_RDWR | os.O_CREAT)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until this process ends
+                fcntl.flock(file.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
             except BlockingIOError:  # another process holds it
                 continue
-            end = -(-os.fstat(file).st_size // _ALIGN) * _ALIGN
+            end = -(-os.fstat(file.descriptor).st_size // _ALIGN) * _ALIGN
             if end + size <= self._slab_bytes:
-                self._slab, self._end = number, end
+                self._slab, self._end, self._own = number, end, file
                 return True
         return False
 
-    def _file(self, name: str, create: int) -> int:
-        file = self._files.get(name)
-        if file is None:
-            with self._lock:
-                file = self._open(name, create)
-        return file
-
-    def _open(self, name: str, create: int) -> int:
-        if name not in self._files:
-            self._files[name] = os.open(self._folder / name, os.O_RDWR | os.O_CLOEXEC | create, 0o666)
-        return self._files[name]
+    def _file(self, name: str, create: int) -> OpenFile:
+        return self._files.get(name, lambda: OpenFile(self._folder / name, os.O_RDWR | create))
 
 
 def _index_name(clip: ClipId) -> str:

@@ -19,12 +19,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import ClassVar
 
 import safetensors.torch
 import torch
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 from torch import Tensor
 
+from erann_dist import strict_json
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder
 
@@ -39,18 +42,32 @@ _DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # as safetensors calls the
 class Facts:
     """What a checkpoint says of itself."""
 
-    step: int  # optimizer steps done; the next example is step · global_batch
+    __pydantic_config__: ClassVar[ConfigDict] = {**strict_json.STRICT, "extra": "forbid"}
+
+    step: strict_json.Count  # optimizer steps done; the next example is step · global_batch
     recipe_hash: str
     train_hash: str  # of the training manifests' content
     variant: str
-    threads: int
+    threads: strict_json.Count
     bad_clips: list[str]  # keys of those that were given up so far
-    bad_steps: list[int]  # that were skipped, for their loss or gradient was not finite
+    bad_steps: list[strict_json.Count]  # that were skipped, for their loss or gradient was not finite
     versions: dict[str, str]
+
+
+class _Marker(strict_json.Record):
+    tensors: strict_json.Sha256 = Field(alias=_TENSORS)
+    facts: strict_json.Sha256 = Field(alias=_FACTS)
+
+    def hashes(self) -> dict[str, str]:
+        return {_TENSORS: self.tensors, _FACTS: self.facts}
 
 
 class Superseded(UserError):
     """The run was started again elsewhere."""
+
+
+class Removed(Superseded):
+    """The run's folder was removed while it was trained. Nothing more is written there."""
 
 
 class _Damaged(Exception):
@@ -133,11 +150,12 @@ def load(run: Folder, name: str) -> tuple[Facts, dict[str, Tensor]]:
     except _Damaged as damaged:
         raise UserError(f"{run}/{name}: {damaged}") from damaged
     try:
-        return Facts(**json.loads(contents[_FACTS])), safetensors.torch.load(contents[_TENSORS])
-    except TypeError as error:
-        raise UserError(f"{run}/{name}: written by another version of this program ({error})") from error
+        return strict_json.validate(Facts, contents[_FACTS]), safetensors.torch.load(contents[_TENSORS])
     except (ValueError, SafetensorError) as error:
-        raise UserError(f"{run}/{name}: no checkpoint of this program's ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"{run}/{name}: no checkpoint of this version of the program ({str(error).splitlines()[0]}); "
+            "remove it to go on from the one before"
+        ) from error
 
 
 def mean(run: Folder, names: list[str], alive: Callable[[], None]) -> dict[str, Tensor]:
@@ -156,13 +174,13 @@ def mean(run: Folder, names: list[str], alive: Callable[[], None]) -> dict[str, 
 def _read(run: Folder, name: str) -> dict[str, bytes]:
     """The files of a checkpoint, as its marker says they are."""
     try:
-        marker = json.loads(run.read(f"{name}/{_MARKER}"))
+        marker = strict_json.validate(_Marker, run.read(f"{name}/{_MARKER}")).hashes()
         contents = {file: run.read(f"{name}/{file}") for file in (_TENSORS, _FACTS)}
-        damaged = [file for file in contents if _sha256(contents[file]) != marker.get(file)]
+        damaged = [file for file in contents if _sha256(contents[file]) != marker[file]]
     except FileNotFoundError as error:
         raise _Damaged("one of its files is missing") from error
-    except (ValueError, AttributeError) as error:
-        raise _Damaged(f"its {_MARKER} is damaged") from error
+    except ValueError as error:
+        raise _Damaged(f"its {_MARKER} is damaged ({error})") from error
     if damaged:
         raise _Damaged(f"its {damaged[0]} is not what its {_MARKER} says")
     return contents
@@ -180,8 +198,11 @@ class Start:
         return _number(self.name)
 
     def require_last(self) -> None:
-        """Raise Superseded when there is a later one."""
-        last = max(_starts(self.run), key=lambda name: (_number(name), name))
+        """Raise Superseded when there is a later one, Removed when its own mark is gone and there is none."""
+        starts = _starts(self.run)
+        if not starts:
+            raise Removed(f"{self.run}: was removed, or its {_STARTS} was, while this run trained; start it again")
+        last = max(starts, key=lambda name: (_number(name), name))
         if last != self.name:
             raise Superseded(f"{self.run}: this run was started again (start {last}), which goes on with it")
 
@@ -255,7 +276,7 @@ def serialised(state: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
 def record(start: Start, name: str, metrics: dict[str, float]) -> None:
     """Write down the evaluation of a checkpoint, by whose first metric the best are told. Raises Superseded."""
     start.require_last()
-    start.run.write(f"{name}/{_METRICS}", json.dumps(metrics).encode())
+    start.run.write(f"{name}/{_METRICS}", strict_json.dumps(metrics).encode())
 
 
 def best(run: Folder, names: list[str]) -> list[str]:
@@ -263,8 +284,10 @@ def best(run: Folder, names: list[str]) -> list[str]:
     scores = {}
     for name in names:
         # There was no evaluation, or what was written of it is spoiled.
-        with suppress(FileNotFoundError, ValueError, AttributeError, StopIteration, TypeError):
-            scores[name] = float(next(iter(json.loads(run.read(f"{name}/{_METRICS}")).values())))
+        with suppress(FileNotFoundError, ValueError):
+            metrics = strict_json.validate(dict[str, strict_json.Number | None], run.read(f"{name}/{_METRICS}"))
+            if (score := next(iter(metrics.values()), None)) is not None:
+                scores[name] = score
     return sorted(scores, key=lambda name: (-scores[name], name))
 
 

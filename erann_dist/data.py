@@ -13,7 +13,10 @@ from erann_dist import SAMPLE_RATE
 from erann_dist.errors import UsageError, UserError
 from erann_dist.folder import open_folder
 from erann_dist.manifest import REPORT, Manifest, concatenate, load_manifest, read_table, require_same_labels
+from erann_dist.plain_file import read_plain_file
 from erann_dist.recipe import DataSection, DataSource
+
+MAX_LIST_BYTES = 2**30  # of a list of keys
 
 
 def load_source(source: DataSource) -> Manifest:
@@ -21,7 +24,7 @@ def load_source(source: DataSource) -> Manifest:
     manifest = load_manifest(source.url)
     if manifest.info.sample_rate != SAMPLE_RATE:
         raise UserError(
-            f"{source.url}: holds {manifest.info.sample_rate} Hz, ERANN takes {SAMPLE_RATE} Hz; pack it anew"
+            f"{source.url}: holds {manifest.info.sample_rate} Hz, ERANN takes {SAMPLE_RATE} Hz; pack it again"
         )
     lists = _key_lists(source)
     for path, listed, _ in lists:
@@ -70,9 +73,9 @@ def _key_lists(source: DataSource) -> list[tuple[str, pa.Array, bool]]:
     for path, wanted in ((source.keys, True), (source.without, False)):
         if path is not None:
             try:
-                lines = Path(path).read_text().split()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"{path}: no list of keys ({getattr(error, 'strerror', None) or error})") from error
+                lines = read_plain_file(Path(path), MAX_LIST_BYTES).decode().split()
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{path}: no list of keys ({error})") from error
             lists.append((path, pa.array(sorted(set(lines)), pa.string()), wanted))
     return lists
 

@@ -2,7 +2,6 @@
 
 import platform
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore, Store
 
+from erann_dist.clock import steady_time
 from erann_dist.errors import UsageError
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ class Workers:
     rank: int
     world_size: int
     device: torch.device
-    launched: float = field(default_factory=time.time)  # when the command was started, in unix time
+    launched: float = field(default_factory=steady_time)  # when the command was started, in unix time
     failure: str | None = None  # why the workers before these ended, if this command started those too
     reached: int = 0  # the last step that they were heard to have done
     notice: Callable[[], str | None] = lambda: None  # says why this worker is about to be taken away, once it knows

@@ -6,6 +6,8 @@ workers and of the ZeRO stage.
 
 import logging
 import os
+import shutil
+import socket
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from erann_dist.distributed import Workers
+from erann_dist.errors import UsageError
 from erann_dist.features import padded_frames
 from erann_dist.model import ERANN, MEL_BINS
 from erann_dist.optimizer import CheckedAdam
@@ -61,6 +64,19 @@ def make_engine(kind: str, model: ERANN, optim: OptimSection, micro_batches: int
     if kind == "torch":
         return TorchEngine(model, optim, micro_batches, workers)
     return DeepSpeedEngine(model, optim, micro_batches, workers)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise UsageError when torch.compile would find no compiler: C++ on CPUs, C for Triton on GPUs."""
+    if device.type == "cpu":
+        wanted, names = "C++", [os.environ.get("CXX", "g++")]
+    else:
+        wanted, names = "C", [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "clang"]
+    if not any(shutil.which(name.split(" ")[0]) for name in names):
+        raise UsageError(
+            f"optim.compile=true needs a {wanted} compiler on {socket.gethostname()}, and {' or '.join(names)} is not "
+            "there; install one, or leave optim.compile out"
+        )
 
 
 class TorchEngine:

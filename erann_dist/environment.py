@@ -1,7 +1,10 @@
-"""What worker processes start with."""
+"""What worker processes start with, and how many CPUs they may use."""
 
 import ctypes
+import os
 import signal
+from contextlib import suppress
+from pathlib import Path
 
 # glibc gives large buffers back to the system when they are freed and asks for them anew for the next clip or step, at
 # a cost of up to a tenth of packing and a fifth of a training step on CPU. It reads these before a process starts.
@@ -16,3 +19,49 @@ def end_with_parent() -> None:
     """Let the kernel end this process when the one that started it is killed; it would work on, for nobody."""
     prctl_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(prctl_set_pdeathsig, signal.SIGKILL)
+
+
+def usable_cpus(root: Path = Path("/")) -> int:
+    """CPUs that this process may use: the smaller of its affinity and of its containers' quotas, at least 1.
+
+    A quota (cgroups v1 and v2) limits the time on all CPUs together; a fraction of a CPU is rounded down. root: where
+    /proc and /sys are.
+    """
+    quotas = _cpu_quotas(root)
+    return max(1, int(min([len(os.sched_getaffinity(0)), *quotas])))
+
+
+def _cpu_quotas(root: Path) -> list[float]:
+    """The CPUs that this process's control group and those above it allow, as far as they are limited."""
+    quotas = []
+    mount = root / "sys/fs/cgroup"
+    with suppress(OSError):  # not on Linux, or /proc is not mounted
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                quotas += [_quota_v2(folder) for folder in _up_to(mount, group)]
+            elif "cpu" in controllers.split(","):
+                quotas += [_quota_v1(folder) for name in (controllers, "cpu") for folder in _up_to(mount / name, group)]
+    return [quota for quota in quotas if quota is not None]
+
+
+def _up_to(mount: Path, group: str) -> list[Path]:
+    """The folders of a control group and of those above it. In a container only the last one may be there."""
+    path = mount / group.lstrip("/")
+    return [path, *(parent for parent in path.parents if parent.is_relative_to(mount))]
+
+
+def _quota_v2(folder: Path) -> float | None:
+    """cpu.max: microseconds of CPU time and of the period, "200000 100000", or "max 100000"."""
+    with suppress(OSError, ValueError, ZeroDivisionError):  # no such file; or "max"
+        quota, period = (folder / "cpu.max").read_text().split()
+        return int(quota) / int(period)
+    return None
+
+
+def _quota_v1(folder: Path) -> float | None:
+    """The same in two files; -1 is no limit."""
+    with suppress(OSError, ValueError, ZeroDivisionError):
+        quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return quota / period if quota > 0 else None
+    return None

@@ -6,12 +6,47 @@ was told to stop and has saved what it had.
 """
 
 import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_OWN = ("erann_dist", "shards", "cluster", "jobs")
 
 
 def in_one_line(error: OSError) -> str:
-    """What the system refused, such as room on a full disk: which file, and why."""
-    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "system"
-    return f"{name}: {error.strerror or error}"
+    """What the system refused, such as room on a full disk: which file, and why.
+
+    An error that names no file is of a step of this program, which is named: reading a file that is open, starting a
+    process, a connection.
+    """
+    reason = error.strerror or str(error) or type(error).__name__
+    if isinstance(error.filename, str | bytes):
+        return f"{os.fsdecode(error.filename)}: {reason}"
+    return f"{_attempted(error)}: {reason}"
+
+
+def _attempted(error: OSError) -> str:
+    """The innermost function of this program's that the error passed through, and what that called."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    own = [i for i, module in enumerate(modules) if module.partition(".")[0] in _OWN]
+    if not own:
+        return "the system"
+    last = own[-1]
+    called = "".join(f" ({frame.f_code.co_qualname})" for frame in frames[last + 1 : last + 2])
+    return f"{modules[last]}, {frames[last].f_code.co_qualname}{called}"
+
+
+@contextmanager
+def naming(file: str | Path) -> Iterator[None]:
+    """Let a system's error that names no file, such as that of a write to a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 class UserError(Exception):

@@ -1,6 +1,5 @@
 """Every clip of a shard set scored exactly once, on any number of workers, with the same result."""
 
-import json
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
@@ -11,17 +10,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from erann_dist import loader
+from erann_dist import loader, strict_json, strict_parquet
 from erann_dist.distributed import Workers
+from erann_dist.errors import UserError
 from erann_dist.features import LogMel, padded_samples
-from erann_dist.manifest import Manifest, Task, arrow_file, list_hash
+from erann_dist.manifest import Manifest, Task, list_hash
 from erann_dist.metrics import classification_metrics, tagging_metrics
 from erann_dist.model import ERANN
 from erann_dist.streaming import decode_clips, stream_clips, worker_rows
 
 MICRO_BATCH = 16
+PREDICTIONS_SCHEMA = pa.schema(
+    [("key", pa.string()), ("scores", pa.list_(pa.float32())), ("targets", pa.list_(pa.int16()))]
+)
 
 
 @dataclass(frozen=True)
@@ -169,26 +172,32 @@ def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[st
     return result
 
 
-class _OfClass(BaseModel):
+class _OfClass(strict_json.Record):
     id: str
     name: str
-    positives: int
-    ap: float | None = None
-    accuracy: float | None = None
+    positives: strict_json.Count
+    ap: strict_json.Number | None = None
+    auc: strict_json.Number | None = None
+    accuracy: strict_json.Number | None = None
 
 
-class _Detail(BaseModel):
-    """What others rely on in `detail`."""
+class _Detail(strict_json.Record):
+    """What `detail` gives."""
 
     task: Task
-    clips: int
-    listed: int
-    coverage: float
+    mAP: strict_json.Number | None = None
+    mAUC: strict_json.Number | None = None
+    d_prime: strict_json.Number | None = None
+    accuracy: strict_json.Number | None = None
+    clips: strict_json.Count
+    listed: strict_json.Count
+    coverage: strict_json.Number
     list_hash: str
+    chance_mAP: strict_json.Number | None = None
+    chance_accuracy: strict_json.Number | None = None
+    left_out: list[str] = Field(default_factory=list)
+    confusion: list[list[strict_json.Count]] | None = None
     per_class: list[_OfClass] = Field(min_length=1)
-    mAP: float | None = None
-    accuracy: float | None = None
-    confusion: list[list[int]] | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> "_Detail":
@@ -203,15 +212,7 @@ class _Detail(BaseModel):
 
 def read_detail(data: bytes) -> dict[str, Any]:
     """What `detail` gave, from a metrics.json. Raises ValueError, in one line, for anything else."""
-    result: dict[str, Any] = json.loads(data)
-    try:
-        _Detail.model_validate(result)
-    except ValidationError as error:
-        missing = sorted(".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing")
-        first = error.errors()[0]
-        wrong = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
-        raise ValueError(f"without {', '.join(missing)}" if missing else wrong) from error
-    return result
+    return strict_json.validate(_Detail, data).model_dump(exclude_unset=True)
 
 
 def write_predictions(file: BinaryIO, predictions: Predictions, manifest: Manifest) -> None:
@@ -221,17 +222,21 @@ def write_predictions(file: BinaryIO, predictions: Predictions, manifest: Manife
     write_scores(file, manifest.keys, predictions.scores, manifest.info.label_ids, columns)
 
 
-def read_predictions(file: BinaryIO) -> tuple[list[str], list[str], Predictions]:
-    """What write_predictions wrote: keys, label ids, predictions. Raises ValueError, in one line, for another file."""
+def read_predictions(file: BinaryIO, where: str = "predictions.parquet") -> tuple[list[str], list[str], Predictions]:
+    """What write_predictions wrote: keys, label ids, predictions. Raises UserError, which begins with `where`."""
+    advice = "evaluate the model again to write it again"
+    table = strict_parquet.read(file, where, PREDICTIONS_SCHEMA, PREDICTIONS_SCHEMA.names, advice)
     try:
-        table = pq.ParquetFile(arrow_file(file)).read(["key", "scores", "targets"])
-        labels = table.schema.metadata[b"labels"].decode().split("\n")
-        scores, targets = (table[name].combine_chunks() for name in ("scores", "targets"))
-        one_hot = np.zeros((len(table), len(labels)), np.float32)
-        one_hot[np.repeat(np.arange(len(table)), targets.value_lengths().to_numpy()), targets.flatten().to_numpy()] = 1
-        predictions = Predictions(scores.flatten().to_numpy().reshape(one_hot.shape), one_hot)
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, IndexError) as error:
-        raise ValueError(f"damaged, or no table of predictions ({' '.join(str(error).split())})") from error
+        labels = (table.schema.metadata or {})[b"labels"].decode().split("\n")
+    except (KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: damaged, its metadata have no labels; {advice}") from error
+    scores, targets = (table[name].combine_chunks() for name in ("scores", "targets"))
+    indices, counts = targets.flatten().to_numpy(), targets.value_lengths().to_numpy()
+    if (scores.value_lengths().to_numpy() != len(labels)).any() or (indices >= len(labels)).any():
+        raise UserError(f"{where}: damaged, its scores or targets are not those of its {len(labels)} labels; {advice}")
+    one_hot = np.zeros((len(table), len(labels)), np.float32)
+    one_hot[np.repeat(np.arange(len(table)), counts), indices] = 1
+    predictions = Predictions(scores.flatten().to_numpy().reshape(one_hot.shape), one_hot)
     return table["key"].to_pylist(), labels, predictions
 
 

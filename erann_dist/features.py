@@ -7,11 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor, nn
 
 from erann_dist import SAMPLE_RATE
 from erann_dist.model import MEL_BINS
+from erann_dist.versions import import_torchaudio
+
+torchaudio = import_torchaudio()
 
 WINDOW = 1380
 HOP = 345

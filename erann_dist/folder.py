@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Union
 
-from erann_dist.errors import UsageError
+from erann_dist.errors import UsageError, naming
 from erann_dist.pieces import sequential_file
 
 if TYPE_CHECKING:  # its libraries take longer to load than the rest together, and many a run needs no S3
@@ -95,15 +95,13 @@ class LocalFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
         try:
-            with part.open("x+b") as file:
+            with naming(path), part.open("x+b") as file:  # a full disk
                 yield file
                 file.flush()
                 os.fsync(file.fileno())  # a name that outlives a power cut must not lead to an empty file
             part.replace(path)
-        except BaseException as error:
+        except BaseException:
             part.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.filename is None:  # a full disk
-                error.filename = str(path)
             raise
 
     def write(self, name: str, data: bytes) -> None:
@@ -149,6 +147,8 @@ def open_folder(url: str, endpoint: str | None = None) -> Folder:
         raise UsageError(f"{url}: a folder is a path or s3://bucket/prefix, not {scheme}://")
     if not rest.partition("/")[0]:
         raise UsageError(f"{url}: the bucket is missing: s3://bucket/prefix")
+    if "//" in rest.rstrip("/"):
+        raise UsageError(f"{url}: has an empty part between two slashes; s3://bucket/prefix has none")
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UsageError("an S3 endpoint begins with http:// or https://")  # not shown: it may hold a password
     from erann_dist.s3 import S3Folder

@@ -15,7 +15,7 @@ from erann_dist.errors import UserError
 from erann_dist.folder import LocalFolder
 from erann_dist.keyed import CROP, keyed_uniform
 from erann_dist.manifest import Manifest
-from erann_dist.storage import S3_REQUESTS, BadClip, ClipReader
+from erann_dist.storage import S3_REQUESTS, BadClip, ClipReader, SlowReads
 
 AHEAD_BYTES = 64 << 20  # of samples: one or two micro-batches, which may stay in the processor's cache
 FETCH_AHEAD_BYTES = 256 << 20  # of clips asked for in S3, some of whose answers take long
@@ -107,6 +107,7 @@ def load(
     bad_clips: BadClips = NONE_BAD,
     substitute: Substitute | None = None,
     read: Counter[str] | None = None,
+    slow: SlowReads | None = None,
 ) -> Generator[Batch, None, None]:
     """For each batch its samples, in pinned memory if asked.
 
@@ -114,9 +115,9 @@ def load(
     works on one; further threads ask S3 for those behind them, up to FETCH_AHEAD_BYTES. A clip that is damaged or does
     not decode, read twice, is noted in `bad_clips` and replaced by `substitute`'s. Raises UserError, which names key or
     tar: when there are more of them than allowed, and for a tar that can't be read or is not as the manifest says.
-    `read` is kept up to date with what ClipReader counts. Closing the iterator ends the threads.
+    `read` is kept up to date with what ClipReader counts, and so is `slow`. Closing the iterator ends the threads.
     """
-    reader = ClipReader(manifest, cache, cache_form, read)
+    reader = ClipReader(manifest, cache, cache_form, read, slow)
     remote = any(not isinstance(tar.folder, LocalFolder) for tar in manifest.tars)
     decoding = ThreadPoolExecutor(threads, thread_name_prefix="loader")
     fetching = ThreadPoolExecutor(S3_REQUESTS, thread_name_prefix="loader-s3")  # its threads start when there is work

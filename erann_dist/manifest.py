@@ -13,16 +13,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import ConfigDict, Field
 
+from erann_dist import strict_json, strict_parquet
 from erann_dist.errors import UsageError, UserError
 from erann_dist.folder import Folder, LocalFolder, open_folder
+from erann_dist.strict_parquet import arrow_file
 
 SCHEMA_VERSION = 2
 MANIFEST, SHARDS, REPORT = "manifest.parquet", "shards.parquet", "report.parquet"
@@ -64,23 +67,42 @@ REPORT_SCHEMA = pa.schema(
     ]
 )
 
+# Each table's columns, and those of them that have no nulls.
+_TABLES = {
+    MANIFEST: (CLIP_SCHEMA, {"key", "labels", "shard", "offset", "size", "samples", "crc32"}),
+    SHARDS: (SHARD_SCHEMA, {"shard", "name", "size", "clips"}),
+    REPORT: (REPORT_SCHEMA, {"key", "reason", "labels"}),
+}
+_ADVICE = "restore it, or pack the set again"
+
 Task = Literal["tagging", "classification"]
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+class _Version(strict_json.Record):
+    schema_version: strict_json.Scalar
+
+
+MAX_LABELS = 2**15  # they are numbered in 16 bits
+Labels = Annotated[list[str], Field(min_length=1, max_length=MAX_LABELS)]
+SampleRate = Annotated[int, Field(ge=1, le=10**6)]  # Hz
 
 
 @dataclass(frozen=True)
 class SetInfo:
     """The facts about a shard set that hold for all of its clips."""
 
-    name: str  # of the source, such as audioset or esc50
+    __pydantic_config__: ClassVar[ConfigDict] = {**strict_json.STRICT, "extra": "forbid"}
+
+    name: strict_json.Word  # of the source, such as audioset or esc50
     task: Task
-    label_ids: list[str]
-    label_names: list[str]
-    sample_rate: int
-    codec: str
-    resampler: dict[str, str]
-    versions: dict[str, str]  # of what decoded, resampled and encoded
-    packing: dict[str, Any]  # the options: see shards.clip.Packing; empty for an indexed set
+    label_ids: Labels
+    label_names: Labels
+    sample_rate: SampleRate
+    codec: strict_json.Word
+    resampler: dict[str, strict_json.Word]
+    versions: dict[str, strict_json.Word]  # of what decoded, resampled and encoded
+    packing: dict[str, strict_json.Scalar]  # the options: see shards.clip.Packing; empty for an indexed set
     source_hash: str  # of the source rows and the packing options
     content_hash: str  # of the manifest's rows, not of its Parquet bytes
     schema_version: int = SCHEMA_VERSION
@@ -153,9 +175,15 @@ class Manifest:
 
 def read_manifest(folder: Folder, columns: list[str] | None = None) -> tuple[SetInfo, pa.Table]:
     """The facts about the shard set in a folder, and columns of its manifest. Raises as read_table."""
-    with _opened(folder, MANIFEST) as file:
-        parquet = pq.ParquetFile(arrow_file(file), page_checksum_verification=True)
-        return _info(folder, parquet.schema_arrow), parquet.read(columns).replace_schema_metadata()
+    table = _read(folder, MANIFEST, columns)
+    info = _info(folder, table.schema)
+    if "labels" in table.column_names:
+        most = pc.max(pc.list_flatten(table["labels"])).as_py()
+        if most is not None and most >= len(info.label_ids):
+            raise UserError(
+                f"{folder}/{MANIFEST}: has labels that are none of its {len(info.label_ids)}; pack the set again"
+            )
+    return info, table.replace_schema_metadata()
 
 
 def read_info(folder: Folder) -> SetInfo:
@@ -165,14 +193,26 @@ def read_info(folder: Folder) -> SetInfo:
 
 
 def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
-    """Another one of the set's tables.
+    """Columns of one of the set's tables, as declared above, their values checked.
 
     Raises UsageError when there is no such folder, UserError when the table is not there or can't be read.
     """
+    if name != SHARDS:
+        return _read(folder, name, columns)
+    table = _read(folder, name, None)
+    _require_names(folder, table["name"].to_pylist())
+    for column in ("shard", "name"):
+        if len(pc.unique(table[column])) != len(table):
+            raise UserError(f"{folder}/{SHARDS}: has a {column} twice; {_ADVICE}")
+    return table if columns is None else table.select(columns)
+
+
+def _read(folder: Folder, name: str, columns: list[str] | None) -> pa.Table:
+    schema, required = _TABLES[name]
     with _opened(folder, name) as file:
-        table = pq.ParquetFile(arrow_file(file), page_checksum_verification=True).read(columns)
-    if name == SHARDS and "name" in table.column_names:
-        _require_names(folder, table["name"].to_pylist())
+        table = strict_parquet.read(file, f"{folder}/{name}", schema, required, _ADVICE, columns)
+    if not len(table) and name != REPORT:
+        raise UserError(f"{folder}/{name}: has no rows; {_ADVICE}")
     return table
 
 
@@ -192,12 +232,6 @@ def require_printable(where: str, labels: list[str]) -> None:
             raise UserError(f"{where}: the label {label!r} holds control characters, which a label may not")
 
 
-def arrow_file(file: BinaryIO) -> pa.OSFile:
-    """The same file for Arrow alone: its threads may hold what they read a moment longer than a program lives, and
-    Python's bytes, which it would have from a Python file, would crash it then."""
-    return pa.OSFile(f"/dev/fd/{file.fileno()}")
-
-
 @contextmanager
 def _opened(folder: Folder, name: str) -> Iterator[BinaryIO]:
     if isinstance(folder, LocalFolder) and not Path(folder.url).is_dir():
@@ -215,8 +249,10 @@ def load_manifest(url: str | Path, endpoint: str | None = None) -> Manifest:
     """The manifest of the shard set in a folder. Raises as read_table."""
     folder = open_folder(str(url), endpoint)
     info, table = read_manifest(folder)
-    tars = read_table(folder, SHARDS, ["name", "size"]).to_pylist()
-    _require_places(folder, table, tars, len(info.label_ids))
+    tars = read_table(folder, SHARDS).to_pylist()
+    if [tar["shard"] for tar in tars] != list(range(len(tars))):
+        raise UserError(f"{folder}/{SHARDS}: its shards are not numbered from 0 on; {_ADVICE}")
+    _require_places(folder, table, tars)
     labels = table["labels"].combine_chunks()
     return Manifest(
         info=info,
@@ -235,8 +271,8 @@ def load_manifest(url: str | Path, endpoint: str | None = None) -> Manifest:
     )
 
 
-def _require_places(folder: Folder, clips: pa.Table, tars: list[dict[str, Any]], num_labels: int) -> None:
-    """Raise UserError unless each clip lies in a tar and has labels of the set: as much memory as it says is taken."""
+def _require_places(folder: Folder, clips: pa.Table, tars: list[dict[str, Any]]) -> None:
+    """Raise UserError unless each clip lies in a tar: as much memory as it says is taken."""
     shards, offsets, sizes = (clips[name].to_numpy() for name in ("shard", "offset", "size"))
     there = (shards >= 0) & (shards < len(tars))
     ends = np.array([*(tar["size"] for tar in tars), 0])[np.where(there, shards, -1)]
@@ -246,26 +282,25 @@ def _require_places(folder: Folder, clips: pa.Table, tars: list[dict[str, Any]],
         raise UserError(
             f"{folder}/{MANIFEST}: clip {key!r} lies in no tar of {SHARDS}; check it with erann verify {folder}"
         )
-    labels = pc.min_max(pc.list_flatten(clips["labels"])).as_py()
-    if len(clips) and labels["min"] is not None and not 0 <= labels["min"] <= labels["max"] < num_labels:
-        raise UserError(f"{folder}/{MANIFEST}: has labels that are none of its {num_labels}; pack the set anew")
 
 
 def _info(folder: Folder, schema: pa.Schema) -> SetInfo:
     where = f"{folder}/{MANIFEST}"
     try:
-        facts = json.loads(schema.metadata[b"erann"])
-        if facts["schema_version"] != SCHEMA_VERSION:
-            version = facts["schema_version"]
+        text = (schema.metadata or {})[b"erann"]
+        version = strict_json.validate(_Version, text).schema_version
+        if version != SCHEMA_VERSION:
             raise UserError(
-                f"{where}: schema version {version}, this program reads {SCHEMA_VERSION}; pack the set anew"
+                f"{where}: schema version {str(version)[:20]}, this program reads {SCHEMA_VERSION}; pack the set again"
             )
-        info = SetInfo(**facts)
-        require_printable(where, [*info.label_ids, *info.label_names])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: not a shard set's manifest ({error})") from error
-    if schema.remove_metadata() != CLIP_SCHEMA:
-        raise UserError(f"{where}: its columns are not those of a shard set's manifest")
+        info = strict_json.validate(SetInfo, text)
+    except KeyError as error:
+        raise UserError(f"{where}: not a shard set's manifest (without metadata); {_ADVICE}") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not a shard set's manifest ({error}); {_ADVICE}") from error
+    require_printable(where, [*info.label_ids, *info.label_names])
+    if len(info.label_names) != len(info.label_ids):
+        raise UserError(f"{where}: has {len(info.label_ids)} label_ids, but {len(info.label_names)} label_names")
     return info
 
 

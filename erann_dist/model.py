@@ -18,25 +18,26 @@ Initialisation = Literal["he", "pytorch"]
 
 MEL_BINS = 128
 NEGATIVE_SLOPE = 0.01
+MAX_WIDTH = 32  # the paper's widest has 6; the parameters grow by its square, to 1.5 billion here
 # Kernel size and second convolution's padding for a stride (Table 2). The first convolution always pads by 1.
 _KERNELS = {1: (3, 3, 1), 2: (3, 3, 1), 4: (6, 5, 2)}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Which ERANN: `s_m` in 0..3 and the widening factor `width` >= 1."""
+    """Which ERANN: `s_m` in 0..3 and the widening factor `width`, 1 to MAX_WIDTH."""
 
     s_m: int
     width: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.s_m <= 3 or self.width < 1:
-            raise ValueError(f"there is no {self}: s_m is 0, 1, 2 or 3 and the width at least 1")
+        if not 0 <= self.s_m <= 3 or not 1 <= self.width <= MAX_WIDTH:
+            raise ValueError(f"there is no {self}: s_m is 0, 1, 2 or 3 and the width 1 to {MAX_WIDTH}")
 
     @classmethod
     def parse(cls, name: str) -> "Variant":
         """The variant called, for example, "ERANN-1-6"."""
-        match = re.fullmatch(r"ERANN-(\d+)-(\d+)", name)
+        match = re.fullmatch(r"ERANN-([0-9]{1,9})-([0-9]{1,9})", name)
         if not match:
             raise ValueError(f"{name!r} is no ERANN variant; write ERANN-<s_m>-<width>, for example ERANN-1-6")
         return cls(int(match[1]), int(match[2]))

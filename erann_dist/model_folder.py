@@ -9,24 +9,23 @@ README.md           the model card
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import safetensors.torch
 import torch
-import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
 
-from erann_dist import SAMPLE_RATE, checkpoint, features, strict_json
+from erann_dist import SAMPLE_RATE, checkpoint, features, strict_json, strict_yaml
 from erann_dist.errors import UsageError, UserError
 from erann_dist.folder import Folder, open_folder
-from erann_dist.manifest import SetInfo, Task, require_printable
+from erann_dist.manifest import Labels, SampleRate, SetInfo, Task, require_printable
 from erann_dist.model import ERANN, MEL_BINS, Variant
 from erann_dist.recipe import Recipe
 
 FORMAT = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-FRONT_END = {
+FRONT_END: dict[str, strict_json.Scalar] = {
     "window": features.WINDOW,
     "hop": features.HOP,
     "mel_bins": MEL_BINS,
@@ -41,16 +40,16 @@ FRONT_END = {
 class ModelInfo:
     """What a model's outputs and inputs are."""
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)  # of a config.json that is read
+    __pydantic_config__: ClassVar[ConfigDict] = {**strict_json.STRICT, "extra": "forbid"}  # of a config.json
 
     variant: str
     task: Task
-    label_ids: list[str]
-    label_names: list[str]
-    sample_rate: int
-    pad_samples: int = 0  # to which a shorter clip is zero-padded
-    front_end: dict[str, Any] = dataclasses.field(default_factory=lambda: dict(FRONT_END))
-    format: int = FORMAT
+    label_ids: Labels
+    label_names: Labels
+    sample_rate: SampleRate
+    pad_samples: Annotated[int, Field(ge=0, le=600 * SAMPLE_RATE)] = 0  # to which a shorter clip is zero-padded
+    front_end: dict[str, strict_json.Scalar] = dataclasses.field(default_factory=lambda: dict(FRONT_END))
+    format: strict_json.Count = FORMAT
     weights_sha256: str | None = None  # of model.safetensors; save_model and load_model fill it in
 
 
@@ -64,6 +63,25 @@ def save_model(folder: Folder, model: ERANN, info: ModelInfo, metrics: dict[str,
     folder.write("README.md", card.encode())
     info = dataclasses.replace(info, weights_sha256=hashlib.sha256(data).hexdigest())
     folder.write(_CONFIG, strict_json.dumps(dataclasses.asdict(info), indent=1).encode())
+
+
+def weights_problem(folder: Folder) -> str | None:
+    """What is wrong with the weights of a finished model folder, one line: missing, or not those of its config.json."""
+    try:
+        info = _read_info(folder)
+        found = hashlib.sha256(folder.read(_WEIGHTS)).hexdigest()
+    except FileNotFoundError as error:
+        return f"{error.filename or folder}: is missing"
+    except UserError as error:
+        return str(error)
+    if info.weights_sha256 not in (None, found):
+        return f"{folder}/{_WEIGHTS}: is damaged, or not the weights that {_CONFIG} was written with"
+    return None
+
+
+def unfinish(folder: Folder) -> None:
+    """Let a model folder be one that has to be written again: without its config.json it is not finished."""
+    folder.delete(_CONFIG)
 
 
 def find_model(url: str) -> Folder:
@@ -98,14 +116,12 @@ def load_model(folder: Folder) -> tuple[ERANN, ModelInfo]:
 def _read_info(folder: Folder) -> ModelInfo:
     path = f"{folder}/{_CONFIG}"
     try:
-        info = TypeAdapter(ModelInfo).validate_json(folder.read(_CONFIG))
+        info = strict_json.validate(ModelInfo, folder.read(_CONFIG))
         Variant.parse(info.variant)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = "".join(f"{part}: " for part in first["loc"])
-        raise UserError(f"{path}: not a model's configuration ({key}{first['msg']})") from error
     except ValueError as error:
-        raise UserError(f"{path}: not a model's configuration ({error})") from error
+        raise UserError(
+            f"{path}: not a model's configuration ({error}); restore it, or train the model again"
+        ) from error
     require_printable(path, [*info.label_ids, *info.label_names])
     if info.format != FORMAT or info.front_end != FRONT_END:
         raise UserError(f"{path}: made for another front end or format than this program's")
@@ -199,6 +215,6 @@ Each class's figure is in metrics.json.
 ## How it was made
 
 ```yaml
-{yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True), sort_keys=False).strip()}
+{strict_yaml.dump(recipe.model_dump(mode="json", exclude_none=True)).strip()}
 ```
 """

@@ -9,7 +9,10 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor
-from torchaudio.functional import phase_vocoder, resample
+
+from erann_dist.versions import import_torchaudio
+
+torchaudio = import_torchaudio()
 
 WINDOW = 2048  # samples, 46 ms: tells the partials of a voice of 100 Hz apart
 _HOP = WINDOW // 4
@@ -35,6 +38,6 @@ def shift_pitch(waveform: Tensor, semitones: int) -> Tensor:
     window = torch.hann_window(WINDOW, device=waveform.device)
     advance = torch.linspace(0, math.pi * _HOP, WINDOW // 2 + 1, device=waveform.device)[:, None]
     spectrum = torch.stft(waveform, WINDOW, _HOP, window=window, pad_mode="constant", return_complex=True)
-    spectrum = phase_vocoder(spectrum, float(1 / ratio), advance)
+    spectrum = torchaudio.functional.phase_vocoder(spectrum, float(1 / ratio), advance)
     stretched = torch.istft(spectrum, WINDOW, _HOP, window=window, length=math.ceil(samples * ratio))
-    return resample(stretched, ratio.numerator, ratio.denominator)[:, :samples]
+    return torchaudio.functional.resample(stretched, ratio.numerator, ratio.denominator)[:, :samples]

@@ -3,10 +3,12 @@
 import difflib
 import hashlib
 import json
+import os
+import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from erann_dist import SAMPLE_RATE
+from erann_dist import SAMPLE_RATE, strict_json, strict_yaml
 from erann_dist.cache import CacheForm
 from erann_dist.errors import UsageError
 from erann_dist.features import PAD_SAMPLES
@@ -36,26 +38,53 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"input should be a number, not {str(value).lower()}")
+    return value
+
+
+def _path(path: str) -> str:
+    """The path with the user's home in place of ~; URLs as they are."""
+    if any(ord(character) < 32 for character in path):
+        raise ValueError("input should be a path without control characters")
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        raise ValueError(f"there is no home folder for {path.partition('/')[0]}; write ./{path} for a folder so named")
+    return found
+
+
+# Every number has an upper bound, far above any use: a slip of the keyboard ends at once and not for want of memory.
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
+MANY = 10**12  # examples, steps
+MAX_THREADS = 1024
+MAX_WORKERS = 10_000
+MAX_SECONDS = 1e7  # four months, for time limits
+MAX_FOLD = 127  # the manifest's column is of 8 bits
+
+
 def _variant_name(name: str) -> str:
     return str(Variant.parse(name))
 
 
 class ModelSection(Section):
     variant: Annotated[str, AfterValidator(_variant_name)]  # ERANN-<s_m>-<width>
-    init: str = Field("none", min_length=1)  # a model folder, or a run's, whose weights training begins with
+    init: PathText = "none"  # a model folder, or a run's, whose weights training begins with
     # The layers that begin anew all the same. The paper: "the last layers", which may be fc2 alone, or fc1 too.
-    fresh: list[str] = ["fc2"]
+    fresh: list[str] = Field(["fc2"], max_length=1000)
     initialisation: Initialisation = "he"  # of what begins anew; the paper's is not known
 
 
 class DataSource(Section):
     """A shard set, or the part of it in one split, in some folds, or by lists of keys. A plain string is its url."""
 
-    url: str
+    url: PathText
     split: str | None = None
-    fold: list[int] | None = None
-    keys: str | None = None  # a text file, a key a line: only these clips
-    without: str | None = None  # the same: all clips but these
+    fold: list[Annotated[Whole, Field(ge=0, le=MAX_FOLD)]] | None = Field(None, max_length=MAX_FOLD + 1)
+    keys: PathText | None = None  # a text file, a key a line: only these clips
+    without: PathText | None = None  # the same: all clips but these
 
     @model_validator(mode="before")
     @classmethod
@@ -67,23 +96,23 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
-Sources = Annotated[list[DataSource], BeforeValidator(_as_list), Field(min_length=1)]
+Sources = Annotated[list[DataSource], BeforeValidator(_as_list), Field(min_length=1, max_length=10_000)]
 
 
 class CacheSection(Section):
-    dir: str = Field(min_length=1)  # on a disk of the node
-    max_bytes: ByteSize = Field(gt=0)
+    dir: PathText  # on a disk of the node
+    max_bytes: Annotated[ByteSize, BeforeValidator(_number)] = Field(gt=0, le=10**18)
     format: CacheForm = "flac"
 
 
 class DataSection(Section):
     train: Sources
     eval: Sources
-    crop_s: float = Field(8.0, gt=0, le=600)  # length of a training crop; shorter clips are zero-padded
+    crop_s: Real = Field(8.0, gt=0, le=600)  # length of a training crop; shorter clips are zero-padded
     sampling: Literal["balanced", "uniform", "sequential"] = "balanced"
-    loader_threads: int = Field(2, ge=1)
+    loader_threads: Whole = Field(2, ge=1, le=MAX_THREADS)
     cache: CacheSection | None = None
-    max_bad_clips: int = Field(0, ge=0)  # damaged clips that are replaced by others; one more ends the run
+    max_bad_clips: Whole = Field(0, ge=0, le=MANY)  # damaged clips that are replaced by others; one more ends the run
 
     @property
     def crop_samples(self) -> int:
@@ -105,35 +134,38 @@ class AugmentSection(Section):
     mixup: Mixup = "modified"
     mixup_on: MixupOn = "waveform"
     partner: Partner = "fresh"
-    pitch_shift: int = Field(0, ge=0, le=12)  # semitones: each crop is shifted by a whole number of −this to +this
+    pitch_shift: Whole = Field(0, ge=0, le=12)  # semitones: each crop is shifted by a whole number of −this to +this
     specaugment: bool = True
 
 
 # On real clips 1, 4, 8 and 32 examples keep .36, .86, .91 and .98 of the variance.
 LEAST_MICRO_BATCH = 8
+MAX_MICRO_BATCH_S = 200_000  # 18 GB of 16-bit samples
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[Real, Field(ge=0, lt=1)]
 
 
 class OptimSection(Section):
-    global_batch: int = Field(32, ge=1)  # examples per optimizer step, whatever the number of workers
-    micro_batch: int = Field(32, ge=1)  # examples that share BatchNorm statistics
-    examples: int | None = Field(None, ge=1)  # length of the run, or
-    epochs: float | None = Field(None, gt=0, allow_inf_nan=False)  # the same in passes over the training clips
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    global_batch: Whole = Field(32, ge=1, le=2**20)  # examples per optimizer step, whatever the number of workers
+    micro_batch: Whole = Field(32, ge=1, le=2**14)  # examples that share BatchNorm statistics
+    examples: Whole | None = Field(None, ge=1, le=MANY)  # length of the run, or
+    epochs: Real | None = Field(None, gt=0, le=10**6)  # the same in passes over the training clips
+    lr: Real = Field(1e-3, gt=0, le=1000)
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
     # The paper's are not known: Adam's and one_cycle's, with PyTorch's names and defaults.
     betas: tuple[Beta, Beta] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    pct_start: float = Field(0.3, gt=0, lt=1)  # share of the steps in which the rate rises
-    div_factor: float = Field(25.0, ge=1, allow_inf_nan=False)  # lr over the first step's
-    final_div_factor: float = Field(1e4, ge=1, allow_inf_nan=False)  # the first step's over the last one's
+    weight_decay: Real = Field(0.0, ge=0, le=1000)
+    pct_start: Real = Field(0.3, gt=0, lt=1)  # share of the steps in which the rate rises
+    div_factor: Real = Field(25.0, ge=1, le=1e12)  # lr over the first step's
+    final_div_factor: Real = Field(1e4, ge=1, le=1e12)  # the first step's over the last one's
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
     compile: bool = False  # by torch.compile
-    clip_norm: float | None = Field(None, gt=0, allow_inf_nan=False)  # of the whole gradient; none: not clipped
+    clip_norm: Real | None = Field(None, gt=0, le=1e12)  # of the whole gradient; none: not clipped
     zero_stage: Literal[0, 1, 2] = 0
-    max_bad_steps: int = Field(0, ge=0)  # of infinite or undefined loss, that are skipped; one more ends the run
+    max_bad_steps: Whole = Field(
+        0, ge=0, le=MANY
+    )  # of infinite or undefined loss, that are skipped; one more ends the run
     small_micro_batch: bool = False  # allows a micro_batch below 8
 
     @model_validator(mode="after")
@@ -146,9 +178,9 @@ class OptimSection(Section):
 
 
 class EvaluateSection(Section):
-    every: int | None = Field(None, ge=1)  # steps; the end of the run is always evaluated
-    average_last: int | None = Field(None, ge=2)  # checkpoints, whose mean weights are evaluated too
-    pad_s: float = Field(0, ge=0, le=600)  # shorter clips are zero-padded to so many seconds
+    every: Whole | None = Field(None, ge=1, le=MANY)  # steps; the end of the run is always evaluated
+    average_last: Whole | None = Field(None, ge=2, le=10**6)  # checkpoints, whose mean weights are evaluated too
+    pad_s: Real = Field(0, ge=0, le=600)  # shorter clips are zero-padded to so many seconds
 
     @property
     def pad_samples(self) -> int:
@@ -156,17 +188,17 @@ class EvaluateSection(Section):
 
 
 class CheckpointSection(Section):
-    every: int = Field(1000, ge=1)  # steps
-    keep_last: int = Field(2, ge=1)
-    keep_best: int = Field(0, ge=0)  # besides, by the evaluation's first metric
-    max_failed: int = Field(3, ge=0)  # in a row that could not be written; one more ends the run
+    every: Whole = Field(1000, ge=1, le=MANY)  # steps
+    keep_last: Whole = Field(2, ge=1, le=10**6)
+    keep_best: Whole = Field(0, ge=0, le=10**6)  # besides, by the evaluation's first metric
+    max_failed: Whole = Field(3, ge=0, le=10**6)  # in a row that could not be written; one more ends the run
 
 
 class Elastic(Section):
     """As many workers as the cluster has room for."""
 
-    min: int = Field(ge=1)
-    max: int = Field(ge=1)
+    min: Whole = Field(ge=1, le=MAX_WORKERS)
+    max: Whole = Field(ge=1, le=MAX_WORKERS)
 
     @model_validator(mode="after")
     def _ordered(self) -> "Elastic":
@@ -177,7 +209,7 @@ class Elastic(Section):
 
 _KINDS_OF_WORKERS = {"number", "elastic"}
 WorkersNumber = Annotated[
-    Annotated[int, Field(ge=1), Tag("number")] | Annotated[Elastic, Tag("elastic")],
+    Annotated[Whole, Field(ge=1, le=MAX_WORKERS), Tag("number")] | Annotated[Elastic, Tag("elastic")],
     Discriminator(lambda value: "elastic" if isinstance(value, dict | Elastic) else "number"),
 ]
 
@@ -185,8 +217,8 @@ WorkersNumber = Annotated[
 class Place(Section):
     """Where a run is, or the runs of a command."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    dir: str = Field("runs", min_length=1)  # a path, or s3://bucket/prefix
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
+    dir: PathText = "runs"  # a path, or s3://bucket/prefix
 
     @property
     def url(self) -> str:
@@ -201,12 +233,16 @@ class RunSection(Place):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # On CPU a worker computes with this many threads. Results depend on it in the last bits, so it is no matter of
     # how many cores a machine happens to have: for more speed run more workers.
-    threads: int = Field(1, ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    log_every: int = Field(10, ge=1)  # steps
-    max_failures: int = Field(3, ge=0)  # of workers under ray, in a row without a checkpoint; one more ends the run
-    hang_timeout: float = Field(600.0, ge=1)  # seconds without progress, after which the workers are restarted
-    wait_for_workers: float = Field(300.0, ge=0)  # seconds that a cluster gets to have room for them
+    threads: Whole = Field(1, ge=1, le=MAX_THREADS)
+    seed: Whole = Field(0, ge=0, lt=2**63)
+    log_every: Whole = Field(10, ge=1, le=MANY)  # steps
+    max_failures: Whole = Field(
+        3, ge=0, le=10**6
+    )  # of workers under ray, in a row without a checkpoint; one more ends the run
+    hang_timeout: Real = Field(
+        600.0, ge=1, le=MAX_SECONDS
+    )  # seconds without progress, after which the workers are restarted
+    wait_for_workers: Real = Field(300.0, ge=0, le=MAX_SECONDS)  # seconds that a cluster gets to have room for them
 
     @property
     def min_workers(self) -> int:
@@ -236,6 +272,11 @@ class Recipe(Section):
         if (average := self.evaluate.average_last) and average > self.checkpoint.keep_last:
             raise ValueError(
                 f"evaluate.average_last is {average}, but checkpoint.keep_last only {self.checkpoint.keep_last}"
+            )
+        if self.optim.micro_batch * self.data.crop_s > MAX_MICRO_BATCH_S:
+            raise ValueError(
+                f"optim.micro_batch {self.optim.micro_batch} of data.crop_s {self.data.crop_s:g} are more than the "
+                f"{MAX_MICRO_BATCH_S:,} seconds that fit into memory; make one of them smaller"
             )
         if self.optim.micro_batch < LEAST_MICRO_BATCH and not self.optim.small_micro_batch:
             raise ValueError(
@@ -293,16 +334,11 @@ def load_recipe(path: Path, overrides: list[str] = []) -> Recipe:  # noqa: B006 
 
 def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
     """The sections of a YAML file with its overrides, not yet checked; a run without a name gets the file's."""
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    tree = strict_yaml.read(path)
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: a recipe has the sections {', '.join(Recipe.model_fields)}")
     for override in overrides:
-        _apply(tree, override)
+        _apply(tree, override, str(path))
     if isinstance(tree.get("run"), dict):
         tree["run"].setdefault("name", path.stem)
     elif tree.get("run") is None:
@@ -310,11 +346,16 @@ def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
     return tree
 
 
+def setting(key: str, value: Any) -> str:
+    """The override that sets a key to a value."""
+    return f"{key}={strict_json.dumps(value)}"
+
+
 def read_section(tree: dict[str, Any], name: str, origin: str) -> dict[str, Any]:
     """A section of a tree that was read, empty when it is not there. Raises UsageError when it is something else."""
     section = {} if tree.get(name) is None else tree[name]
     if not isinstance(section, dict):
-        raise UsageError(f"{origin}: {name}: input should be a section {{key: value, ...}}, not {section!r}")
+        raise UsageError(f"{origin}: {name}: input should be a section {{key: value, ...}}, not {_shown(section)}")
     return section
 
 
@@ -334,28 +375,71 @@ def check(schema: type[S], tree: Any, origin: str) -> S:
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The keys that decide what is computed and that differ, as "key: old -> new"."""
     a, b = _flat(old.function()), _flat(new.function())
-    return [f"{key}: {a.get(key)} -> {b.get(key)}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+    return [f"{key}: {_plain(a.get(key))} -> {_plain(b.get(key))}" for key in sorted(a | b) if a.get(key) != b.get(key)]
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UsageError(f"{override!r}: an override is written key.path=value, for example run.workers=2")
-    *parents, last = key.split(".")
-    node: Any = tree
+def _plain(value: Any) -> str:
+    """A value as it would be written in a recipe, if that is short and fit to be shown."""
+    return value if isinstance(value, str) and value.isprintable() and len(value) <= 1000 else _shown(value)
+
+
+_OVERRIDE = re.compile(r"(?P<key>[^=.]+(?:\.[^=.]+)*)=(?P<value>.*)", re.DOTALL)
+_SOURCES = (["data", "train"], ["data", "eval"])
+
+
+def _apply(tree: dict[str, Any], override: str, origin: str) -> None:
+    shown = f"{origin}: {_shown(override)}"
+    match = _OVERRIDE.fullmatch(override)
+    if not match:
+        raise UsageError(f"{shown}: an override is written key.path=value, for example run.workers=2")
     try:
-        for name in parents:
-            if isinstance(node, dict) and node.get(name) is None:  # it is not there, or there is nothing in it
-                node[name] = {}
-            node = node[int(name) if isinstance(node, list) else name]
-        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(text)
-    except (TypeError, AttributeError, ValueError, IndexError, yaml.YAMLError) as error:
-        raise UsageError(f"{override!r}: the recipe has no place for {key}") from error
+        value = strict_yaml.load(match["value"])
+    except ValueError as error:
+        raise UsageError(f"{shown}: the value of {_shown_key(match['key'])} is not valid YAML ({error})") from error
+    *parents, last = match["key"].split(".")
+    node: Any = tree
+    for depth, name in enumerate(parents, 1):
+        place = _place(node, name, parents[: depth - 1], match["key"], shown)
+        inner = node.get(place) if isinstance(node, dict) else node[place]
+        if inner is None and isinstance(node, dict):  # it is not there, or there is nothing in it
+            inner = {}
+        elif isinstance(inner, str) and parents[:2] in _SOURCES and depth == 2 + isinstance(node, list):
+            inner = {"url": inner}  # a shard set that is given by its path alone
+        node[place] = inner
+        node = inner
+    node[_place(node, last, parents, match["key"], shown)] = value
+
+
+def _place(node: Any, name: str, parents: list[str], key: str, shown: str) -> str | int:
+    """A key of a section, or the index into a list. Raises UsageError when the value there has no such place."""
+    if isinstance(node, dict):
+        return name
+    where = _shown_key(".".join(parents))
+    if not isinstance(node, list):
+        raise UsageError(f"{shown}: the recipe has no place for {_shown_key(key)}: {where} is {_shown(node)}")
+    if re.fullmatch("[0-9]{1,6}", name) and int(name) < len(node):
+        return int(name)
+    raise UsageError(
+        f"{shown}: the recipe has no place for {_shown_key(key)}: {where} is a list of {len(node)}, "
+        f"whose items are {where}.0 and so on"
+    )
+
+
+def _shown(value: Any) -> str:
+    """A value in an error message, however long it is."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxlong, short.maxother = 3, 120, 60, 120
+    return short.repr(value)
+
+
+def _shown_key(key: str) -> str:
+    short = key if len(key) <= 100 else f"{key[:100]}..."
+    return short if short.isprintable() else ascii(short)
 
 
 def _explain(schema: type[Section], error: Any) -> str:
     error = {**error, "loc": [part for part in error["loc"] if part not in _KINDS_OF_WORKERS]}
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(_shown_key(str(part)) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         names = _names_beside(schema, error["loc"])
         near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
@@ -365,14 +449,14 @@ def _explain(schema: type[Section], error: Any) -> str:
     if error["type"] == "missing":
         return f"{path}: this key is needed"
     if error["type"] == "byte_size":
-        return f"{path}: input should be a number of bytes such as 200GB, not {error['input']!r}"
+        return f"{path}: input should be a number of bytes such as 200GB, not {_shown(error['input'])}"
     if error["type"] == "model_type":
         at = f"{path}: " if path else ""
-        return f"{at}input should be a section {{key: value, ...}}, not {error['input']!r}"
+        return f"{at}input should be a section {{key: value, ...}}, not {_shown(error['input'])}"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{path}: {message}" if path else message
-    return f"{path}: {message[0].lower()}{message[1:]}, not {error['input']!r}"
+    return f"{path}: {message[0].lower()}{message[1:]}, not {_shown(error['input'])}"
 
 
 def _names_beside(schema: type[Section], location: tuple[Any, ...]) -> list[str]:

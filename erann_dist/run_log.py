@@ -7,19 +7,20 @@ incidents, the end. So the log reads as that of one undisturbed run, with its in
 A command is what the user started; its workers may start several times. Time between commands is nobody's loss.
 """
 
-import json
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_type_hints
+
+from pydantic import create_model
 
 from erann_dist import strict_json
+from erann_dist.clock import steady_time
 from erann_dist.errors import UserError
 from erann_dist.events import (
     CheckpointSaved,
@@ -34,6 +35,7 @@ from erann_dist.events import (
     Step,
 )
 from erann_dist.folder import Folder, LocalFolder
+from erann_dist.tensorboard_log import TensorBoardLog
 
 LOG, TENSORBOARD = "metrics.jsonl", "tensorboard"
 _REACHED = ".step"  # a file beside it on a disk: the last step that was done, in decimal digits
@@ -42,10 +44,19 @@ UPLOAD_S = 30.0  # between uploads to S3
 Line = dict[str, Any]
 
 _WORK, _HISTORY = (Step, Evaluated, CheckpointSaved), (Started, Incident, Finished, Ended, Discarded)
-_KEYS = {  # that a line must have
-    kind.__name__: {"time", *(f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING)}
-    for kind in (*_WORK, *_HISTORY)
-}
+
+
+def _line_model(kind: type[Any]) -> type[strict_json.Record]:
+    """What a line of this event holds: its fields, and when it was logged."""
+    hints = get_type_hints(kind, include_extras=True)
+    keys: dict[str, Any] = {
+        field.name: (hints[field.name], ... if field.default is MISSING and field.default_factory is MISSING else None)
+        for field in fields(kind)
+    }
+    return create_model(kind.__name__, __base__=strict_json.Record, time=(strict_json.Seconds, ...), **keys)
+
+
+_LINES = {kind.__name__: _line_model(kind) for kind in (*_WORK, *_HISTORY)}
 _IS_WORK = {kind.__name__ for kind in _WORK}
 _FOUND_AGAIN = {"bad_clip", "bad_step"}  # kinds of incidents, which are told again when their steps are computed
 _ACCOUNTED = ("event", "time", "step", "steps", "seconds", "launched", "seconds_lost")
@@ -72,8 +83,6 @@ class RunLog:
     """
 
     def __init__(self, folder: Folder, from_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         self.found = read_log(folder)
         self.reached = _reached(folder)
         kept = continued(self.found, from_step)
@@ -94,17 +103,16 @@ class RunLog:
             self._copy = _Copy(directory, folder, self.lines)
         self._file = (directory / LOG).open("ab", buffering=0)
         self._unwritten = b""
-        self._tensorboard = SummaryWriter(str(directory / TENSORBOARD), purge_step=from_step + 1)
+        self._tensorboard = TensorBoardLog(directory / TENSORBOARD, from_step + 1)
 
     def log(self, event: Event) -> None:
         if isinstance(event, EvaluationProgress):
             return
-        line = as_line(event, time.time())
+        line = as_line(event, steady_time())
         self._unwritten += f"{strict_json.dumps(line)}\n".encode()
         self._write()
         self.lines.append(_accounted(line))
-        with suppress(OSError):  # on a full disk TensorBoard's writer ends
-            self._log_scalars(event)
+        self._log_scalars(event)
         if isinstance(event, Started | CheckpointSaved):
             self.flush()
 
@@ -135,8 +143,8 @@ class RunLog:
 
     @property
     def problem(self) -> str | None:
-        """Why the last upload failed, if it did."""
-        return self._copy.problem if self._copy else None
+        """Why the last upload failed, if it did, or why TensorBoard's file could not be written at some time."""
+        return (self._copy.problem if self._copy else None) or self._tensorboard.problem
 
     def flush(self) -> None:
         """Upload now; it does not wait for that."""
@@ -149,8 +157,7 @@ class RunLog:
         self._file.close()
         if self._step:
             self._step.close()
-        with suppress(OSError):
-            self._tensorboard.close()
+        self._tensorboard.close()
         if self._copy:
             self._copy.close()
             self._scratch.cleanup()
@@ -220,12 +227,19 @@ def as_line(event: Event, now: float) -> Line:
 
 
 def read_log(folder: Folder) -> list[Line]:
-    """The lines of a run's log, none when it has none yet. A line that was cut short is left out."""
+    """The lines of a run's log, none when it has none yet. Those that are damaged are left out."""
+    return read_damaged_log(folder)[0]
+
+
+def read_damaged_log(folder: Folder) -> tuple[list[Line], int]:
+    """The same, and how many lines were left out; the last one, which is being written, is not counted."""
     try:
-        text = folder.read(LOG).decode(errors="replace")
+        texts = folder.read(LOG).split(b"\n")
     except FileNotFoundError:
-        return []
-    return [line for line in map(_parse, text.split("\n")) if line]
+        return [], 0
+    found = [_parse(text) for text in texts]
+    skipped = sum(line is None and bool(text.strip()) for line, text in zip(found[:-1], texts[:-1], strict=True))
+    return [line for line in found if line], skipped
 
 
 def end(folder: Folder, ended: Ended) -> None:
@@ -233,7 +247,7 @@ def end(folder: Folder, ended: Ended) -> None:
     with suppress(FileNotFoundError):
         text = folder.read(LOG)
         cut = b"" if text.endswith(b"\n") else b"\n"  # a line that was cut short
-        folder.write(LOG, text + cut + f"{strict_json.dumps(as_line(ended, time.time()))}\n".encode())
+        folder.write(LOG, text + cut + f"{strict_json.dumps(as_line(ended, steady_time()))}\n".encode())
 
 
 def last_step(folder: Folder) -> int:
@@ -243,18 +257,19 @@ def last_step(folder: Folder) -> int:
 
 def _reached(folder: Folder) -> int:
     try:
-        return int(folder.read(_REACHED))
+        return strict_json.validate(strict_json.Count, folder.read(_REACHED))
     except (FileNotFoundError, ValueError):
         return 0
 
 
-def _parse(text: str) -> Line | None:
+def _parse(text: bytes) -> Line | None:
     """A line, unless it was cut short or does not have what such an event has."""
     try:
-        line = json.loads(text)
-        return line if line.keys() >= _KEYS[line["event"]] else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+        line = strict_json.loads(text)
+        _LINES[line["event"]].model_validate(line)
+    except (ValueError, KeyError, TypeError):
         return None
+    return line
 
 
 def _accounted(line: Line) -> Line:

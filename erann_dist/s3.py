@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from botocore.exceptions import (  # type: ignore[import-untyped]
     ClientError,
@@ -31,8 +31,9 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from fsspec.asyn import FSTimeoutError, sync  # type: ignore[import-untyped]
 from s3fs.core import S3_RETRYABLE_ERRORS, S3FileSystem  # type: ignore[import-untyped]
 
-from erann_dist.errors import Unavailable, UserError
+from erann_dist.errors import Unavailable, UserError, naming
 from erann_dist.pieces import sequential_file
+from erann_dist.s3_clients import Connection, credentials_stamp, find_connection, s3fs_client
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ PART = 32 << 20  # bytes of a part of an upload; what is not longer goes in one 
 PART_SIZE = "erann-part-size"  # in an object's metadata
 
 PASSING = (*S3_RETRYABLE_ERRORS, ConnectionError, IncompleteReadError)
+EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 PASSING_CODES = {"BadDigest", "IncompleteBody", "OperationAborted", "RequestTimeout", "XAmzContentSHA256Mismatch"}
 
 
@@ -130,7 +132,7 @@ class S3Folder:
     @contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
         """A nameless local copy, of the length and checksum that S3 names. Raises FileNotFoundError."""
-        with tempfile.TemporaryFile() as file:
+        with naming(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             self.fetch(name, file)
             file.seek(0)
             yield file
@@ -163,7 +165,7 @@ class S3Folder:
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
         """A new local file to write, read and seek in; uploaded at the end, unless the body raises. Leave it open."""
-        with tempfile.TemporaryFile() as file:
+        with naming(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             yield file
             self._store(name, file)
 
@@ -375,16 +377,10 @@ class CutShort(Exception):
     """An answer that claims to be whole and is not."""
 
 
-def connection(endpoint: str | None) -> tuple[SplitResult, str, Any]:
-    """The server's URL, the region, and credentials with access_key, secret_key and token, as s3fs found them."""
+def connection(endpoint: str | None, bucket: str) -> Connection:
+    """How s3fs asks for the bucket's objects, for another client. Raises as s3fs does."""
     s3 = _file_system(endpoint)
-
-    async def ask(s3: S3FileSystem) -> tuple[SplitResult, str, Any]:
-        client = await s3.set_session()
-        credentials = await (await s3.session.get_credentials()).get_frozen_credentials()
-        return urlsplit(client.meta.endpoint_url), client.meta.region_name, credentials
-
-    return cast(tuple[SplitResult, str, Any], sync(s3.loop, ask, s3))
+    return cast(Connection, sync(s3.loop, find_connection, s3, bucket, timeout=REQUEST_S))
 
 
 def _file_system(endpoint: str | None) -> S3FileSystem:
@@ -393,25 +389,12 @@ def _file_system(endpoint: str | None) -> S3FileSystem:
 
 @functools.cache
 def _kept_file_system(endpoint: str | None, process: int, connect_s: float, silence_s: float) -> S3FileSystem:
-    """The S3 client of this process.
+    """The s3fs client of this process.
 
     A forked process keeps its parent's client too: were it collected, closing its connections there would take them
     out of the epoll that both processes share, and the parent would wait for answers in vain.
     """
-    config = {
-        "connect_timeout": connect_s,
-        "read_timeout": silence_s,
-        "max_pool_connections": 64,
-        "retries": {"total_max_attempts": 1},
-        # The MD5s here do what botocore's CRCs do, and on S3 servers that are not Amazon's too.
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-    }
-    s3 = S3FileSystem(endpoint_url=endpoint, config_kwargs=config, use_listings_cache=False)
-    # botocore tries again after status 500 but not after an answer cut short, s3fs the other way round, and neither
-    # checks the content; one on top of the other they multiply. So _retried alone tries again.
-    s3.retries = 1
-    return s3
+    return s3fs_client(endpoint, connect_s, silence_s)
 
 
 async def _retried(
@@ -429,14 +412,20 @@ async def _retried(
                 await asyncio.sleep(min(left, STOP_S))
             if stop and stop.is_set():
                 break
+        keys = credentials_stamp()
         try:
             return await attempt()
         except Exception as error:
             # s3fs makes an OSError of an answer and leaves the answer, with its code, as the cause.
             cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error
-            if not _may_pass(cause):
+            renewed = _has_expired(cause) and credentials_stamp() != keys
+            if not (_may_pass(cause) or renewed):
                 break
     raise _explained(cause, attempts)
+
+
+def _has_expired(error: BaseException) -> bool:
+    return isinstance(error, ClientError) and error.response["Error"]["Code"] in EXPIRED_CODES
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -456,12 +445,15 @@ def _explained(error: BaseException, attempts: int) -> Exception:
                 return _Missing()
             case "PreconditionFailed" | "412":
                 return _Changed()
-            case "ExpiredToken" | "ExpiredTokenException" | "RequestExpired" | "TokenRefreshRequired":
+            case _ if code in EXPIRED_CODES:
                 reason = "the credentials have expired: renew them and run the same command again"
             case "InvalidAccessKeyId" | "InvalidToken" | "SignatureDoesNotMatch":
                 reason = "S3 does not know these credentials: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             case "AccessDenied" | "AllAccessDisabled" | "403":
-                reason = "access denied: these credentials may not do it, or the bucket's name is wrong"
+                reason = (
+                    "access denied: these credentials may not do it, or the bucket's name is wrong; a bucket whose "
+                    "requester pays needs AWS_REQUEST_PAYER=requester"
+                )
             case "NoSuchBucket":
                 reason = "no such bucket: check the URL and the endpoint, or create it"
             case "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException" | "PermanentRedirect":
@@ -470,7 +462,10 @@ def _explained(error: BaseException, attempts: int) -> Exception:
                 reason = "S3 can't do it now: try again later" if again else "S3 refuses"
         return _Refused(f"{reason} ({code}{again})", bool(again))
     if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return _Refused("no credentials for S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")
+        return _Refused(
+            "no credentials for S3: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for a "
+            "public bucket AWS_NO_SIGN_REQUEST=YES"
+        )
     if isinstance(error, EndpointConnectionError | ConnectTimeoutError):
         server = urlsplit(error.kwargs["endpoint_url"]).netloc
         return _Refused(f"could not connect to {server}{again}: check the endpoint and the network", bool(again))

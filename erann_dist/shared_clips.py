@@ -20,13 +20,16 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from erann_dist.data import load_sources
+from erann_dist import strict_json
+from erann_dist.data import MAX_LIST_BYTES, load_sources
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder, open_folder
 from erann_dist.manifest import MANIFEST, SHARDS, Manifest, SetInfo, Tar
+from erann_dist.plain_file import read_plain_file
 from erann_dist.recipe import DataSource
 
 _VERSION = 1  # of the file
+_TarFacts = tuple[str, str | None, str, int, str]  # folder, endpoint, name, bytes, content hash of its set
 _NUMBERS = ("folds", "shards", "rows", "offsets", "sizes", "samples", "crc32s")
 
 
@@ -43,7 +46,13 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
         try:
             file = _own(path, os.O_RDONLY)
             clips = _map(file)
-        except (OSError, pa.ArrowException):  # it is not there; or a power cut left it empty
+        except (
+            OSError,
+            pa.ArrowException,
+            ValueError,
+            KeyError,
+            TypeError,
+        ):  # it is not there; or a power cut left it empty
             _write(load_sources(sources), path)
             _give_memory_back()
             file = _own(path, os.O_RDONLY)
@@ -88,7 +97,10 @@ def _digest(sources: list[DataSource]) -> str:
     facts: list[object] = [_VERSION]
     for source in sources:
         folder = open_folder(source.url)
-        lists = [path and hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in (source.keys, source.without)]
+        lists = [
+            path and hashlib.sha256(read_plain_file(Path(path), MAX_LIST_BYTES)).hexdigest()
+            for path in (source.keys, source.without)
+        ]
         where = os.path.abspath(source.url) if "://" not in source.url else source.url
         facts += [where, source.model_dump(), lists, folder.version(MANIFEST), folder.version(SHARDS)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
@@ -117,15 +129,17 @@ def _write(clips: Manifest, path: Path) -> None:
 
 
 def _map(file: BinaryIO) -> Manifest:
+    """Raises ArrowException, ValueError, KeyError and TypeError for a file that is not whole."""
     table = pa.ipc.open_file(pa.memory_map(f"/dev/fd/{file.fileno()}")).read_all()
+    table.validate(full=True)
     labels = table["labels"].chunk(0)
     folders: dict[tuple[str, str | None], Folder] = {}
     tars = []
-    for url, endpoint, name, size, set_hash in json.loads(table.schema.metadata[b"tars"]):
+    for url, endpoint, name, size, set_hash in strict_json.validate(list[_TarFacts], table.schema.metadata[b"tars"]):
         folders[url, endpoint] = folders.get((url, endpoint)) or open_folder(url, endpoint)
         tars.append(Tar(folders[url, endpoint], name, size, set_hash))
     return Manifest(
-        info=SetInfo(**json.loads(table.schema.metadata[b"info"])),
+        info=strict_json.validate(SetInfo, table.schema.metadata[b"info"]),
         tars=tars,
         keys=table["key"],
         label_values=labels.values.to_numpy(),

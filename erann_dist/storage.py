@@ -1,8 +1,8 @@
 """A clip's sound by its row: from the node's cache, or from its tar on a disk or in S3, checked either way."""
 
 import os
-import resource
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -15,11 +15,55 @@ from isal import isal_zlib
 
 from erann_dist.audio import DecodeError, clip_buffer
 from erann_dist.cache import CacheForm, ClipCache, ClipId
-from erann_dist.errors import UserError
+from erann_dist.errors import UserError, naming
 from erann_dist.folder import LocalFolder
 from erann_dist.manifest import Manifest, Tar
+from erann_dist.open_files import OpenFile, OpenFiles
 
 S3_REQUESTS = 32  # at once, by one worker
+
+
+_SLOW_AT_LEAST = 32  # reads by s3fs, before they are worth an incident
+_GIVE_UP_AFTER, _TRY_AGAIN_S = 8, 60.0  # failures in a row of the fast client, and the pause after them
+
+
+class SlowReads:
+    """How often clips in S3 had to be read by s3fs, for Arrow's faster client could not. For any number of threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fast = self._slow = self._in_a_row = 0
+        self._again_at = 0.0
+        self._why = ""
+
+    def is_fast_worth_trying(self) -> bool:
+        """False for a while after several failures in a row: each may have waited for its timeout."""
+        return time.monotonic() >= self._again_at
+
+    def note(self, why: str | None) -> None:
+        """The fast client was tried. why: it failed, and s3fs did not."""
+        with self._lock:
+            if why is None:
+                self._fast += 1
+                self._in_a_row = 0
+                return
+            self._why = why
+            self._slow += 1
+            self._in_a_row += 1
+            if self._in_a_row >= _GIVE_UP_AFTER:
+                self._again_at = time.monotonic() + _TRY_AGAIN_S
+
+    def note_slow(self) -> None:
+        """s3fs alone was tried."""
+        with self._lock:
+            self._slow += 1
+
+    @property
+    def problem(self) -> str | None:
+        """One line, when most reads were slow ones."""
+        if self._slow < _SLOW_AT_LEAST or self._slow <= self._fast:
+            return None
+        return f"clips from S3 are read by s3fs, several times slower: Arrow's client fails with {self._why}"
 
 
 class BadClip(UserError):
@@ -43,14 +87,16 @@ def bad_clip(manifest: Manifest, row: int, problem: str) -> BadClip:
 def write_text(path: Path, text: str) -> None:
     """Write a file that appears under its name, or replaces the one there, only when it is whole."""
     part = path.with_name(f"{path.name}.part")
-    part.write_text(text)
-    part.replace(path)
+    with naming(path):
+        part.write_text(text)
+        part.replace(path)
 
 
 class ClipReader:
     """Reads clips of a manifest, from any number of threads. Close it when done.
 
     read: counts the clips and bytes that were read, as clips_cache, bytes_cache, clips_origin and bytes_origin.
+    slow: counts those that came from S3 the slow way.
     """
 
     def __init__(
@@ -59,15 +105,17 @@ class ClipReader:
         cache: ClipCache | None = None,
         cache_form: CacheForm = "flac",
         read: Counter[str] | None = None,
+        slow: SlowReads | None = None,
     ) -> None:
         self._manifest = manifest
         self._cache = cache
         self._form = cache_form
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        self._tars: dict[int, _LocalTar | _S3Tar] = {}
+        self._s3_tars: dict[int, _S3Tar] = {}
+        self._files = OpenFiles[int]()  # of tars on a disk, by number
+        self._slow = SlowReads() if slow is None else slow
         self._counts = Counter() if read is None else read
-        _allow_many_files()
 
     def must_fetch(self, row: int) -> bool:
         """Whether the clip lies in S3, and not in the cache as it seems."""
@@ -79,10 +127,8 @@ class ClipReader:
     def fetch(self, row: int, careful: bool = False) -> bytes:
         """A clip as it is in S3, unchecked. Raises UserError when its tar is not there or not as the manifest says."""
         m = self._manifest
-        tar = self._tar(row)
-        assert isinstance(tar, _S3Tar)
         with self._named(row):
-            return tar.read(int(m.offsets[row]), int(m.sizes[row]), careful)
+            return self._s3_tar(row).read(int(m.offsets[row]), int(m.sizes[row]), careful)
 
     def crop(self, row: int, start: int, out: npt.NDArray[np.int16], fetched: Future[bytes] | None = None) -> None:
         """Write samples start .. start + count of clip `row` to out, (count,).
@@ -111,10 +157,11 @@ class ClipReader:
         self._stop.set()
 
     def close(self) -> None:
+        self._files.close()
         with self._lock:
-            for tar in self._tars.values():
+            for tar in self._s3_tars.values():
                 tar.close()
-            self._tars.clear()
+            self._s3_tars.clear()
 
     def _cached(self, cache: ClipCache, row: int, start: int, out: npt.NDArray[np.int16]) -> bool:
         """Whether the crop was to be had from the cache."""
@@ -149,10 +196,11 @@ class ClipReader:
         """
         m = self._manifest
         data = clip_buffer().room(int(m.sizes[row]))
-        tar = self._tar(row)
-        if isinstance(tar, _LocalTar):
+        tar = m.tars[m.shards[row]]
+        if isinstance(tar.folder, LocalFolder):
             with self._named(row):
-                size = tar.read_into(int(m.offsets[row]), data)
+                file = self._files.get(int(m.shards[row]), lambda: _opened(tar))
+                size = os.preadv(file.descriptor, [data], int(m.offsets[row]))
             if size != len(data):
                 raise DecodeError("is cut short")
         else:
@@ -170,15 +218,12 @@ class ClipReader:
         except OSError as error:
             raise UserError(f"{m.tars[m.shards[row]]}: {error.strerror} (clip {m.keys[row]})") from error
 
-    def _tar(self, row: int) -> "_LocalTar | _S3Tar":
+    def _s3_tar(self, row: int) -> "_S3Tar":
         number = int(self._manifest.shards[row])
         with self._lock:
-            if number not in self._tars:
-                tar = self._manifest.tars[number]
-                with self._named(row):
-                    local = isinstance(tar.folder, LocalFolder)
-                    self._tars[number] = _LocalTar(tar) if local else _S3Tar(tar, self._stop)
-            return self._tars[number]
+            if number not in self._s3_tars:
+                self._s3_tars[number] = _S3Tar(self._manifest.tars[number], self._stop, self._slow)
+            return self._s3_tars[number]
 
     def _clip_id(self, row: int) -> ClipId:
         m = self._manifest
@@ -191,29 +236,22 @@ class ClipReader:
             self._counts[f"bytes_{source}"] += size
 
 
-class _LocalTar:
-    def __init__(self, tar: Tar) -> None:
-        self._file = os.open(str(tar), os.O_RDONLY | os.O_CLOEXEC)
-        size = os.fstat(self._file).st_size
-        if size != tar.size:
-            os.close(self._file)
-            raise _other_size(tar, size)
-
-    def read_into(self, start: int, data: memoryview) -> int:
-        """Fill data; how many bytes there were."""
-        return os.preadv(self._file, [data], start)
-
-    def close(self) -> None:
-        os.close(self._file)
+def _opened(tar: Tar) -> OpenFile:
+    """A tar on a disk. Raises OSError, and UserError when it is not of the set's size."""
+    file = OpenFile(str(tar), os.O_RDONLY)
+    size = os.fstat(file.descriptor).st_size
+    if size != tar.size:
+        raise _other_size(tar, size)
+    return file
 
 
 class _S3Tar:
-    def __init__(self, tar: Tar, stop: threading.Event) -> None:
+    def __init__(self, tar: Tar, stop: threading.Event, slow: SlowReads) -> None:
         from erann_dist.s3_ranges import S3Object
 
         assert not isinstance(tar.folder, LocalFolder)
         self._tar = tar
-        self._object = S3Object(tar.folder, tar.name, stop)
+        self._object = S3Object(tar.folder, tar.name, stop, slow)
 
     def read(self, start: int, size: int, careful: bool) -> bytes:
         if self._object.size != self._tar.size:
@@ -229,10 +267,3 @@ def _other_size(tar: Tar, size: int) -> UserError:
         f"{tar}: {size} bytes, the set's tables say {tar.size}: it was cut or replaced; "
         f"check the set with erann verify {tar.folder}"
     )
-
-
-def _allow_many_files() -> None:
-    """Every tar and every slab of the cache is kept open, more than the usual limit of 1,024 at AudioSet's size."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -4,9 +4,7 @@ The gradient of a step is the sum of its examples' losses over the global batch.
 each micro-batch computes the same function, up to the order of summation; which examples those are is schedule.py's.
 """
 
-import importlib.metadata
 import math
-import platform
 import socket
 import time
 from collections import Counter
@@ -24,9 +22,10 @@ from erann_dist import checkpoint, evaluation, loader, memory
 from erann_dist.augment import draw_choices, make_inputs
 from erann_dist.batchnorm import RunningStatistics
 from erann_dist.cache import ClipCache
+from erann_dist.clock import steady_time
 from erann_dist.data import count_reported, load_sources
 from erann_dist.distributed import Workers, device_name
-from erann_dist.engine import make_engine
+from erann_dist.engine import make_engine, require_compiler
 from erann_dist.errors import Stopped, UsageError, UserError
 from erann_dist.events import (
     Emit,
@@ -50,6 +49,8 @@ from erann_dist.run_log import RunLog, goodput, lost
 from erann_dist.saving import Saver
 from erann_dist.schedule import Draws, deal, learning_rate, micro_batches_per_rank
 from erann_dist.shared_clips import shared_clips
+from erann_dist.storage import SlowReads
+from erann_dist.versions import program_versions
 from erann_dist.watchdog import Watchdog, stacks_left, watching
 from erann_dist.window import Window
 
@@ -75,6 +76,8 @@ def train(recipe: Recipe, workers: Workers, emit: Emit) -> None:
         raise UsageError(f"{workers.world_size} workers for {most} micro-batches a step; start at most {most}")
     if recipe.optim.precision == "fp16" and workers.device.type == "cpu":
         raise UsageError("optim.precision fp16 needs a GPU; bf16 and fp32 run on CPUs")
+    if recipe.optim.compile:
+        require_compiler(workers.device)
     with (
         watching(recipe.run_url, workers.rank, recipe.run.hang_timeout) as watchdog,
         shared_clips(recipe.data.train) as clips,
@@ -150,10 +153,10 @@ class _Training:
         self.cache = ClipCache(Path(cache.dir), cache.max_bytes) if cache else None
         if self.cache:
             resources.enter_context(closing(self.cache))
-        self.read = Counter[str]()  # what the loader counts
+        self.read, self.slow = Counter[str](), SlowReads()  # what the loader counts
         self.batches = self._batches(resources)
         self.told = set(self.bad_clips.found)
-        self.cache_problems = set[str]()
+        self.problems: dict[str, IncidentKind] = {}  # a line each, of caches, storage and the log
         self.outcomes = Outcomes(workers.device)
         self.window = Window(self.read)
         self.log: RunLog | None = None
@@ -161,6 +164,7 @@ class _Training:
         if workers.is_first:
             self.log = resources.enter_context(closing(RunLog(self.run_folder, self.first_step)))
             self.reporters = [self.log.log, emit]
+        self.is_storage_reported = any(line.get("kind") == "storage" for line in self.log.found) if self.log else False
 
     def run(self) -> None:
         recipe = self.recipe
@@ -216,6 +220,7 @@ class _Training:
             bad_clips=self.bad_clips,
             substitute=self.draws.substitute,
             read=self.read,
+            slow=self.slow,
             pin_memory=workers.device.type == "cuda",
         )
         resources.enter_context(closing(loaded))
@@ -305,16 +310,26 @@ class _Training:
         self.window = Window(self.read)
 
     def _tell_incidents(self, step: int) -> None:
-        """Each bad clip once, and each reason why a cache takes no more or the log could not be uploaded."""
-        if self.cache and self.cache.problem:
-            self.cache_problems.add(self.cache.problem)
-        log_problems = {self.log.problem} if self.log and self.log.problem else set()
-        known = self.bad_clips.found | {problem: problem for problem in self.cache_problems | log_problems}
-        for key in sorted(known.keys() - self.told):
-            kind: IncidentKind = "log" if key in log_problems else "cache"
-            kind = "bad_clip" if key in self.bad_clips.found else kind
-            self.say(Incident(step, kind, known[key], keys=[key] if kind == "bad_clip" else []))
+        """Each bad clip once, and each reason why a cache takes no more or the log could not be uploaded.
+
+        That S3 is read the slow way once in a run: each worker may have another reason.
+        """
+        self._note_problem("cache", self.cache.problem if self.cache else None)
+        self._note_problem("storage", self.slow.problem)
+        self._note_problem("log", self.log.problem if self.log else None)
+        for key in sorted(self.bad_clips.found.keys() - self.told):
+            self.say(Incident(step, "bad_clip", self.bad_clips.found[key], keys=[key]))
             self.told.add(key)
+        for text in sorted(self.problems.keys() - self.told):
+            kind = self.problems[text]
+            if kind != "storage" or not self.is_storage_reported:
+                self.say(Incident(step, kind, text))
+            self.is_storage_reported |= kind == "storage"
+            self.told.add(text)
+
+    def _note_problem(self, kind: IncidentKind, text: str | None) -> None:
+        if text:
+            self.problems.setdefault(text, kind)
 
     def _is_evaluation_due(self, step: int) -> bool:
         """Whether there is one on the way at this step; the end has one of its own."""
@@ -341,7 +356,8 @@ class _Training:
         began = time.perf_counter()
         self._await_saving()  # its copy is still in use
         self.bad_clips.unite(self.workers.gather_all(self.bad_clips.found))
-        self.cache_problems.update(*self.workers.gather_all(self.cache_problems))
+        for problems in self.workers.gather_all(self.problems):
+            self.problems |= problems
         self._tell_incidents(step)
         self.engine.state(self.saver.state if self.saver else None)
         if self.saver:
@@ -410,7 +426,7 @@ class _Training:
         self._on_first_worker(lambda: self._write_results(predictions))
         if predictions and self.log:
             outcome = evaluation.summarise(predictions, self.clips.info.task) | {"model": f"{self.run_folder}/model"}
-            share = goodput(self.log.lines, time.time())
+            share = goodput(self.log.lines, steady_time())
             self.say(Finished(self.steps, time.perf_counter() - self.began, share, outcome))
         self.workers.wait_for_all()
 
@@ -479,7 +495,7 @@ class _Training:
             threads=self.recipe.run.threads,
             bad_clips=sorted(self.bad_clips.found),
             bad_steps=list(self.bad_steps),
-            versions=_versions(),
+            versions=program_versions(),
         )
 
     def _was_evaluated(self, step: int) -> bool:
@@ -508,13 +524,13 @@ class _Training:
                 launched=workers.launched,
                 hosts=hosts,
                 hardware=hardware,
-                versions=_versions(),
+                versions=program_versions(),
             )
         )
         for problem in self.damaged:
             self.say(Incident(step, "checkpoint", problem))
         if self.log.found:
-            gone = lost(self.log.found, step, workers.launched, time.time(), max(self.log.reached, workers.reached))
+            gone = lost(self.log.found, step, workers.launched, steady_time(), max(self.log.reached, workers.reached))
             before = self.log.found[-1]
             why = f": {before['text']}" if before["event"] == "Ended" else ""
             text = workers.failure or f"the command before this one ended at step {gone.last_step}{why}"
@@ -526,8 +542,3 @@ class _Training:
             if not workers.failure and before.get("told"):
                 kind = "stop"
             self.say(Incident(step, kind, text, gone.steps, gone.seconds))
-
-
-def _versions() -> dict[str, str]:
-    packages = ("erann-dist", "torch", "torchaudio", "deepspeed", "ray")
-    return {"Python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

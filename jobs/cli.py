@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from erann_dist.errors import UsageError, UserError, in_one_line
+from erann_dist.versions import check_torchaudio, program_versions
 from jobs import cluster_commands, shard_commands, submit_commands
 from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher, Model, Shards
 from jobs.progress import RunView, console
@@ -20,12 +21,31 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 shard_commands.add_to(app)
 submit_commands.add_to(app)
 bench_app = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.", rich_markup_mode="markdown")
 app.add_typer(bench_app, name="bench")
 cluster_commands.add_to(app)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(", ".join(f"{name} {version}" for name, version in program_versions().items()))
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the versions of erann and its libraries."
+        ),
+    ] = False,
+) -> None:
+    check_torchaudio()
 
 
 @app.command(

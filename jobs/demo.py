@@ -1,13 +1,12 @@
 """The whole path on a small synthetic AudioSet, by the same steps as real data."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from cluster.embedded import ray_cluster
 from erann_dist.folder import open_folder
-from erann_dist.recipe import load_recipe
+from erann_dist.recipe import load_recipe, setting
 from jobs.evaluate import tag
 from jobs.pack import pack
 from jobs.pretrain import pretrain
@@ -25,7 +24,7 @@ def demo(folder: Path) -> dict[str, Any]:
     """Synthesise, pack, verify, pretrain, evaluate, tag. Run again, it goes on where it was stopped."""
     began = time.monotonic()
     places = {"data.train": folder / "shards/train", "data.eval": folder / "shards/eval", "run.dir": folder / "runs"}
-    recipe = load_recipe(find_recipe(Path("demo.yaml")), [f"{k}={json.dumps(str(v))}" for k, v in places.items()])
+    recipe = load_recipe(find_recipe(Path("demo.yaml")), [setting(k, str(v)) for k, v in places.items()])
     _title("1 of 5  synthesise a small AudioSet")
     synthetic = SyntheticAudioSet.at(folder / "audioset")
     complete = folder / "audioset" / ".complete"

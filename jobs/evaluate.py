@@ -1,6 +1,5 @@
 """Evaluating a model folder on a shard set, and tagging a shard set or single files with it."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def evaluate(
     require_fit(folder, info, source.url, load_source(source).info)
     config = {"model": model, "source": source.model_dump(), "out": str(out)}
     launch(evaluate_worker, config, launcher=launcher, num_workers=num_workers, device=device, on_event=on_event)
-    metrics: dict[str, Any] = json.loads((out / "metrics.json").read_text())
+    metrics = evaluation.read_detail((out / "metrics.json").read_bytes())
     return {"model": str(folder), "out": str(out)} | metrics
 
 

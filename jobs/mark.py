@@ -2,8 +2,6 @@
 
 from dataclasses import asdict, dataclass, field
 
-from pydantic import TypeAdapter, ValidationError
-
 from erann_dist import strict_json
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder
@@ -14,9 +12,9 @@ MARK = "study.json"  # in the folder of a study, from its beginning
 
 @dataclass(frozen=True)
 class Mark:
-    kind: str  # folds, or which study
-    of: str  # data sets, or recipe
-    data: dict[str, str] = field(default_factory=dict)  # hashes of the clips' manifests, by the recipe's key
+    kind: strict_json.Name  # folds, or which study
+    of: strict_json.Name  # data sets, or recipe
+    data: dict[str, strict_json.Name] = field(default_factory=dict)  # hashes of the clips, by the recipe's key
     weights: str | None = None  # sha256 of those that its runs begin with
 
 
@@ -48,7 +46,6 @@ def write_mark(folder: Folder, mark: Mark) -> None:
 def _read(folder: Folder) -> Mark | None:
     if not folder.exists(MARK):
         return None
-    try:
-        return TypeAdapter(Mark).validate_json(folder.read(MARK))
-    except ValidationError as error:
-        raise UserError(f"{folder}/{MARK}: damaged; remove it if the runs beside it are this study's") from error
+    return strict_json.read(
+        Mark, folder.read(MARK), f"{folder}/{MARK}", "remove it if the runs alongside it are this study's"
+    )

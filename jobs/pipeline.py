@@ -1,6 +1,5 @@
 """Pretraining, its evaluation, and fine-tuning on several data sets, as one job that goes on where it was stopped."""
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from erann_dist.data import load_train_and_eval
 from erann_dist.errors import UsageError
 from erann_dist.folder import open_folder
 from erann_dist.model_folder import ModelInfo, require_beginning
-from erann_dist.recipe import Place, Recipe, Section, check, load_recipe, read_tree
+from erann_dist.recipe import PathText, Place, Recipe, Section, check, load_recipe, read_tree, setting
 from jobs.finetune import check_folds, finetune
 from jobs.fleet import check_runs
 from jobs.mark import Mark, require_own
@@ -29,14 +28,12 @@ from jobs.report.report_page import report_page
 class Stage(Section):
     """A recipe, and what is set in it."""
 
-    recipe: str = Field(min_length=1)  # a file, or the name of one that comes with the program
+    recipe: PathText  # a file, or the name of one that comes with the program
     set: dict[str, dict[str, Any]] = Field(default_factory=dict)  # keys by section, as in the recipe
 
     def settings(self) -> list[str]:
         """As overrides of the recipe's keys."""
-        return [
-            f"{section}.{key}={json.dumps(value)}" for section, keys in self.set.items() for key, value in keys.items()
-        ]
+        return [setting(f"{section}.{key}", value) for section, keys in self.set.items() for key, value in keys.items()]
 
 
 class Pipeline(Section):
@@ -65,7 +62,7 @@ def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan
     pipeline = check(Pipeline, read_tree(path, overrides), str(path))
     folder = pipeline.run.url
     require_own(open_folder(folder), Mark("pipeline", str(path)))
-    place = f"run.dir={json.dumps(folder)}"
+    place = setting("run.dir", folder)
     recipe = load_recipe(find_recipe(Path(pipeline.pretrain.recipe)), [*pipeline.pretrain.settings(), place])
     if recipe.run.launcher == "torchrun":
         raise UsageError(

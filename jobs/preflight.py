@@ -263,7 +263,7 @@ class _Checks:
             problems.append(Problem(str(error), "another run.name; or the recipe that the run began with"))
         if is_finished(run):
             text = f"{run}: this run is finished, and is not run again"
-            problems.append(Problem(text, "another run.name, to run it anew", fails=False))
+            problems.append(Problem(text, "another run.name, to run it again", fails=False))
         found = f"{run}: what each of {count(len(seen), 'node')} and this host writes there, the others see"
         self._say(judge("run folder", str(run) if problems else found, problems))
 

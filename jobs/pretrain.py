@@ -1,29 +1,28 @@
 """A training run: check that it can be started or resumed, launch its workers, say what came of it."""
 
 import fcntl
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from cluster.launch import is_first_process, launch
-from erann_dist import checkpoint, run_log
+from erann_dist import checkpoint, run_log, strict_yaml
 from erann_dist.checkpoint import Superseded
+from erann_dist.clock import steady_time
 from erann_dist.data import load_train_and_eval
 from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, UserError
 from erann_dist.evaluation import read_detail
-from erann_dist.events import Emit, Ended
+from erann_dist.events import Emit, Ended, Incident
 from erann_dist.folder import Folder, LocalFolder, open_folder
+from erann_dist.model_folder import unfinish, weights_problem
 from erann_dist.recipe import Recipe, differences, parse_recipe
 from erann_dist.training import train
 from jobs.mark import MARK
 
 Resume = Literal["auto", "never", "must"]
-_RECIPE = "recipe.yaml"
+_RECIPE, _PREDICTIONS = "recipe.yaml", "predictions.parquet"
 
 
 def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit) -> dict[str, Any]:
@@ -34,6 +33,12 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
     run = open_folder(recipe.run_url)
     if is_first_process():
         check_run(recipe, run, resume)
+    if is_finished(run) and (problem := _results_problem(run)):
+        if not checkpoint.committed(run):
+            raise UserError(f"{problem}; no checkpoint is left to make it from: remove {run} to run it again")
+        if is_first_process():
+            on_event(Incident(0, "checkpoint", f"{problem}; the results are made again from the last checkpoint"))
+            unfinish(open_folder(f"{run}/model"))
     if not is_finished(run):
         with _prepared(recipe, run) if is_first_process() else nullcontext(), _end_is_logged(run):
             launch(
@@ -54,13 +59,30 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
     return outcome(run)
 
 
+def _results_problem(run: Folder) -> str | None:
+    """What is wrong with the results of a finished run, one line, if anything is."""
+    for name in ("model", *(["model-averaged"] if run.exists("model-averaged/config.json") else [])):
+        if problem := weights_problem(open_folder(f"{run}/{name}")):
+            return problem
+    try:
+        read_detail(run.read("model/metrics.json"))
+    except FileNotFoundError:
+        return f"{run}/model/metrics.json: is missing"
+    except ValueError as error:
+        return f"{run}/model/metrics.json: is damaged ({error})"
+    # Without a checkpoint they can't be made again; the model of a run that was cleaned up to save space is whole.
+    if not run.exists(_PREDICTIONS) and checkpoint.committed(run):
+        return f"{run}/{_PREDICTIONS}: is missing"
+    return None
+
+
 @contextmanager
 def _prepared(recipe: Recipe, run: Folder) -> Iterator[None]:
     """The run's folder, with its recipe, held for this command."""
     load_train_and_eval(recipe.data)  # what is wrong shows here, before a cluster is started or a folder made
     with only_one(run):
         settings = recipe.model_dump(mode="json", exclude_none=True)
-        run.write(_RECIPE, yaml.safe_dump(settings, sort_keys=False).encode())
+        run.write(_RECIPE, strict_yaml.dump(settings).encode())
         yield
 
 
@@ -87,7 +109,7 @@ def only_one(run: Folder) -> Iterator[None]:
 @contextmanager
 def _end_is_logged(run: Folder) -> Iterator[None]:
     """Why the command gives up a run, or was told to stop, is in the run's log."""
-    launched = time.time()
+    launched = steady_time()
     try:
         yield
     except BaseException as error:
@@ -155,8 +177,8 @@ def check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
 def _recipe_of(run: Folder) -> Recipe:
     path = f"{run}/{_RECIPE}"
     try:
-        tree = yaml.safe_load(run.read(_RECIPE))
-    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = strict_yaml.load_dumped(run.read(_RECIPE))
+    except (FileNotFoundError, ValueError) as error:
         state = "missing" if isinstance(error, FileNotFoundError) else "damaged"
         raise UserError(f"{path}: {state}, so it is not known what the run is; give another run.name") from error
     return parse_recipe(tree, path)

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from erann_dist.clock import steady_time
 from erann_dist.events import (
     CheckpointSaved,
     Evaluated,
@@ -208,7 +209,7 @@ class _Status:
         self._evaluations: list[Evaluated] = []  # of the run's own weights
 
     def update(self, event: Event) -> None:
-        now = time.time()
+        now = steady_time()
         self._goodput.add(event)
         if isinstance(event, Started):
             self._started = event
@@ -238,7 +239,7 @@ class _Status:
             words.append(f"loss {latest[0].loss:.4f}")
         if scoring:
             words.append(f"scoring {scoring.done} of {scoring.total} clips")
-        elif left := _time_left(done, steps, self._first, time.time()):
+        elif left := _time_left(done, steps, self._first, steady_time()):
             words.append(left)
         if evaluations:
             words.append("  ".join(f"{name} {value:.4f}" for name, value in evaluations[-1].metrics.items()))
@@ -247,7 +248,7 @@ class _Status:
     def page(self) -> Table:
         assert self._started
         latest, scoring = self._step, self._scoring  # the terminal is painted by a thread, while events come
-        now = time.time()
+        now = steady_time()
         page = Table.grid(padding=(0, 2, 0, 0))
         page.add_column(style="dim", min_width=len("checkpoint"))
         page.add_column(no_wrap=True, overflow="ellipsis")

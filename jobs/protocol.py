@@ -20,7 +20,7 @@ from erann_dist.folder import Folder, open_folder
 from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.model import ERANN
 from erann_dist.model_folder import initialise, require_layers
-from erann_dist.recipe import Recipe, RunSection, Section, check, parse_recipe, read_section, read_tree
+from erann_dist.recipe import PathText, Real, Recipe, RunSection, Section, check, parse_recipe, read_section, read_tree
 from erann_dist.run_log import Line, read_log, seconds_run
 from jobs import paper
 from jobs.pretrain import metrics_of
@@ -35,14 +35,14 @@ _OFFICIAL = {"esc50": (5, 2000), "esc10": (5, 400), "urbansound8k": (10, 8732), 
 class Rates(Section):
     """Adam's constant learning rates."""
 
-    scratch: float = Field(gt=0, allow_inf_nan=False)
-    finetune: float = Field(gt=0, allow_inf_nan=False)
+    scratch: Real = Field(gt=0, le=1000)
+    finetune: Real = Field(gt=0, le=1000)
 
 
 class Protocol(Section):
     """How a data set is divided and trained on."""
 
-    shards: str = Field(min_length=1)  # the shard set
+    shards: PathText  # the shard set
     # official: all folds of the data set, else refused. present: those that the set has. actors: RAVDESS's by actor,
     # (actor − 1) // 2 mod 4 + 1, those that the set has.
     folds: Folds = "official"
@@ -245,7 +245,11 @@ def _run(validation: CrossValidation, fold: int) -> Folder:
 
 def _fold(fold: int, metrics: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
     """What its log tells is None when that is lost."""
-    scored = [line for line in evaluations(lines) if line.get("averaged") is None]
+    scored = [
+        line
+        for line in evaluations(lines)
+        if line.get("averaged") is None and line["metrics"].get("accuracy") is not None
+    ]
     best = max(scored, key=lambda line: (line["metrics"]["accuracy"], -line["step"]), default=None)
     started = next((line for line in lines if line["event"] == "Started"), None)
     return {

@@ -1,59 +1,60 @@
 """What a study came to, as its results.json says: the folds of a cross-validation, or a table of runs."""
 
-import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
-from erann_dist.errors import UserError
+from erann_dist import strict_json
 from erann_dist.folder import Folder
+from erann_dist.strict_json import Count, Name, Number, Scalar, Seconds
 
 RESULTS = "results.json"  # in the folder of a study, when it has been run
 
 
-class _Fold(BaseModel):
-    fold: int
-    run: str
-    accuracy: float | None
-    best_accuracy: float | None
-    best_step: int | None
-    clips: int | None
-    train_clips: int | None
-    seconds: float | None
+class _Fold(strict_json.Record):
+    fold: Count
+    run: Name
+    accuracy: Number | None
+    best_accuracy: Number | None
+    best_step: Count | None
+    clips: Count | None
+    train_clips: Count | None
+    seconds: Seconds | None
 
 
-class _FailedFold(BaseModel):
-    fold: int
+class _FailedFold(strict_json.Record):
+    fold: Count
     why: str
 
 
-class _OfClass(BaseModel):
+class _OfClass(strict_json.Record):
     name: str
-    clips: int
-    accuracy: float | None
+    clips: Count
+    accuracy: Number | None
 
 
-class _Published(BaseModel):
-    accuracy: float
+class _Published(strict_json.Record):
+    accuracy: Number
     what: str
 
 
-class _Folds(BaseModel):
+class _Folds(strict_json.Record):
     kind: Literal["folds"]
     name: str
     data_set: str
     variant: str
     init: str
     folds_asked: str
+    missing_clips: Count = 0
     comparable: bool
     why_not_comparable: str | None
     folds: list[_Fold]
     failed: list[_FailedFold]
-    mean: float | None
-    std: float | None
-    best_mean: float | None
+    mean: Number | None
+    std: Number | None
+    best_mean: Number | None
     labels: list[str]
-    confusion: list[list[int]]
+    confusion: list[list[Count]]
     per_class: list[_OfClass]
     paper: _Published | None
 
@@ -66,39 +67,36 @@ class _Folds(BaseModel):
 
 
 class _Row(BaseModel):
-    model_config = ConfigDict(extra="allow")
+    """A row of a table, with a cell for each of its columns."""
 
-    run: str
-    runs: list[str]
+    model_config = ConfigDict(**strict_json.STRICT | {"extra": "allow"})
+    __pydantic_extra__: dict[str, Scalar]
+
+    run: Name
+    runs: list[Name]
 
 
-class _FailedRun(BaseModel):
-    run: str
+class _FailedRun(strict_json.Record):
+    run: Name
     why: str
 
 
-class _Table(BaseModel):
+class _Table(strict_json.Record):
     kind: Literal["study"]
+    of: str = ""
     name: str
     columns: list[str]
     rows: list[_Row]
     failed: list[_FailedRun]
-    notes: list[str] = []
+    notes: list[str] = Field(default_factory=list)
+    measured_on: str | None = None
+
+
+_Results = RootModel[Annotated[_Folds | _Table, Field(discriminator="kind")]]
 
 
 def read_results(folder: Folder) -> dict[str, Any]:
     """What a study came to. Raises UserError when that can't be read."""
-    path, again = f"{folder}/{RESULTS}", "run the study again to write it anew"
-    try:
-        result: dict[str, Any] = json.loads(folder.read(RESULTS))
-        kinds: dict[str, type[BaseModel]] = {"folds": _Folds, "study": _Table}
-        kinds[result["kind"]].model_validate(result)
-    except ValidationError as error:
-        missing = sorted(".".join(map(str, each["loc"])) for each in error.errors() if each["type"] == "missing")
-        if missing:
-            raise UserError(f"{path}: not a study's, without {', '.join(missing)}; {again}") from error
-        first = error.errors()[0]
-        raise UserError(f"{path}: damaged ({': '.join([*map(str, first['loc']), first['msg']])}); {again}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({' '.join(str(error).split())}); {again}") from error
-    return result
+    advice = "run the study again to write it again"
+    found: dict[str, Any] = strict_json.read(_Results, folder.read(RESULTS), f"{folder}/{RESULTS}", advice).model_dump()
+    return found

@@ -9,7 +9,7 @@ from typing import Any
 
 from erann_dist.errors import UsageError, UserError
 from erann_dist.folder import Folder, LocalFolder, open_folder
-from erann_dist.run_log import LOG, Line, goodput, read_log
+from erann_dist.run_log import LOG, Line, goodput, read_damaged_log
 
 # A run is taken to be running while it is silent for no longer than this, or than so many times its longest silence:
 # it says nothing while it evaluates.
@@ -20,12 +20,16 @@ def list_runs(url: str, endpoint: str | None) -> dict[str, Any]:
     """How each run below a folder stands. Raises UsageError when there is no such folder or no run in it."""
     now = time.time()
     names = _names(open_folder(url, endpoint))
-    return {"folder": url, "runs": [_standing(url, name, _lines(url, name, endpoint), now, endpoint) for name in names]}
+    runs = []
+    for name in names:
+        lines, skipped = _log(url, name, endpoint)
+        runs.append(_standing(url, name, lines, now, endpoint) | {"skipped_lines": skipped})
+    return {"folder": url, "runs": runs}
 
 
 def show_run(url: str, name: str, endpoint: str | None, plot: Path | None) -> dict[str, Any]:
     """How a run stands, its starts, incidents and evaluations; its curves in an image if wanted. Raises UserError."""
-    lines = _lines(url, name, endpoint)
+    lines, skipped = _log(url, name, endpoint)
     log = f"{_run_url(url, name)}/{LOG}"
     if not lines:
         raise UserError(f"{log}: no event in it; the run's workers have not begun, or it is damaged")
@@ -37,6 +41,7 @@ def show_run(url: str, name: str, endpoint: str | None, plot: Path | None) -> di
         draw_run(lines, _run_url(url, name), plot)
     return (
         _standing(url, name, lines, time.time(), endpoint)
+        | {"skipped_lines": skipped}
         | {"folder": url, "starts": _events(lines, "Started"), "incident_list": _events(lines, "Incident")}
         | {"evaluations": evaluations(lines), "plot": str(plot) if plot else None}
     )
@@ -71,8 +76,8 @@ def _names(folder: Folder) -> list[str]:
     return names
 
 
-def _lines(url: str, name: str, endpoint: str | None) -> list[Line]:
-    return read_log(open_folder(_run_url(url, name), endpoint))
+def _log(url: str, name: str, endpoint: str | None) -> tuple[list[Line], int]:
+    return read_damaged_log(open_folder(_run_url(url, name), endpoint))
 
 
 def _run_url(url: str, name: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from erann_dist.run_log import LOG
 from jobs.progress import duration
 from jobs.show import console
 
@@ -23,6 +24,8 @@ def runs_page(result: dict[str, Any]) -> None:
             _ago(run),
         )
     console.print(table)
+    for run in result["runs"]:
+        _print_skipped(run)
 
 
 def run_page(result: dict[str, Any]) -> None:
@@ -36,11 +39,17 @@ def run_page(result: dict[str, Any]) -> None:
     if result["best"]:
         console.print(f"best     {_best(result)} at step {result['best']['step']:,}")
     console.print(f"goodput  {result['goodput']:.1%}; lost: {steps:,} steps, {duration(seconds)}")
+    _print_skipped(result)
     if result["plot"]:
         console.print(f"curves   {result['plot']}")
     _print("started", _starts(result["starts"]))
     _print("incidents", _incidents(result["incident_list"]))
     _print("evaluations", _evaluations(result["evaluations"]))
+
+
+def _print_skipped(run: dict[str, Any]) -> None:
+    if run["skipped_lines"]:
+        console.print(f"{run['run']}: {run['skipped_lines']:,} damaged lines of {LOG} are left out")
 
 
 def _print(title: str, table: Table) -> None:

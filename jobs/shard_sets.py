@@ -23,7 +23,7 @@ def verify(folder: Folder, quick: bool = False) -> dict[str, Any]:
     problems = _problems(folder, clips, quick)
     if problems:
         advice = "erann repair rebuilds the shards concerned" if all(p.shard is not None for p in problems) else ""
-        raise UserError(f"{folder}: {_count(problems)}; {advice or 'pack the set anew or restore it'}")
+        raise UserError(f"{folder}: {_count(problems)}; {advice or 'pack the set again or restore it'}")
     return {"shards": str(folder), "clips": clips, "tars": len(read_table(folder, SHARDS, ["name"])), "quick": quick}
 
 

@@ -6,7 +6,6 @@ of the command line hold for all rows, and none of them may be one that a row of
 
 import csv
 import io
-import json
 import statistics
 import time
 from collections import Counter
@@ -27,7 +26,7 @@ from erann_dist.folder import Folder, open_folder
 from erann_dist.manifest import Manifest, SetInfo
 from erann_dist.model import ERANN, MEL_BINS, count_macs, count_parameters
 from erann_dist.model_folder import initialise
-from erann_dist.recipe import RunSection, check, load_recipe, read_tree
+from erann_dist.recipe import RunSection, check, load_recipe, read_tree, setting
 from jobs import paper
 from jobs.finetune import check_all, finetune, has_begun
 from jobs.fleet import Ended, Tell, check_runs, run_all
@@ -71,7 +70,7 @@ def augmentation_rows() -> list[Row]:
                 [
                     f"model.variant={row.variant}",
                     f"data.crop_s={row.crop_s}",
-                    f"augment.specaugment={json.dumps(row.specaugment)}",
+                    setting("augment.specaugment", row.specaugment),
                     *_MIXUP[row.mixup],
                 ],
                 columns,
@@ -114,7 +113,7 @@ def run_grid(
     for row in rows:
         for seed in seeds:
             name = _run_name(row, seed)
-            run = [f"run.seed={seed}", f"run.dir={json.dumps(base.run_url)}", f"run.name={name}"]
+            run = [f"run.seed={seed}", setting("run.dir", base.run_url), f"run.name={name}"]
             recipes[name] = load_recipe(path, [*overrides, *row.settings, *run])
     training_clips, clips = load_train_and_eval(base.data)
     check_runs(recipes, address)
@@ -276,7 +275,7 @@ def run_transfer(
             repeated[row] = []
             for seed in seeds:
                 settings = [*overrides, f"model.variant={variant}", f"run.seed={seed}"]
-                settings += [f"run.dir={json.dumps(place)}", f"run.name={row}-seed{seed}"]
+                settings += [setting("run.dir", place), f"run.name={row}-seed{seed}"]
                 repeated[row].append(load_cross_validation(path, settings, init))
     validations = [validation for row in repeated.values() for validation in row]
     folder = open_folder(place)

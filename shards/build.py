@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from erann_dist import strict_json, strict_parquet
 from erann_dist.audio import RESAMPLER
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder
@@ -31,7 +32,6 @@ from erann_dist.manifest import (
     REPORT_SCHEMA,
     SHARD_SCHEMA,
     SetInfo,
-    arrow_file,
     content_hash,
     read_info,
     require_printable,
@@ -78,6 +78,16 @@ class ShardResult:
 
     outcomes: pa.Table
     shard: dict[str, Any]
+
+
+class _ShardRow(strict_json.Record):
+    """A row of shards.parquet, as `keep` notes it."""
+
+    shard: strict_json.Count
+    name: strict_json.Name
+    clips: strict_json.Count
+    size: strict_json.Count
+    sha256: strict_json.Sha256
 
 
 class Differs(Exception):
@@ -182,7 +192,7 @@ def start(plan: Plan) -> bool:
         _clear_up(folder)
         return False
     if folder.exists(f"{_STATE}plan"):
-        if folder.read(f"{_STATE}plan").decode() != plan.digest:
+        if folder.read(f"{_STATE}plan") != plan.digest.encode():
             raise UserError(f"{folder}: holds another shard set, not finished; choose another --out or remove it")
         _clear_up(folder)
     elif not folder.is_empty():
@@ -194,8 +204,8 @@ def start(plan: Plan) -> bool:
 
 def finished(plan: Plan) -> set[int]:
     """The shards that an interrupted packing left finished."""
-    names = (name.removeprefix(plan.state) for name in plan.folder.sizes(plan.state))
-    return {int(name.removesuffix(".parquet")) for name in names}
+    there = plan.folder.sizes(plan.state)
+    return {shard for shard in range(plan.num_shards) if _state_file(plan.state, shard) in there}
 
 
 def keep(task: ShardTask, result: ShardResult) -> None:
@@ -214,15 +224,20 @@ def kept(plan: Plan, shards: Iterable[int]) -> list[ShardResult]:
 
 def _kept(plan: Plan, shard: int) -> ShardResult:
     folder = plan.folder
-    with folder.reading(_state_file(plan.state, shard)) as file:
-        table = pq.ParquetFile(arrow_file(file)).read()
-    if (there := json.loads(table.schema.metadata[b"versions"])) != versions():
+    name = _state_file(plan.state, shard)
+    where, advice = f"{folder}/{name}", "remove it to pack its shard again"
+    with folder.reading(name) as file:
+        table = strict_parquet.read(file, where, OUTCOME_SCHEMA, ("key", "labels"), advice)
+    facts = table.schema.metadata or {}
+    there = strict_json.read(dict[strict_json.Word, strict_json.Word], facts.get(b"versions", b""), where, advice)
+    row = strict_json.read(_ShardRow, facts.get(b"shard", b""), where, advice).model_dump()
+    if there != versions():
         pins = " ".join(f"{name}=={version}" for name, version in there.items())
         raise UserError(
             f"{folder}/{plan.tar_name(shard)}: was packed by other versions than are here; go on with those on every "
             f"machine (pip install {pins}), or remove {folder} and begin anew"
         )
-    return ShardResult(table.cast(OUTCOME_SCHEMA), json.loads(table.schema.metadata[b"shard"]))
+    return ShardResult(table.replace_schema_metadata(), row)
 
 
 def progress_of(result: ShardResult) -> Progress:

@@ -1,7 +1,6 @@
 """A manifest for WebDataset tars that are there already, written without repacking them."""
 
 import io
-import json
 import tarfile
 import zlib
 from collections import Counter
@@ -12,12 +11,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from erann_dist import strict_json
 from erann_dist.audio import SUFFIXES, DecodeError, measure
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder
 from erann_dist.manifest import (
     CLIP_SCHEMA,
     MANIFEST,
+    MAX_LABELS,
     REPORT_SCHEMA,
     SHARD_SCHEMA,
     SetInfo,
@@ -31,6 +32,7 @@ from shards.sources.files import require_end
 from shards.sources.rows import safe_key
 
 _CODECS = ("flac", "wav")
+_MAX_TEXT_BYTES = 1_000_000  # of a clip's labels
 
 
 @dataclass
@@ -89,6 +91,8 @@ def _write(
     names = {name for _, sample in samples for name in sample.about.get("labels", ())}
     label_ids, label_names = classes or ([*sorted(names, key=_natural)],) * 2
     require_printable(str(folder), [*label_ids, *label_names])
+    if len(label_ids) > MAX_LABELS:
+        raise UserError(f"{folder}: {len(label_ids):,} labels, and a manifest has at most {MAX_LABELS:,}")
     place = {label: i for i, label in enumerate(label_ids)}
     clips: list[dict[str, Any]] = []
     report: list[dict[str, Any]] = []
@@ -168,7 +172,7 @@ def _samples(file: BinaryIO) -> list[_Sample]:
                 if sample.sound:
                     sample = samples.setdefault(f"{name}\0{member.offset}", _Sample(sample.key, {}, sample.said))
                 sample.sound = _sound(tar, member, kind)
-            elif kind in ("json", "cls", "txt") and _is_plain(member):
+            elif kind in ("json", "cls", "txt") and _is_plain(member) and member.size <= _MAX_TEXT_BYTES:
                 content = tar.extractfile(member)
                 assert content  # regular members have some
                 sample.said[kind] = _about(content.read(), kind)
@@ -213,7 +217,7 @@ def _about(data: bytes, kind: str) -> dict[str, Any]:
     if kind != "json":
         return {"labels": [text]} if text else {}
     try:
-        said = json.loads(text)
+        said = strict_json.loads(data)
     except ValueError:
         return {}
     if not isinstance(said, dict):
@@ -230,4 +234,5 @@ def _about(data: bytes, kind: str) -> dict[str, Any]:
 
 def _natural(label: str) -> tuple[bool, int, str]:
     """Numbers in the order of their value, before words."""
-    return (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
+    is_number = label.isdecimal() and len(label) <= 1000
+    return (not is_number, int(label) if is_number else 0, label)

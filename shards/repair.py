@@ -6,9 +6,10 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from erann_dist import strict_json
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder
-from erann_dist.manifest import SHARDS, SetInfo, read_manifest, read_table
+from erann_dist.manifest import MANIFEST, SHARDS, SetInfo, read_manifest, read_table
 from shards.build import Plan, ShardTask, versions
 from shards.clip import Packing
 from shards.sources.rows import Source
@@ -18,7 +19,7 @@ def repair_tasks(folder: Folder, source: Source, shards: Iterable[int]) -> list[
     """The tasks that build these shards again. Raises UserError when they were packed from another source."""
     info, clips = read_manifest(folder, ["key", "shard"])
     listed = {shard["shard"]: shard for shard in read_table(folder, SHARDS).to_pylist()}
-    plan = Plan(source, Packing(**info.packing), folder)
+    plan = Plan(source, packing_of(folder, info), folder)
     tasks = []
     for number in shards:
         task = plan.task(number)
@@ -31,6 +32,17 @@ def repair_tasks(folder: Folder, source: Source, shards: Iterable[int]) -> list[
             )
         tasks.append(replace(task, sha256=listed[number]["sha256"]))
     return tasks
+
+
+def packing_of(folder: Folder, info: SetInfo) -> Packing:
+    """The options that a set was packed with. Raises UserError when its manifest has none that this program knows."""
+    if not info.packing:
+        raise UserError(f"{folder}: was indexed, not packed; restore the tars concerned and index them again")
+    where, advice = f"{folder}/{MANIFEST}: packing", "pack the set again"
+    packing = strict_json.read(Packing, strict_json.dumps(info.packing).encode(), where, advice)
+    if packing.clips_per_shard < 1 or (packing.sample_rate, packing.codec) != (info.sample_rate, info.codec):
+        raise UserError(f"{where}: damaged (not the set's own rate and codec, or no clips in a shard); {advice}")
+    return packing
 
 
 def why_different(folder: Folder, task: ShardTask, outcomes: pa.Table) -> str:
@@ -50,7 +62,7 @@ def why_different(folder: Folder, task: ShardTask, outcomes: pa.Table) -> str:
 def _other_versions(info: SetInfo) -> str:
     """Empty when they are the same."""
     now = versions()
-    other = [f"{name} {version}" for name, version in info.versions.items() if now[name] != version]
+    other = [f"{name} {version}" for name, version in info.versions.items() if now.get(name) != version]
     if not other:
         return ""
     pins = " ".join(f"{name}=={version}" for name, version in info.versions.items())

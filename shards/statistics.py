@@ -223,7 +223,7 @@ def _round_number(value: float) -> float:
 
 
 def _formats(column: pa.ChunkedArray) -> list[dict[str, Any]]:
-    found = sorted(_value_counts(column).items(), key=lambda pair: (-pair[1], pair[0]))
+    found = sorted(_value_counts(column.fill_null("unknown")).items(), key=lambda pair: (-pair[1], pair[0]))
     return [{"format": name, "clips": count, "share": count / len(column)} for name, count in found]
 
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import io
-import json
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -15,10 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from erann_dist import strict_json
 from erann_dist.audio import DecodeError, measure
+from erann_dist.environment import usable_cpus
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder
 from erann_dist.manifest import MANIFEST, SHARDS, SetInfo, content_hash, read_manifest, read_table
+
+_MAX_TEXT_BYTES = 1_000_000  # of a clip's labels
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def verify(folder: Folder, quick: bool = False) -> Iterator[tuple[int, list[Prob
                 lines.append(f"can't be read ({error})")
         return len(mine), [Problem(f"{folder}/{shard['name']}: {line}", shard["shard"]) for line in lines]
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(usable_cpus()) as pool:
         yield from pool.map(check, shards)
 
 
@@ -122,7 +124,7 @@ def _tar_problems(file: BinaryIO, shard: dict[str, Any], clips: pa.Table, info: 
                     problems += _clip_problems(member.name, content.read(), clip, info)
                 elif content and member.name in descriptions:
                     labels = [info.label_ids[i] for i in descriptions.pop(member.name)["labels"]]
-                    if json.load(content)["labels"] != labels:
+                    if member.size > _MAX_TEXT_BYTES or strict_json.loads(content.read())["labels"] != labels:
                         problems.append(f"{member.name} has other labels than {MANIFEST}")
                 elif ours:
                     problems.append(f"{member.name} is not in {MANIFEST}, or is there twice")

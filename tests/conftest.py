@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,22 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 if "ERANN_TEST_GPU" not in os.environ:  # which `make test-gpu` sets: all other tests count on a machine without one
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["DS_ACCELERATOR"] = "cpu"
+# One intra-op thread, as recipes have it: results depend on the number, and several processes compete for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])  # what tests start imports from them, on Ray's workers too
 if "ERANN_TESTS" not in os.environ:  # this is pytest's own process
     # Killed processes leave files of theirs, Ray's too. Removed behind multiprocessing, which removes its own, and so
     # registered before that is imported. The name is short: paths of sockets may not be long.
     os.environ["TMPDIR"] = os.environ["ERANN_TESTS"] = tempfile.tempdir = tempfile.mkdtemp(prefix="erann-")
     atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+    # What a shell starts in the background ignores Ctrl-C, and so would the commands that tests start and stop by it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Ray looks in the temporary folder for the cluster that was started last: each of pytest-xdist's processes has its own.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and Path(os.environ["TMPDIR"]).name != worker:
+    os.environ["TMPDIR"] = tempfile.tempdir = str(Path(os.environ["ERANN_TESTS"]) / worker)
+    os.mkdir(tempfile.tempdir)
+
+import multiprocessing.forkserver
 
 import numpy as np
 import pytest
@@ -30,6 +41,21 @@ from shards import build
 from shards.clip import Packing
 from shards.sources.audioset import read_audioset
 from shards.sources.rows import Source
+
+# What worker processes are forked with. torch imports Dynamo when the first optimizer is made, and DeepSpeed its own
+# optimizers, which takes each process 3 s; with a GPU, what else they do then is left to the workers.
+PRELOAD = ["tests.workers", "jobs.fleet", "deepspeed"]
+if "ERANN_TEST_GPU" not in os.environ:
+    PRELOAD += ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
+
+
+def _preload(modules: list[str]) -> None:
+    """In place of multiprocessing's, for there is one server in a process: code that sets its own list adds to ours."""
+    multiprocessing.forkserver._forkserver.set_forkserver_preload([*PRELOAD, *modules])
+
+
+multiprocessing.forkserver.set_forkserver_preload = _preload
+_preload([])
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -203,7 +203,7 @@ def put_set(server: Server, shards: Path) -> None:
 
 def forget_clients() -> None:
     """Close this process's connections; new clients look for credentials anew."""
-    s3_ranges._client.cache_clear()
+    s3_ranges.forget_clients()
     s3._kept_file_system.cache_clear()
     S3FileSystem.clear_instance_cache()
     gc.collect()
@@ -265,6 +265,9 @@ async def _serve(
     server.requests.append(request)
     fault = server.faults(request)
     kind = fault.kind if fault else None
+    if url.scheme:  # it is asked as an HTTP proxy: for moto any server's name is its own
+        target = target.removeprefix(f"{url.scheme}://{url.netloc}")
+        headers = headers | {"host": f"{host}:{port}"}
 
     if kind == "drop":
         return False

@@ -23,9 +23,7 @@ CPU = torch.device("cpu")
 
 def run_workers(function: Callable[..., Any], world_size: int, *args: Any, device: torch.device = CPU) -> list[Any]:
     """function(workers, *args) on each of so many new processes; what each returned, by rank."""
-    # Forked from a server that has imported all that takes long.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.workers", "deepspeed"])
+    context = multiprocessing.get_context("forkserver")  # whose server has imported what takes long: conftest.py
     answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")

@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 import ray
 import torch
 
+from erann_dist.environment import usable_cpus
 from erann_dist.errors import UserError
+from erann_dist.versions import LIBRARIES
 
 K = TypeVar("K")
 
 _PACKAGES = ("erann_dist", "shards", "cluster", "jobs")
-_LIBRARIES = ("torch", "torchaudio", "ray", "deepspeed")
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, under cgroup v2: "200000 100000" microseconds, or "max …"
 _PINGS = 5
 
 
@@ -78,11 +78,11 @@ def facts() -> Facts:
     }
     return Facts(
         python=platform.python_version(),
-        versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        versions={name: importlib.metadata.version(name) for name in LIBRARIES},
         cuda=torch.version.cuda,
         folder=str(roots["erann_dist"].parent),
         files=files,
-        cores=_cores(),
+        cores=usable_cpus(),
     )
 
 
@@ -91,15 +91,6 @@ def _origin(package: str) -> str:
     assert spec
     assert spec.origin
     return spec.origin
-
-
-def _cores() -> int:
-    found = len(os.sched_getaffinity(0))
-    if _QUOTA.exists():
-        limit, period = _QUOTA.read_text().split()
-        if limit != "max":
-            found = min(found, max(1, int(limit) // int(period)))
-    return found
 
 
 def gpu() -> Gpu:

@@ -109,7 +109,7 @@ def _line(error: RayError) -> str:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, UserError):
         return str(cause)
-    if isinstance(cause, OSError) and cause.strerror:
+    if isinstance(cause, OSError):
         return in_one_line(cause)
     text = str(cause).strip()
     if isinstance(cause, RayError):

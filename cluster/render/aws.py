@@ -9,8 +9,8 @@ from cluster.environment import HEALTH_CHECKS
 from cluster.render.checks import require, require_pinned
 from cluster.render.instances import Instance, find_instance
 from cluster.render.template import fill, read_template
-from cluster.render.versions import pinned_requirements
 from erann_dist.errors import UsageError
+from erann_dist.versions import pinned_requirements
 
 _CONTAINER_LIMITS = ["--ulimit nofile=65536:65536", "--ulimit memlock=-1:-1"]
 

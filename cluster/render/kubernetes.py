@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from cluster.environment import HEALTH_CHECKS
 from cluster.render.checks import require, require_pinned
 from cluster.render.template import fill, read_template
-from cluster.render.versions import ray_version
 from erann_dist.errors import UsageError
+from erann_dist.versions import installed
 
 _NAME = "[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
 _LABEL_NAME = "[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
@@ -61,7 +61,7 @@ def render_kubernetes(cluster: KubernetesCluster) -> str:
     values: dict[str, Any] = {
         "name": cluster.name,
         "entrypoint": shlex.join(cluster.command),
-        "ray_version": ray_version(),
+        "ray_version": installed("ray"),
         "autoscaling": cluster.min_workers < cluster.max_workers,
         "service_account": cluster.service_account,
         "image": cluster.image,

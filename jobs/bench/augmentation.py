@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torchaudio
 from torch import Tensor
 
 from erann_dist import SAMPLE_RATE
@@ -14,7 +13,10 @@ from erann_dist.errors import UsageError
 from erann_dist.features import LogMel
 from erann_dist.model import ERANN
 from erann_dist.pitch import shift_pitch
+from erann_dist.versions import import_torchaudio
 from jobs.progress import console
+
+torchaudio = import_torchaudio()
 
 _SHIFTS = (-2, -1, 1, 2)  # of the five that augment.pitch_shift=2 draws; 0 costs nothing
 _CLASSES = 8

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from cluster.embedded import ray_cluster
 from erann_dist import SAMPLE_RATE
 from erann_dist.audio import load, to_pcm16
-from erann_dist.environment import KEEP_MEMORY
+from erann_dist.environment import KEEP_MEMORY, usable_cpus
 from erann_dist.errors import UserError
 from erann_dist.folder import LocalFolder
 from erann_dist.manifest import load_manifest
@@ -47,7 +47,7 @@ def bench_pack(audio: Path | None, clips: int, rounds: int, clips_per_shard: int
     the first task to the last noted shard: decoder processes, tars, checksums, the files on disk. In both, clips are
     files of `audio`, or of the synthetic AudioSet, over and over.
     """
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cpus()
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, ray_cluster():
         paths = _sounds(audio, Path(scratch))
         many = list(islice(cycle(paths), clips))

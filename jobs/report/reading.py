@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from erann_dist import strict_yaml
 from erann_dist.errors import UsageError, UserError
 from erann_dist.evaluation import Predictions, read_detail, read_predictions
 from erann_dist.folder import Folder, LocalFolder, open_folder
 from erann_dist.recipe import Recipe, parse_recipe
-from erann_dist.run_log import LOG, Line, read_log
+from erann_dist.run_log import LOG, Line, read_damaged_log
 from jobs.mark import MARK
 from jobs.results import RESULTS, read_results
 from jobs.runs import standing
@@ -90,7 +89,8 @@ def _read_study(folder: Folder, endpoint: str | None) -> Study:
 
 
 def _read_run(folder: Folder) -> Run:
-    lines, notes = read_log(folder), list[str]()
+    lines, skipped = read_damaged_log(folder)
+    notes = [f"{skipped:,} damaged lines of {LOG} are left out."] if skipped else []
     stands = standing(_name(folder), lines, time.time())
     text, recipe = _recipe(folder, notes)
     metrics = _metrics(folder, "model/metrics.json", notes)
@@ -114,10 +114,10 @@ def _recipe(folder: Folder, notes: list[str]) -> tuple[str | None, Recipe | None
     text = None
     try:
         text = folder.read("recipe.yaml").decode(errors="replace")
-        return text, parse_recipe(yaml.safe_load(text), "recipe.yaml")
+        return text, parse_recipe(strict_yaml.load_dumped(text), "recipe.yaml")
     except FileNotFoundError:
         notes.append("recipe.yaml is missing.")
-    except (UserError, yaml.YAMLError) as error:
+    except (UserError, ValueError) as error:
         notes.append(f"recipe.yaml is not one that this program knows: {_line(error)}.")
     return text, None
 
@@ -138,8 +138,8 @@ def _scored(folder: Folder, notes: list[str]) -> Scored | None:
             return Scored(*read_predictions(file))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        notes.append(f"predictions.parquet can't be read: {error}.")
+    except UserError as error:
+        notes.append(f"{error}.")
         return None
 
 

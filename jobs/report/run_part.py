@@ -163,7 +163,8 @@ def hardware(run: Run) -> str:
 def average(run: Run, key: str) -> float:
     """A value of the Step lines, of which there are some, over the time that steps took."""
     steps = run.events("Step")
-    return sum(line[key] * line["seconds"] for line in steps) / sum(line["seconds"] for line in steps)
+    seconds = sum(line["seconds"] for line in steps)
+    return sum(line[key] * line["seconds"] for line in steps) / seconds if seconds else 0.0
 
 
 def _machine(run: Run) -> Markup:

@@ -23,6 +23,7 @@ KINDS: dict[IncidentKind, str] = {
     "bad_step": INK,
     "log": "#2a9d8f",
     "cache": "#8b8f94",
+    "storage": "#3d7ea6",
     "bad_clip": "#b08968",
 }
 _DASHES = (0, (4, 3))

@@ -2,12 +2,14 @@
 
 import csv
 import gzip
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from erann_dist.errors import UsageError, UserError
+from erann_dist.plain_file import require_plain_file
 
 
 def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, list[str]]]:
@@ -50,12 +52,14 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
 
 def fold_number(where: str, text: str) -> int:
     """A fold, which the manifest holds in 8 bits. Raises UserError, naming the line."""
-    if not text.strip().isdecimal() or int(text) > 127:
+    if not re.fullmatch("0*[0-9]{1,3}", text.strip()) or int(text) > 127:
         raise UserError(f"{where}: {text!r} is no fold; a number from 0 to 127 is needed")
     return int(text)
 
 
 def _open(path: Path) -> TextIO:
+    if path.exists():
+        require_plain_file(path)
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
     return path.open(encoding="utf-8-sig", newline="")

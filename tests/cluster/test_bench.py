@@ -33,6 +33,7 @@ def test_bench_sampler(tmp_path: Path) -> None:
     assert result["draws_per_s"] > 0 < result["seek_ms"]
 
 
+@pytest.mark.slow
 def test_bench_loader(tmp_path: Path) -> None:
     shards = pack_here(read_audioset(*write_tone_set(tmp_path / "tones", 30)), tmp_path / "shards")
     result = erann(tmp_path, "bench", "loader", shards, "--batches", 4, "--crop-s", 0.5, "--rounds", 1)
@@ -45,6 +46,7 @@ def test_bench_loader(tmp_path: Path) -> None:
     assert all(figures["peak_mb"] > 1 and figures["cpu_share"] > 0 for figures in ways.values())
 
 
+@pytest.mark.slow
 def test_bench_augment(tmp_path: Path) -> None:
     options = ["--variant", "ERANN-3-1", "--crop-s", 0.5, "--clips", 1, "--rounds", 1]
     result = erann(tmp_path, "bench", "augment", *options)
@@ -54,6 +56,7 @@ def test_bench_augment(tmp_path: Path) -> None:
     assert min(result["front_end_ms"], result["torchaudio_alone_ms"]) > 0
 
 
+@pytest.mark.slow
 def test_bench_kills(tmp_path: Path, tone_shards: Path) -> None:
     """Real kills, and weights bit-identical to those of the undisturbed run."""
     result = erann(tmp_path, "bench", "kills", tone_shards, "--steps", 40, "--kills", 4)
@@ -67,6 +70,7 @@ def test_bench_kills(tmp_path: Path, tone_shards: Path) -> None:
     assert result["left_over"] == []
 
 
+@pytest.mark.slow
 def test_bench_train(tmp_path: Path, tone_shards: Path) -> None:
     recipe = [f"data.train={tone_shards}", f"data.eval={tone_shards}", "data.crop_s=0.5", "optim.zero_stage=1"]
     recipe += ["augment.partner=fresh"]
@@ -182,6 +186,7 @@ def test_the_null_model_trains_in_as_many_tensors_as_the_real_one(tmp_path: Path
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in null.parameters())
 
 
+@pytest.mark.slow
 def test_bench_table(tmp_path: Path, tone_shards: Path) -> None:
     """Tiny and on the CPU, where fp16 is refused and the rest goes on."""
     recipe = small_recipe(tone_shards, tmp_path / "run", data={"crop_s": 0.5})

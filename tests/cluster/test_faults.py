@@ -122,7 +122,7 @@ class Command:
     def starts(self) -> list[list[dict[str, Any]]]:
         """What the workers of each start noted of themselves, by rank."""
         starts: list[list[dict[str, Any]]] = []
-        for path in sorted(self.place.glob("worker-*")):
+        for path in sorted(self.place.glob("worker-*[0-9]")):
             note = json.loads(path.read_text())
             if not starts or len(starts[-1]) == starts[-1][0]["world_size"]:
                 starts.append([])
@@ -198,6 +198,7 @@ def gone(pids: list[int]) -> bool:
     return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
 
 
+@pytest.mark.slow
 def test_one_worker_is_killed_and_then_all(two_nodes: Nodes, tmp_path: Path) -> None:
     with running(tmp_path, {}, address=two_nodes.address) as command:
         command.wait_for_step(15)
@@ -217,6 +218,7 @@ def test_one_worker_is_killed_and_then_all(two_nodes: Nodes, tmp_path: Path) -> 
     assert (tmp_path / "stdout").read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_stuck(two_nodes: Nodes, tmp_path: Path) -> None:
     """The watchdogs end it, and the one that waits for it."""
     stuck = {"fault": "stuck", "fault_step": 15, "watchdog_s": 15}
@@ -228,15 +230,16 @@ def test_a_worker_that_is_stuck(two_nodes: Nodes, tmp_path: Path) -> None:
 
 def test_a_failure_at_the_same_step_again_and_again_ends_the_run(two_nodes: Nodes, tmp_path: Path) -> None:
     fault = {"fault": "exception", "fault_step": 15}
-    with running(tmp_path, fault, address=two_nodes.address) as command:
+    with running(tmp_path, fault, address=two_nodes.address, max_failures=1) as command:
         starts = command.end(1)
-    # The first one came after a checkpoint; then two times in a row without one, and one more.
-    assert [start[0]["from"] for start in starts] == [0, 10, 10]
+    # The first one came after a checkpoint, the second without one.
+    assert [start[0]["from"] for start in starts] == [0, 10]
     line = command.log.read_text().splitlines()[-1]
-    assert line.startswith("erann: the workers failed 3 times in a row without a new checkpoint, at last: worker 1 on ")
+    assert line.startswith("erann: the workers failed 2 times in a row without a new checkpoint, at last: worker 1 on ")
     assert "RuntimeError: no such device; run the same command again" in line
 
 
+@pytest.mark.slow
 def test_an_outage_of_s3_is_followed_by_another_start(two_nodes: Nodes, tmp_path: Path) -> None:
     fault = {"fault": "S3 away", "fault_step": 15}
     with running(tmp_path, fault, address=two_nodes.address) as command:
@@ -245,6 +248,7 @@ def test_an_outage_of_s3_is_followed_by_another_start(two_nodes: Nodes, tmp_path
     assert second[0]["failure"] == "s3://bucket/set/0.tar could not be read: S3 can't do it now"
 
 
+@pytest.mark.slow
 def test_a_users_error_ends_the_run_at_once(two_nodes: Nodes, tmp_path: Path) -> None:
     with running(tmp_path, {"fault": "user error", "fault_step": 3}, address=two_nodes.address) as command:
         assert len(command.end(1)) == 1
@@ -260,6 +264,7 @@ def test_the_command_is_told_to_stop(two_nodes: Nodes, tmp_path: Path) -> None:
     assert int((tmp_path / "saved").read_text()) >= int((tmp_path / "step").read_text())
 
 
+@pytest.mark.slow
 def test_the_command_is_killed_and_run_again(two_nodes: Nodes, tmp_path: Path) -> None:
     with running(tmp_path, {"steps": 400}, address=two_nodes.address) as command:
         command.wait_for_step(15)
@@ -313,8 +318,15 @@ def test_waits_for_a_cluster_that_grows(own_nodes: Callable[[int], Nodes], tmp_p
     assert len(start) == 2
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "workers", "how"),
+    [
+        ("none", 1, signal.SIGTERM),
+        ("torchrun", 2, signal.SIGUSR1),
+        pytest.param("none", 1, signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param("torchrun", 2, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
 def test_signals_without_ray(tmp_path: Path, launcher: str, workers: int, how: signal.Signals) -> None:
     """SIGTERM, and SIGUSR1 as Slurm sends it: a checkpoint is taken, no step is lost."""
     with running(tmp_path, {"steps": 400}, launcher=launcher, num_workers=workers) as command:

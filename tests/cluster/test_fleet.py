@@ -18,7 +18,7 @@ from erann_dist.run_log import read_log
 from tests.commands import Running, erann
 from tests.folded import write_folded_set, write_protocol
 
-RUN = {"launcher": "ray", "engine": "deepspeed", "wait_for_workers": 120}
+RUN = {"launcher": "ray", "engine": "torch", "wait_for_workers": 120}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_told_to_stop_with_all_that_it_has_started(shards: Path, tmp_path: Path)
     assert checkpoint.committed(fold)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_stopped_and_run_again(shards: Path, tmp_path: Path, one_by_one: Path, how: signal.Signals) -> None:
     recipe = write_protocol(tmp_path / "tones.yaml", shards, run=RUN)
     runs = tmp_path / "runs" / "tones"
@@ -219,6 +219,7 @@ def test_folds_wait_while_others_work_on_the_cluster(two_folds: Path, tmp_path: 
     assert most_at_once(spans(runs)) == 1
 
 
+@pytest.mark.slow
 def test_a_fold_that_loses_its_room_waits_for_it_again(two_folds: Path, tmp_path: Path, shared_cluster: str) -> None:
     """It is taken between the fold's start and its workers'."""
     recipe = write_protocol(tmp_path / "tones.yaml", two_folds, run=RUN | {"wait_for_workers": 2})

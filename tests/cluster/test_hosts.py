@@ -200,6 +200,7 @@ def wait_for_nodes(address: str, number: int) -> None:
             found = len(json.load(answer)["data"]["result"]["result"])
 
 
+@pytest.mark.slow
 def test_a_host_is_cut_off_and_comes_back(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The run goes on with the other host, and with both again. It is rank 0's: log and checkpoints change hands."""
     recipe = write_recipe(shards, tmp_path, launcher="ray", workers={"min": 1, "max": 2})

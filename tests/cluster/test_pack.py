@@ -80,7 +80,7 @@ def test_packed_on_a_cluster_of_several_nodes(place: Path) -> None:
     assert digests(place / "by-nodes") == digests(place / "expected")
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_stopped_and_run_again(place: Path, killed: list[Running], how: signal.Signals) -> None:
     out = f"stopped-{how.name}"
     running = Running(place, *PACK, "--out", out)
@@ -210,6 +210,7 @@ def test_packed_into_s3_through_faults(place: Path, server: Server) -> None:
     assert erann(place, "stats", url, "--endpoint", server.endpoint)["clips"] == CLIPS
 
 
+@pytest.mark.slow
 def test_credentials_that_expire_on_the_way(place: Path, server: Server) -> None:
     server.empty()
     tars: list[str] = []
@@ -270,6 +271,7 @@ def test_no_secret_in_what_is_written(place: Path, server: Server) -> None:
         assert secret not in (server.stored(each["Key"]) or b"")
 
 
+@pytest.mark.slow
 def test_the_benchmarks_run(place: Path) -> None:
     packed = erann(place, "bench", "pack", "--audio", "set/audio", "--clips", 16, "--clips-per-shard", 4, "--rounds", 1)
     assert packed["ratio_to_bare"] == packed["ratios"][0] > 0

@@ -104,7 +104,7 @@ def place(tone_shards: Path, tmp_path: Path) -> Path:
         tmp_path / "runs" / "run",
         data={"crop_s": 2.0},
         optim={"examples": 4800},
-        run={"launcher": "ray", "engine": "deepspeed", "workers": 2},
+        run={"launcher": "ray", "engine": "torch", "workers": 2},
     )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     return tmp_path
@@ -184,6 +184,7 @@ def test_a_node_with_another_version_of_the_program(place: Path, nodes: Nodes) -
     assert states(result, "not checked") == ["all-reduce", "step", "supply", "estimate"]
 
 
+@pytest.mark.slow
 def test_a_node_without_the_program(place: Path, nodes: Nodes) -> None:
     (place / "none" / "cluster").mkdir(parents=True)
     (place / "none" / "cluster" / "__init__.py").write_text("raise ImportError('not installed')\n")
@@ -206,6 +207,7 @@ def test_a_node_that_does_not_reach_s3(place: Path, nodes: Nodes, server: Server
     assert folder.is_empty()
 
 
+@pytest.mark.slow
 def test_a_node_whose_cache_disk_is_full(place: Path, nodes: Nodes) -> None:
     """The run could start, without a cache there; so the steps are tried all the same."""
     (place / "nvme").mkdir()
@@ -228,6 +230,7 @@ def test_a_run_folder_that_is_not_shared(place: Path, nodes: Nodes) -> None:
     assert states(result, "not checked") == ["step", "supply", "estimate"]
 
 
+@pytest.mark.slow
 def test_a_node_whose_gpu_can_not_be_used(place: Path, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "77")  # Ray believes that it is there
     with nodes.one_more(gpus=1):

@@ -66,7 +66,9 @@ def test_pretrain_on_ray(place: Path, undisturbed: str) -> None:
     assert any(p.name.startswith("events.out.tfevents") for p in (run / "tensorboard").iterdir())
 
 
-@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2), ("torchrun", 3)])
+@pytest.mark.parametrize(
+    ("launcher", "workers"), [("none", 1), ("torchrun", 2), pytest.param("torchrun", 3, marks=pytest.mark.slow)]
+)
 def test_the_same_run_without_ray(place: Path, undisturbed: str, launcher: str, workers: int) -> None:
     name = f"{launcher}-{workers}"
     erann(place, "pretrain", write_recipe(place, name, workers=workers), "--launcher", launcher)
@@ -79,7 +81,9 @@ def test_the_same_run_without_ray(place: Path, undisturbed: str, launcher: str, 
         assert all(np.array_equal(v, weights(place, undisturbed)[k]) for k, v in weights(place, name).items())
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGTERM))]
+)
 def test_stopped_and_run_again(place: Path, undisturbed: str, killed: list[Running], how: signal.Signals) -> None:
     """Nothing survives the command, and the next one ends with the weights of the undisturbed run."""
     name = f"stopped-{how.name}"
@@ -100,6 +104,7 @@ def test_stopped_and_run_again(place: Path, undisturbed: str, killed: list[Runni
     assert all(np.array_equal(v, weights(place, undisturbed)[k]) for k, v in weights(place, name).items())
 
 
+@pytest.mark.slow
 def test_resumed_on_another_number_of_workers(place: Path, undisturbed: str) -> None:
     recipe = write_recipe(place, "fewer")
     running = Running(place, "pretrain", recipe)
@@ -136,7 +141,9 @@ def test_evaluate_on_one_two_and_three_workers(place: Path, undisturbed: str) ->
     assert results[0]["mAP"] == json.loads((model / "metrics.json").read_text())["mAP"]
 
 
-@pytest.mark.parametrize(("launcher", "workers"), [("none", 1), ("torchrun", 2), ("ray", 2)])
+@pytest.mark.parametrize(
+    ("launcher", "workers"), [("none", 1), pytest.param("torchrun", 2, marks=pytest.mark.slow), ("ray", 2)]
+)
 def test_tag_a_shard_set_under_every_launcher(place: Path, undisturbed: str, launcher: str, workers: int) -> None:
     out = f"tags-{launcher}.parquet"
     arguments = ["--out", out, "--workers", workers, "--launcher", launcher]
@@ -166,7 +173,7 @@ def test_an_embedded_cluster_under_a_long_temporary_folder(place: Path, monkeypa
     folder = place / "a-temporary-folder-of-some-scheduler"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
-    erann(place, "pretrain", write_recipe(place, "long", steps=1))
+    erann(place, "pretrain", write_recipe(place, "long", steps=1, workers=1, engine="torch"))
 
 
 def test_no_cluster_at_the_address(place: Path) -> None:

@@ -330,6 +330,7 @@ def certificate(folder: Path) -> dict[str, str]:
     return {"RAY_USE_TLS": "1"} | {f"RAY_TLS_{setting}": str(folder / file) for setting, file in files.items()}
 
 
+@pytest.mark.slow
 def test_a_cluster_with_tls_admits_only_its_cas_certificates(tmp_path: Path) -> None:
     ours, others = certificate(tmp_path / "ours"), certificate(tmp_path / "others")
     (port,) = free_ports(1)

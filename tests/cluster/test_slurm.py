@@ -161,6 +161,7 @@ def command_line(process: psutil.Process) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_requeued_in_mid_run(cluster: Slurm, shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Slurm ends all of it where it stands, as when it needs the nodes, and starts it again."""
     with submitted(cluster, tmp_path, 2, "erann", "pretrain", write_recipe(shards, tmp_path, 2)) as job:
@@ -176,6 +177,7 @@ def test_requeued_in_mid_run(cluster: Slurm, shards: Path, undisturbed: Path, tm
         job.require_same_course(undisturbed)
 
 
+@pytest.mark.slow
 def test_notice_before_the_limit(cluster: Slurm, shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     """Slurm's signal ahead of the limit costs no step: a checkpoint, back into the queue, and on from there."""
     with submitted(cluster, tmp_path, 1, "erann", "pretrain", write_recipe(shards, tmp_path, 1)) as job:

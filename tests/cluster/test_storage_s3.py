@@ -14,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from erann_dist import loader, s3, s3_ranges
+from erann_dist import loader, s3, s3_ranges, storage
 from erann_dist.cache import ClipCache
 from erann_dist.errors import UserError
+from erann_dist.folder import LocalFolder
 from erann_dist.loader import BadClips, Crops, load, random_crops
 from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.recipe import Recipe
+from erann_dist.run_log import read_log
 from erann_dist.s3 import S3Folder
 from erann_dist.sampling import BalancedSampler, class_lists
 from erann_dist.storage import S3_REQUESTS
@@ -244,6 +246,17 @@ def test_training_ends_in_a_line_when_the_outage_lasts_and_goes_on_afterwards(
     )
     server.faults = lambda request: None
     train_alone(run)
+    assert_ended_as_local(run)
+
+
+def test_that_s3_is_read_the_slow_way_is_told_once(
+    server: Server, run: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_SLOW_AT_LEAST", 10)
+    server.faults = lambda request: DENIED if "aws-sdk-cpp" in request.headers["user-agent"] else None
+    train_alone(run)
+    incidents = [line for line in read_log(LocalFolder(run.run_url)) if line["event"] == "Incident"]
+    assert [line["kind"] for line in incidents] == ["storage"]
     assert_ended_as_local(run)
 
 

@@ -40,15 +40,16 @@ def free_port() -> int:
 class Nodes:
     """A Ray cluster of a head without CPUs and a node of two, with its dashboard."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
         port = free_port()
-        # What machines of their own would have: the agents that start jobs want the same port by default, and each
-        # unpacks a job's package into the temporary folder, anew even where another one's job is using it.
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": port}
+        # What machines of their own would have: the agents that start jobs want the same port by default, and each
+        # unpacks a job's package into the temporary folder, again even where another one's job is using it.
         self.cluster = Cluster(initialize_head=True, head_node_args=head | {"dashboard_agent_listen_port": free_port()})
-        self.cluster.add_node(num_cpus=2, dashboard_agent_listen_port=free_port(), temp_dir=str(folder))
+        folder = tempfile.mkdtemp(prefix="")  # a short path, for sockets
+        self.cluster.add_node(num_cpus=2, dashboard_agent_listen_port=free_port(), temp_dir=folder)
         self.gcs = self.cluster.address
         self.address = f"http://127.0.0.1:{port}"
 
@@ -57,7 +58,7 @@ class Nodes:
 def nodes() -> Iterator[Nodes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")  # jobs run `python`
-        made = Nodes(Path(tempfile.mkdtemp(prefix="")))  # a short path, for sockets
+        made = Nodes()
     try:
         yield made
     finally:
@@ -275,6 +276,7 @@ def test_a_cross_validation_that_is_stopped_goes_on(place: Path, ray: Nodes) -> 
     assert [fold["fold"] for fold in result["folds"]] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_pipeline(place: Path, ray: Nodes) -> None:
     """From pretraining to the report, as one job."""
     shards = write_folded_set(place / "set", [1, 2])

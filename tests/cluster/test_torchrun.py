@@ -126,7 +126,10 @@ def test_a_terminal_shows_how_the_run_stands(undisturbed: tuple[str, str]) -> No
     assert json.loads(answer)["clips"] == 40
 
 
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("how", "code"),
+    [(signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+)
 def test_stopped_and_run_again(place: Path, undisturbed: Any, how: signal.Signals, code: int) -> None:
     """Nothing survives the command, and the next one ends with the weights of the undisturbed run."""
     name = f"stopped-{how.name}"

@@ -145,7 +145,7 @@ def test_another_versions_checkpoint_is_an_error(run: LocalFolder, start: Start)
     run.write(f"{name}/state.json", facts)
     marker = json.loads(run.read(f"{name}/COMMITTED")) | {"state.json": hashlib.sha256(facts).hexdigest()}
     run.write(f"{name}/COMMITTED", json.dumps(marker).encode())
-    with pytest.raises(UserError, match=f"{name}: written by another version of this program .*another"):
+    with pytest.raises(UserError, match=f"{name}: no checkpoint of this version of the program .*another"):
         checkpoint.load(run, name)
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from functools import partialmethod
 
 import pytest
 import torch
@@ -162,21 +163,35 @@ def check_bf16(workers: Workers, kind: str, stage: int) -> None:
     assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
 
 
-def check_compiled(workers: Workers, kind: str) -> None:
+def check_compiled(workers: Workers, kind: str, backend: str) -> None:
+    # In a process of its own.
+    torch.nn.Module.compile = partialmethod(torch.nn.Module.compile, backend=backend)
     eager, compiled = (new_engine(kind, 0, workers, compile=each) for each in (False, True))
     expected, found = ([take_step(each, workers, number) for number in range(3)] for each in (eager, compiled))
-    assert torch._dynamo.utils.counters["inductor"]["extern_calls"] > 0
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert (counters["inductor"]["extern_calls"] > 0) == (backend == "inductor")
     assert expected[2] < 0.7 * expected[0]
     assert found == pytest.approx(expected, rel=1e-4)  # fused kernels sum in another order
     # To Adam's steps, and so to the losses, a wrong scale of the gradient makes no difference.
     torch.testing.assert_close(compiled.adam.norm, eager.adam.norm, rtol=1e-3, atol=0)
 
 
+COMPILED = [("torch", 1), ("deepspeed", 2)]
+
+
+@pytest.mark.parametrize(("kind", "world_size"), COMPILED)
+def test_traced_steps_are_the_eager_ones(kind: str, world_size: int) -> None:
+    """torch.compile's graphs of the forward and backward pass, computed without Inductor's kernels."""
+    run_workers(check_compiled, world_size, kind, "aot_eager")
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler, g++")
-@pytest.mark.parametrize(("kind", "world_size"), [("torch", 1), ("deepspeed", 2)])
+@pytest.mark.parametrize(("kind", "world_size"), COMPILED)
 def test_compiled_steps_are_the_eager_ones(kind: str, world_size: int) -> None:
     """The C++ compiler takes half a minute the first time; torch keeps what it made for the next."""
-    run_workers(check_compiled, world_size, kind)
+    run_workers(check_compiled, world_size, kind, "inductor")
 
 
 @pytest.mark.parametrize(("kind", "stage"), ENGINES)

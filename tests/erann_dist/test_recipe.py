@@ -1,9 +1,10 @@
+import os
 from pathlib import Path
 
 import pytest
 
 from erann_dist.errors import UsageError
-from erann_dist.recipe import differences, load_recipe, parse_recipe
+from erann_dist.recipe import MAX_WORKERS, differences, load_recipe, parse_recipe, setting
 from jobs.recipes import find_recipe
 
 RECIPE = """
@@ -166,3 +167,150 @@ def test_only_what_decides_the_function_makes_a_difference(path: Path) -> None:
     padded = load_recipe(path, ["evaluate.pad_s=4"])
     assert differences(recipe, padded) == ["evaluate.pad_s: None -> 4.0"]
     assert recipe.hash() != padded.hash()
+
+
+@pytest.mark.parametrize(
+    ("override", "examples"),
+    [("1e6", 10**6), ("1.0e+3", 1000), ("1_000", 1000), ("0100", 100), ("0o100", 64), ("'64'", 64)],
+)
+def test_whole_numbers_however_they_are_written(path: Path, override: str, examples: int) -> None:
+    assert load_recipe(path, [f"optim.examples={override}"]).optim.examples == examples
+
+
+def test_a_seed_is_decimal_in_files_and_overrides(path: Path) -> None:
+    assert load_recipe(path, ["run.seed=010"]).run.seed == 10
+    path.write_text(f"{RECIPE}\nrun: {{seed: 010}}")
+    assert load_recipe(path).run.seed == 10
+
+
+@pytest.mark.parametrize(
+    ("twice", "key"),
+    [("optim: {examples: 5}", "optim"), ("run:\n  seed: 1\n  threads: 2\n  seed: 2", "seed")],
+)
+def test_a_key_that_stands_twice(path: Path, twice: str, key: str) -> None:
+    path.write_text(f"{RECIPE}\n{twice}\n")
+    with pytest.raises(UsageError) as error:
+        load_recipe(path)
+    assert str(path) in str(error.value)
+    assert f"'{key}'" in str(error.value)
+
+
+def test_a_part_of_a_plain_path(path: Path) -> None:
+    recipe = load_recipe(path, ["data.train=x", "data.train.fold=[1,2]", "data.eval.split=test", "data.eval.fold=[3]"])
+    assert [(s.url, s.fold, s.split) for s in recipe.data.train] == [("x", [1, 2], None)]
+    assert [(s.url, s.fold, s.split) for s in recipe.data.eval] == [("c", [3], "test")]
+    recipe = load_recipe(path, ["data.train.0.fold=[4]"])
+    assert [(s.url, s.fold) for s in recipe.data.train] == [("a", [4]), ("b", [1, 2])]
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("data.train=[x", ["data.train", "YAML"]),
+        ("run.seed=" + "9" * 5000, ["run.seed", "YAML"]),
+        ("data.train=" + "[" * 1000, ["data.train", "YAML"]),
+        ("data.train.fold=[1]", ["data.train", "list of 2"]),
+        ("data.train.2.fold=[1]", ["data.train", "list of 2"]),
+        ("data.train.-1=x", ["data.train", "list of 2"]),
+        ("data.eval.url.x=1", ["data.eval.url", "'c'"]),
+        ("a..b=1", ["a..b"]),
+        ("=1", ["=1"]),
+        ("x" * 9000 + "=1", ["xxx"]),
+        ("run.dir=" + "x" * 9000, ["run.dir"]),
+        ("data.train=&a [*a]", ["data.train"]),
+    ],
+)
+def test_overrides_that_can_not_be_applied_are_named(path: Path, override: str, named: list[str]) -> None:
+    with pytest.raises(UsageError) as error:
+        load_recipe(path, [override])
+    assert all(part in str(error.value) for part in named)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.micro_batch=1000000000000",
+        "optim.global_batch=1000000000000",
+        "optim.examples=1e300",
+        "optim.lr=1e300",
+        "optim.lr=true",
+        "optim.clip_norm=.inf",
+        "optim.div_factor=1e300",
+        "optim.weight_decay=1e300",
+        "optim.max_bad_steps=1e300",
+        "model.variant=ERANN-1-100000",
+        "model.variant=ERANN-1-" + "9" * 90,
+        "data.loader_threads=1000000",
+        "data.max_bad_clips=1e300",
+        "data.train.1.fold=[1e300]",
+        "data.train.1.fold=[-1]",
+        "data.cache={dir: x, max_bytes: 1000000000000GB}",
+        "data.cache={dir: x, max_bytes: true}",
+        "evaluate.every=1e300",
+        "evaluate.pad_s=1e300",
+        "checkpoint.every=1e300",
+        "checkpoint.keep_last=1e300",
+        "checkpoint.keep_best=1e300",
+        "checkpoint.max_failed=1e300",
+        "run.threads=1000000",
+        f"run.workers={MAX_WORKERS + 1}",
+        "run.workers=true",
+        "run.workers={min: 1, max: 1000000}",
+        "run.max_failures=1e300",
+        "run.hang_timeout=1e300",
+        "run.wait_for_workers=.inf",
+        "run.log_every=1e300",
+        "run.seed=1e300",
+        "run.name=" + "x" * 1000,
+    ],
+)
+def test_values_that_can_only_be_mistakes(path: Path, override: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load_recipe(path, [override])
+    assert override.partition("=")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_micro_batch_that_no_memory_holds(path: Path) -> None:
+    with pytest.raises(UsageError, match=r"optim.micro_batch.*data.crop_s"):
+        load_recipe(path, ["optim.micro_batch=16384", "optim.global_batch=16384", "data.crop_s=600"])
+
+
+def test_the_home_folder_in_every_path(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = load_recipe(
+        path,
+        [
+            "run.dir=~/runs",
+            "model.init=~/model",
+            "data.train=[~/a, {url: ~/b, keys: ~/keys, without: ~/bad}]",
+            "data.eval=s3://bucket/~/c",
+            "data.cache={dir: ~/cache, max_bytes: 1GB}",
+        ],
+    )
+    assert recipe.run_url == "/home/me/runs/mine"
+    assert recipe.model.init == "/home/me/model"
+    a, b = recipe.data.train
+    assert [a.url, b.url, b.keys, b.without] == [f"/home/me/{name}" for name in ("a", "b", "keys", "bad")]
+    assert recipe.data.eval[0].url == "s3://bucket/~/c"
+    assert recipe.data.cache is not None
+    assert recipe.data.cache.dir == "/home/me/cache"
+    assert load_recipe(path, ["run.dir=./~x"]).run.dir == "./~x"
+    with pytest.raises(UsageError, match=r"run\.dir: .*~nobody-here"):
+        load_recipe(path, ["run.dir=~nobody-here/x"])
+
+
+def test_what_is_no_plain_file_ends_at_once(path: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "large.yaml").write_bytes(b"#" * 2_000_000)
+    for strange in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / "large.yaml"):
+        with pytest.raises(UsageError, match=str(strange)) as error:
+            load_recipe(strange)
+        assert "\n" not in str(error.value)
+
+
+def test_settings_of_any_text_are_read_back(path: Path) -> None:
+    for name in ("a b: c", "😀", "ü'\"", "1e6", "[x"):
+        assert load_recipe(path, [setting("run.dir", name)]).run.dir == name

@@ -1,6 +1,9 @@
 """The run's log over kills and commands, and what it says of the time that counted."""
 
+import errno
+import io
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +24,7 @@ from erann_dist.run_log import (
     continued,
     goodput,
     lost,
+    read_damaged_log,
     read_log,
     seconds_run,
 )
@@ -105,7 +109,7 @@ def test_lines_that_are_no_events_are_not_read(tmp_path: Path) -> None:
         '{"event": "Else"}',
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    assert read_log(LocalFolder(str(tmp_path))) == []
+    assert read_damaged_log(LocalFolder(str(tmp_path))) == ([], 4)  # but for the last line, which may be being written
     assert read_log(LocalFolder(str(tmp_path / "absent"))) == []
 
 
@@ -135,6 +139,32 @@ def test_tensorboard_has_the_scalars_and_forgets_what_is_computed_again(tmp_path
     assert [(each.step, each.value) for each in found.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
     assert [round(each.value, 3) for each in found.Scalars("eval/mAP")] == [0.5]
     assert [round(each.value, 3) for each in found.Scalars("eval_averaged/mAP")] == [0.6]
+
+
+def test_tensorboards_file_follows_when_the_disk_has_room_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    full = False
+    write = io.FileIO.write
+
+    class Limited(io.FileIO):
+        def write(self, data: Any) -> int:
+            if full:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(self, data[:50])  # a write may take a part
+
+    with opened(tmp_path, 0) as log:
+        (path,) = (tmp_path / "tensorboard").iterdir()
+        log._tensorboard._file = Limited(path, "ab")
+        for done in (1, 2, 3, 4):
+            full = done in (2, 3)
+            log.log(step(done, loss=float(done)))
+            assert bool(log.problem) == (done >= 2)
+        assert str(path) in log.problem
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [each.step for each in found.Scalars("train/loss")] == [1, 2, 3, 4]
 
 
 # Histories made by hand: a command is started at 100, its training begins at 110, a step takes 10 s.
@@ -266,9 +296,14 @@ def test_how_long_every_command_ran_is_known_though_its_lines_are_gone() -> None
 
 @pytest.mark.parametrize("event", [Step, Evaluated, CheckpointSaved, Incident, Finished, Discarded])
 def test_every_kind_of_event_is_read_back(tmp_path: Path, event: type) -> None:
-    values = {"step": 1, "kind": "cache", "text": "t", "clips": 1, "metrics": {}, "path": "p"}
+    values = {"kind": "cache", "text": "t", "metrics": {}, "path": "p"}
+    counts = ("step", "steps", "clips", "bad_clips", "steps_lost", "averaged")
     made = event(
-        **{name: values.get(name, 0.5) for name in event.__dataclass_fields__ if name not in ("keys", "outcome")}
+        **{
+            name: values.get(name, 1 if name in counts else 0.5)
+            for name in event.__dataclass_fields__
+            if name not in ("keys", "outcome")
+        }
     )
     with opened(tmp_path, 0) as log:
         log.log(made)

@@ -189,7 +189,9 @@ def real_class_lists(path: Path, classes: Path) -> list[np.ndarray]:
     ("name", "clips", "sizes", "rounds"),
     [
         ("balanced_train_segments.csv", 22_160, (59, 6_244), 180),
-        ("unbalanced_train_segments.csv.gz", 2_041_789, (7, 999_421), 50),
+        pytest.param(
+            "unbalanced_train_segments.csv.gz", 2_041_789, (7, 999_421), 50, marks=pytest.mark.slow, id="unbalanced"
+        ),
     ],
 )
 def test_panns_semantics_on_the_real_lists(

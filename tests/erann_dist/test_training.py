@@ -92,7 +92,8 @@ def weights(run_dir: Path) -> dict[str, torch.Tensor]:
 def test_deepspeed_equals_plain_pytorch_over_twenty_steps(tone_shards: Path, tmp_path: Path) -> None:
     curves = {}
     for engine in ("torch", "deepspeed"):
-        recipe = small_recipe(tone_shards, tmp_path / engine, run={"engine": engine}, optim={"examples": 320})
+        sections = {"run": {"engine": engine}, "optim": {"examples": 320}, "data": {"crop_s": 0.5}}
+        recipe = small_recipe(tone_shards, tmp_path / engine, **sections)
         curves[engine] = losses(train_alone(recipe))
     assert len(curves["torch"]) == 20
     np.testing.assert_allclose(curves["deepspeed"], curves["torch"], rtol=0, atol=1e-5)
@@ -110,15 +111,20 @@ def first_step(
     return loss, load_file(run_dir / "checkpoints" / "step-00000001-0001" / "state.safetensors")
 
 
+@pytest.fixture(scope="module")
+def reference(tone_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[float, dict[str, torch.Tensor]]:
+    return first_step(tone_shards, tmp_path_factory.mktemp("reference") / "run", "torch", 0, 1)
+
+
 @pytest.mark.parametrize(("engine", "stage"), ENGINES)
 def test_gradients_and_statistics_are_the_same_on_any_number_of_workers(
-    tone_shards: Path, tmp_path: Path, engine: str, stage: int
+    tone_shards: Path, tmp_path: Path, reference: tuple[float, dict[str, torch.Tensor]], engine: str, stage: int
 ) -> None:
     """Four micro-batches a step: even on 1 and 2 workers, uneven on 3, where two repeat their one with weight 0.
 
     The reference is plain PyTorch on one worker, so that a wrong scale can't hide behind Adam.
     """
-    expected_loss, expected = first_step(tone_shards, tmp_path / "reference", "torch", 0, 1)
+    expected_loss, expected = reference
     for world_size in (1, 2, 3):
         loss, state = first_step(tone_shards, tmp_path / f"{world_size}", engine, stage, world_size)
         assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -131,16 +137,15 @@ def test_gradients_and_statistics_are_the_same_on_any_number_of_workers(
                 torch.testing.assert_close(state[name], value, rtol=1e-3, atol=tolerance, msg=name)
 
 
-@pytest.mark.parametrize("engine", ["torch", "deepspeed"])
+@pytest.mark.parametrize("engine", [pytest.param("torch", marks=pytest.mark.slow), "deepspeed"])
 def test_the_loss_curve_is_the_same_on_one_two_and_three_workers(
     tone_shards: Path, tmp_path: Path, engine: str
 ) -> None:
     """Over 20 steps. Rounding in the order of summation grows as training goes on, the more the higher the rate."""
     curves = {}
     for world_size in (1, 2, 3):
-        recipe = small_recipe(
-            tone_shards, tmp_path / str(world_size), run={"engine": engine}, optim={"examples": 320, "lr": 1e-4}
-        )
+        sections = {"run": {"engine": engine}, "optim": {"examples": 320, "lr": 1e-4}, "data": {"crop_s": 0.5}}
+        recipe = small_recipe(tone_shards, tmp_path / str(world_size), **sections)
         curves[world_size] = losses(train_on(world_size, recipe))
     assert len(curves[1]) == 20
     for world_size in (2, 3):

@@ -25,7 +25,7 @@ from erann_dist import training
 from erann_dist.folder import LocalFolder
 from erann_dist.manifest import MANIFEST
 from erann_dist.run_log import read_log
-from jobs import cli
+from jobs import cli, study
 from shards.sources.audioset import read_audioset
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
 from tests.folded import write_folded_set, write_protocol
@@ -465,7 +465,7 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
 
 def test_a_set_of_another_rate_is_refused(erann, trained: Path, recipe: Path, tmp_path: Path) -> None:
     slow = pack_here(read_audioset(*write_tone_set(tmp_path / "set", 8)), tmp_path / "slow", sample_rate=32_000)
-    refusal = "holds 32000 Hz, ERANN takes 44100 Hz; pack it anew"
+    refusal = "holds 32000 Hz, ERANN takes 44100 Hz; pack it again"
     assert_refused(erann("pretrain", recipe, f"data.train={slow}"), 1, f"slow: {refusal}")
     assert_refused(erann("evaluate", trained / "model", slow), 1, f"slow: {refusal}")
 
@@ -546,7 +546,8 @@ def test_finetune(erann, tmp_path: Path) -> None:
     assert_refused(erann(*arguments, "run.launcher=torchrun"), 2, "torchrun trains one run")
 
 
-def test_study(erann, tmp_path: Path, tone_shards: Path) -> None:
+def test_study(erann, tmp_path: Path, tone_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "_SPEED_S", 0)  # speeds of two passes: seconds of them take longer than the runs
     recipe = small_recipe(tone_shards, tmp_path / "runs" / "grid", optim={"examples": 16})
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))

@@ -88,6 +88,7 @@ def test_the_cluster_is_large_enough_for_each_stage(
     assert asked == [2]
 
 
+@pytest.mark.slow
 def test_a_job_that_is_stopped_goes_on(shards: Path, tmp_path: Path) -> None:
     """Told to stop when its pretraining is done, then killed amid its folds, and run to the end."""
     path = write_pipeline(tmp_path, shards)

@@ -105,7 +105,7 @@ def test_finished_folds_are_not_run_again(shards: Path, tmp_path: Path) -> None:
         run(load_cross_validation(path, [], None))
     for content in ("{}", "[", '{"kind": 3}'):
         (folder / "study.json").write_text(content)
-        with pytest.raises(UserError, match="study.json: damaged; remove it if"):
+        with pytest.raises(UserError, match="study.json: damaged .*; remove it if"):
             run(load_cross_validation(path, [], None))
 
 

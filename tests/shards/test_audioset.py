@@ -143,7 +143,12 @@ def test_class_list_is_audiosets(real_data: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("balanced_train", 22_160), ("eval", 20_371), ("unbalanced_train", 2_041_789)]
+    ("name", "count"),
+    [
+        ("balanced_train", 22_160),
+        ("eval", 20_371),
+        pytest.param("unbalanced_train", 2_041_789, marks=pytest.mark.slow),
+    ],
 )
 def test_the_real_lists(real_data: Path, tmp_path: Path, name: str, count: int) -> None:
     touch(tmp_path, "x.wav")

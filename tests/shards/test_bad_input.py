@@ -257,6 +257,7 @@ def test_stopping_early_leaves_no_process(tmp_path: Path) -> None:
         assert not packing_processes()
 
 
+@pytest.mark.slow
 def test_three_hours_take_no_more_memory_than_a_minute(tmp_path: Path) -> None:
     def peak_memory(name: str, minutes: float) -> float:
         seconds = round(60 * minutes)

@@ -1,0 +1,120 @@
+"""Parquet, as it comes from a disk or a bucket: cast to the columns that are declared, their values checked."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from erann_dist.errors import UserError
+
+MAX_ROWS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a column, or a column of lists, may hold, or the pattern that its texts match."""
+
+    least: float = -math.inf
+    most: float = math.inf
+    pattern: str | None = None
+
+
+# By the column's name, in whatever table it is. Nulls are not looked at.
+RANGES = {
+    "labels": Range(0),
+    "targets": Range(0),
+    "fold": Range(0, 127),
+    "shard": Range(0),
+    "offset": Range(0, 2**60),
+    "size": Range(0, 2**60),
+    "clips": Range(0),
+    "samples": Range(1, 2**32),  # 27 hours
+    "key": Range(pattern=r"^[^\x00-\x1f\x7f]+$"),
+    "sha256": Range(pattern="^([0-9a-f]{64})?$"),
+}
+
+
+def arrow_file(file: BinaryIO) -> pa.OSFile:
+    """The same file for Arrow alone: its threads may hold what they read a moment longer than a program lives, and
+    Python's bytes, which it would have from a Python file, would crash it then."""
+    return pa.OSFile(f"/dev/fd/{file.fileno()}")
+
+
+def read(
+    file: BinaryIO,
+    where: str,
+    schema: pa.Schema,
+    required: Collection[str],
+    advice: str,
+    columns: list[str] | None = None,
+) -> pa.Table:
+    """The declared columns of a file, or some of them, with the file's metadata.
+
+    required: columns without nulls. advice: what to do about a damaged file. Raises UserError, which names the file
+    and the column.
+    """
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    try:
+        parquet = pq.ParquetFile(arrow_file(file), page_checksum_verification=True)
+        found = parquet.schema_arrow
+        if missing := [name for name in wanted.names if found.names.count(name) != 1]:
+            raise UserError(f"{where}: has no column {missing[0]}, or has it twice; {advice}")
+        if parquet.metadata.num_rows > MAX_ROWS:
+            raise UserError(f"{where}: {parquet.metadata.num_rows:,} rows are too many; {advice}")
+        table = parquet.read(wanted.names).select(wanted.names)
+        for field in wanted:
+            _require_kind(where, field, table.schema.field(field.name).type, advice)
+        table = table.cast(wanted.with_metadata(found.metadata))
+        table.validate(full=True)
+        for name in wanted.names:
+            _require_values(where, name, table[name], name in required, advice)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: damaged ({_first_line(error)}); {advice}") from error
+    return table
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0] if lines[0].isprintable() else ascii(lines[0])
+
+
+def _require_kind(where: str, field: pa.Field, found: pa.DataType, advice: str) -> None:
+    """Arrow would make numbers of texts, and whole numbers of floats."""
+    if _kind(found) != _kind(field.type):
+        raise UserError(f"{where}: the column {field.name} is of {found}, not of {field.type}; {advice}")
+
+
+def _kind(type_: pa.DataType) -> str:
+    if pa.types.is_dictionary(type_):
+        return _kind(type_.value_type)
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        return f"list of {_kind(type_.value_type)}"
+    kinds = {"integer": pa.types.is_integer, "float": pa.types.is_floating}
+    is_text = pa.types.is_string(type_) or pa.types.is_large_string(type_)
+    return "text" if is_text else next((name for name, is_kind in kinds.items() if is_kind(type_)), "another")
+
+
+def _require_values(where: str, name: str, column: pa.ChunkedArray, required: bool, advice: str) -> None:
+    if required and column.null_count:
+        raise UserError(f"{where}: the column {name} has nulls, which it may not; {advice}")
+    if pa.types.is_list(column.type):
+        column = pc.list_flatten(column)
+        if column.null_count:
+            raise UserError(f"{where}: the lists of the column {name} have nulls, which they may not; {advice}")
+    allowed = RANGES.get(name)
+    if allowed is None or len(column) == column.null_count:
+        return
+    if allowed.pattern is not None:
+        right = pc.match_substring_regex(column, allowed.pattern)
+        if not pc.all(right).as_py():
+            value = column.filter(pc.invert(right))[0].as_py()
+            raise UserError(f"{where}: {value[:100]!r} is no {name}; {advice}")
+        return
+    found = pc.min_max(column).as_py()
+    if found["min"] < allowed.least or found["max"] > allowed.most:
+        wrong = found["min"] if found["min"] < allowed.least else found["max"]
+        raise UserError(f"{where}: the column {name} has {wrong:,}, which it may not; {advice}")
