@@ -1,8 +1,10 @@
 """A connection to Ray: the cluster at an address, or one embedded in this process that ends with it."""
 
+import functools
 import os
 import secrets
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +21,7 @@ os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 
 import ray
-from ray._private import ray_constants  # private: the test of what listens where fails when it moves
+from ray._private import ray_constants, services  # private: tests/test_private_names.py fails when they move
 
 from cluster.environment import WORKER_ENVIRONMENT
 from cluster.notice import notice_kept
@@ -62,6 +64,21 @@ def _on_loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _own_process_group() -> Iterator[None]:
+    """Let the processes of a cluster that is started here be in a process group of their own.
+
+    A signal to the command's whole group, as `timeout` and batch systems send it, would end them before the workers
+    have saved a checkpoint. That they end with the command is the kernel's affair (PR_SET_PDEATHSIG, set by Ray).
+    """
+    before = services.ConsolePopen
+    services.ConsolePopen = functools.partial(subprocess.Popen, process_group=0)
+    try:
+        yield
+    finally:
+        services.ConsolePopen = before
 
 
 @contextmanager
@@ -150,7 +167,7 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
                 with notice_kept(), _on_loopback() if address == os.environ.get(_EMBEDDED) else nullcontext():
                     ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
             else:
-                with notice_kept(), _on_loopback():
+                with notice_kept(), _on_loopback(), _own_process_group():
                     ray.init(
                         "local",
                         num_cpus=max(cpus, usable_cpus()),

@@ -86,7 +86,7 @@ def launch(
         raise UsageError(f"launcher none runs 1 worker, not {num_workers}; use launcher ray or torchrun")
     else:
         worker = _alone(device)
-    with signals_as_notice() if heeds_notice else nullcontext(no_notice) as notice, worker as workers:
+    with signals_as_notice(is_first_process()) if heeds_notice else nullcontext(no_notice) as notice, worker as workers:
         function(config, replace(workers, notice=notice), on_event)
 
 

@@ -1,10 +1,17 @@
-"""Word that work is to stop: it may save what it has, and go on elsewhere or later."""
+"""Word that work is to stop: it may save what it has, and resume elsewhere or later."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+from erann_dist.errors import Stopped
 
 Notice = Callable[[], str | None]  # says why, once it is so
+
+# SIGUSR1 is what Slurm's --signal sends ahead of a limit, SIGHUP comes when a terminal or an ssh connection is closed.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+_SAVING = b"erann: stopping as soon as a checkpoint is saved; Ctrl-C again stops at once, without one\n"
 
 
 def no_notice() -> None:
@@ -18,35 +25,65 @@ def first_of(*notices: Notice) -> Notice:
 class _Note:
     """A handler of signals that notes them."""
 
-    def __init__(self) -> None:
-        self.received: list[str] = []
+    def __init__(self, announces: bool) -> None:
+        self.received: list[signal.Signals] = []
+        self._announces = announces
 
     def __call__(self, number: int, _: object) -> None:
-        self.received.append(signal.Signals(number).name)
+        is_second_interrupt = number == signal.SIGINT and number in self.received
+        self.received.append(signal.Signals(number))
+        if is_second_interrupt:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT and self._announces:
+            announce_saving()
+
+    def reason(self) -> str | None:
+        return f"told to stop by {self.received[0].name}" if self.received else None
+
+
+def announce_saving() -> None:
+    """Answer the first Ctrl-C, from a handler of signals."""
+    with suppress(OSError):  # not by print, in the middle of which the signal may have come
+        os.write(2, _SAVING)
+
+
+def exit_as(stopped: Stopped, number: int) -> None:
+    """Let the command end with the exit code of a process that this signal ended; of SIGUSR1 with SIGTERM's."""
+    stopped.exit_code = 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
 
 @contextmanager
-def signals_as_notice() -> Iterator[Notice]:
-    """SIGTERM, and the SIGUSR1 that Slurm's --signal sends ahead of a limit, end nothing here but are noted.
+def signals_as_notice(announces: bool = True) -> Iterator[Notice]:
+    """SIGTERM, SIGHUP, SIGUSR1 and the first Ctrl-C end nothing here but are noted; a second Ctrl-C interrupts.
 
-    One of these contexts in another hears what the outer one has heard, and the outer one what it hears.
+    announces: whether the first Ctrl-C is answered by a line, as by the one process of a command that is to do that.
+    A Stopped that leaves the context gets the exit code of the signal. Signals that are ignored, as under nohup, stay
+    so. One of these contexts in another hears what the outer one has heard, and the outer one what it hears.
     """
-    outer = signal.getsignal(signal.SIGTERM)
-    note = outer if isinstance(outer, _Note) else _Note()
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    outer = before[signal.SIGTERM]
+    note = outer if isinstance(outer, _Note) else _Note(announces)
+    handled = [number for number in STOPPING if before[number] is not signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, note)
     try:
-        yield lambda: f"told to stop by {note.received[0]}" if note.received else None
+        yield note.reason
+    except Stopped as stopped:
+        if note.received:
+            exit_as(stopped, note.received[0])
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in handled:
+            signal.signal(number, before[number])
 
 
 @contextmanager
 def notice_kept() -> Iterator[None]:
-    """What starts in here may handle SIGTERM itself, as Ray does, but not in place of `signals_as_notice`."""
-    before = signal.getsignal(signal.SIGTERM)
+    """What starts in here may handle signals itself, as Ray does, but not in place of `signals_as_notice`."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         yield
     finally:
-        if isinstance(before, _Note):
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if isinstance(handler, _Note):
+                signal.signal(number, handler)

@@ -7,7 +7,6 @@ whenever the number of workers changes, and give the run up when a worker is los
 
 import datetime
 import os
-import signal
 import socket
 import sys
 import tempfile
@@ -187,7 +186,7 @@ def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout
     # The loop's own watchdog is to see a hang first.
     how = {"backend": "nccl" if use_gpu else "gloo", "timeout_s": round(2 * hang_timeout)}
     embedded = ray.util.get_node_ip_address() == "127.0.0.1"
-    trainer = TorchTrainer(
+    trainer = _Trainer(
         _ray_worker,
         train_loop_config={"start": start},
         torch_config=_InAFile(**how, path=f"{storage}/{start.number}") if embedded else TorchConfig(**how),
@@ -199,16 +198,18 @@ def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )
-    before = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
-    except SystemExit as end:  # what Ray Train makes of Ctrl-C
-        raise KeyboardInterrupt from end
     except (TrainingFailedError, RayError) as error:
         return error
-    finally:
-        signal.signal(signal.SIGINT, before)
     return None
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are Any
+    """Ray's, without its handler of Ctrl-C, which aborts the workers: they are to save a checkpoint first."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cluster.environment import WORKER_ENVIRONMENT, meeting_on_loopback
-from cluster.notice import no_notice, signals_as_notice
+from cluster.notice import STOPPING, announce_saving, exit_as, no_notice, signals_as_notice
 from erann_dist.clock import Anchor, anchor, follow, steady_time
 from erann_dist.distributed import Workers, pick_device, process_group_backend
 from erann_dist.environment import end_with_parent
@@ -110,7 +110,12 @@ def run_under_torchrun(
                 elastic_launch(settings, sys.executable)("-m", "cluster.torchrun", address)
             except ChildFailedError as error:
                 codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-    _raise_cause(desk.ends, codes, heeds_notice)
+    try:
+        _raise_cause(desk.ends, codes, heeds_notice)
+    except Stopped as stopped:
+        if desk.signals:
+            exit_as(stopped, desk.signals[0])
+        raise
 
 
 class _Desk(socketserver.ThreadingUnixStreamServer):
@@ -122,7 +127,7 @@ class _Desk(socketserver.ThreadingUnixStreamServer):
         self.on_event = on_event
         self.ends: list[_End] = []
         self._pids: list[int] = []
-        self._signals: list[int] = []
+        self.signals: list[int] = []  # that were passed on
 
     def __enter__(self) -> "_Desk":
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
@@ -134,13 +139,13 @@ class _Desk(socketserver.ThreadingUnixStreamServer):
 
     def pass_on(self, number: int) -> None:
         """A signal, to the workers that have begun, and to the others when they do."""
-        self._signals.append(number)
+        self.signals.append(number)
         for pid in list(self._pids):
             _send(number, pid)
 
     def begin(self, begun: _Begun) -> None:
         self._pids.append(begun.pid)
-        for number in list(self._signals):
+        for number in list(self.signals):
             _send(number, begun.pid)
 
     def end(self, begun: _Begun, error: _End | None) -> None:
@@ -183,18 +188,23 @@ class _Interrupted(SignalException, KeyboardInterrupt):
 
 @contextmanager
 def _signals_passed_on(desk: _Desk) -> Iterator[None]:
-    """What is a notice goes to the workers; Ctrl-C, which does not reach them by itself, ends them at once."""
-
-    def pass_on(number: int, _: object) -> None:
-        desk.pass_on(number)
+    """What is a notice goes to the workers, which the terminal's Ctrl-C does not reach; a second one ends them."""
 
     def end_workers(*_: object) -> None:
         raise _Interrupted("Ctrl-C", signal.SIGKILL)
 
+    def pass_on(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in desk.signals:
+            end_workers()
+        if number == signal.SIGINT:
+            announce_saving()
+        desk.pass_on(number)
+
     handlers: dict[int, Callable[[int, object], None]] = {signal.SIGINT: end_workers}
     if desk.work.heeds_notice:
-        handlers |= {signal.SIGTERM: pass_on, signal.SIGUSR1: pass_on}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        handlers = dict.fromkeys(STOPPING, pass_on)
+    heard = {n: handler for n, handler in handlers.items() if signal.getsignal(n) is not signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
     try:
         yield
     finally:
@@ -266,7 +276,7 @@ def work_for(address: str) -> None:
         def tell(said: object) -> None:
             desk.sendall(pickle.dumps(said))
 
-        notices = signals_as_notice() if work.heeds_notice else nullcontext(no_notice)
+        notices = signals_as_notice(announces=False) if work.heeds_notice else nullcontext(no_notice)
         with notices as notice, ExitStack() as group, _error_told(tell):  # before others see that the group is left
             tell(_Begun(int(os.environ["RANK"]), os.getpid()))
             workers = group.enter_context(torchrun_worker(work.device, work.hang_timeout, work.meeting))

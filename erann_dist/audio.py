@@ -268,6 +268,8 @@ def _ffmpeg_blocks(file: Path | IO[bytes]) -> Iterator[Block]:
             if not container.streams.audio:
                 raise DecodeError("no audio stream")
             stream = container.streams.audio[0]
+            if stream.codec_context is None:
+                raise DecodeError("a codec that FFmpeg does not know")
             codec = stream.codec_context.name
             kind: Any = None  # what may change in the middle of a file
             pieces: list[npt.NDArray[Any]] = []

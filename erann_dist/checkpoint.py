@@ -279,32 +279,38 @@ def record(start: Start, name: str, metrics: dict[str, float]) -> None:
     start.run.write(f"{name}/{_METRICS}", strict_json.dumps(metrics).encode())
 
 
-def best(run: Folder, names: list[str]) -> list[str]:
-    """Those that were evaluated, best first; of equals, the earlier one."""
-    scores = {}
+def best(run: Folder, names: list[str]) -> tuple[list[str], list[str]]:
+    """Those that were evaluated, best first, of equals the earlier one; and what is wrong with records, a line each."""
+    scores, problems = {}, []
     for name in names:
-        # There was no evaluation, or what was written of it is spoiled.
-        with suppress(FileNotFoundError, ValueError):
+        try:
             metrics = strict_json.validate(dict[str, strict_json.Number | None], run.read(f"{name}/{_METRICS}"))
-            if (score := next(iter(metrics.values()), None)) is not None:
-                scores[name] = score
-    return sorted(scores, key=lambda name: (-scores[name], name))
+        except FileNotFoundError:
+            continue  # it was not evaluated
+        except ValueError as error:
+            problems.append(f"{run}/{name}/{_METRICS}: damaged ({error}); this checkpoint counts as not evaluated")
+            continue
+        if (score := next(iter(metrics.values()), None)) is not None:
+            scores[name] = score
+    return sorted(scores, key=lambda name: (-scores[name], name)), problems
 
 
-def delete_others(start: Start, newest: str, due: Callable[[int], bool], keep_last: int, keep_best: int) -> None:
+def delete_others(start: Start, newest: str, due: Callable[[int], bool], keep_last: int, keep_best: int) -> list[str]:
     """Delete all but the newest checkpoint, the last `keep_last` of regular ones up to it, and the best `keep_best`.
 
-    Raises Superseded.
+    What is wrong with the records by which the best are told, a line each. Raises Superseded.
     """
     start.require_last()  # a later start may be reading what would be deleted
     run, found = start.run, _found(start.run)
     # One of a later step is what a damaged checkpoint left that the run has gone back behind.
     earlier = [name for name in _committed(found) if name <= newest]
-    kept = {newest, *regular(earlier, due)[-keep_last:], *(best(run, earlier)[:keep_best] if keep_best else [])}
+    evaluated, problems = best(run, earlier) if keep_best else ([], [])
+    kept = {newest, *regular(earlier, due)[-keep_last:], *evaluated[:keep_best]}
     others = [name for name in found if name not in kept and _numbers(name)["start"] <= start.number]
     files = [(name, file) for name in others for file in found[name]]
     for name, file in sorted(files, key=lambda each: each[1] != _MARKER):  # markers first
         run.delete(f"{name}/{file}")
+    return problems
 
 
 def require_shapes(path: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

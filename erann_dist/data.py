@@ -53,10 +53,27 @@ def load_sources(sources: list[DataSource]) -> Manifest:
 
 
 def load_train_and_eval(data: DataSection) -> tuple[Manifest, Manifest]:
-    """A recipe's training and evaluation clips. Raises UserError when their labels, task or rate differ."""
+    """A recipe's training and evaluation clips.
+
+    Raises UserError when their labels, task or rate differ, UsageError when clips are both and it is not allowed.
+    """
     clips, eval_clips = load_sources(data.train), load_sources(data.eval)
     require_same_labels(clips.info, eval_clips.info, data.train[0].url, data.eval[0].url)
+    if not data.allow_overlap and (shared := count_shared(clips, eval_clips)):
+        raise UsageError(
+            f"data.train and data.eval share {shared:,} of the {len(eval_clips):,} clips to evaluate, and a model is "
+            "not to be judged by clips that it was trained on; give them different sets, splits or folds "
+            "(data.train.fold, data.eval.fold), or data.allow_overlap=true"
+        )
     return clips, eval_clips
+
+
+def count_shared(clips: Manifest, eval_clips: Manifest) -> int:
+    """How many of eval_clips are among clips: of the same key and the same bytes, in whatever set."""
+    place = pc.index_in(eval_clips.keys, clips.keys.combine_chunks()).combine_chunks()
+    found = place.is_valid().to_numpy(zero_copy_only=False)
+    rows = place.drop_null().to_numpy()
+    return int((clips.crc32s[rows] == eval_clips.crc32s[found]).sum())
 
 
 def count_reported(source: DataSource) -> int:

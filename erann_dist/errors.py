@@ -6,12 +6,34 @@ was told to stop and has saved what it had.
 """
 
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _OWN = ("erann_dist", "shards", "cluster", "jobs")
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/@]*:[^\s@]*@")
+
+
+def without_credentials(text: str) -> str:
+    """The text with *** in place of user:password in the URLs that it contains."""
+    return _CREDENTIALS.sub("***@", text)
+
+
+def require_no_credentials(url: str) -> None:
+    """Raise UsageError, which does not repeat them, when a URL contains credentials.
+
+    A bucket's name has neither @ nor a colon, unless it is the ARN of an access point.
+    """
+    scheme, separator, rest = url.partition("://")
+    host = rest.partition("/")[0]
+    is_bucket = scheme == "s3" and not host.startswith("arn:")
+    if separator and ("@" in host or (is_bucket and ":" in host)):
+        raise UsageError(
+            f"{scheme}://***: credentials do not belong in a URL, which is logged; set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, or write them to ~/.aws/credentials"
+        )
 
 
 def in_one_line(error: OSError) -> str:

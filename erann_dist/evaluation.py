@@ -19,6 +19,7 @@ from erann_dist.features import LogMel, padded_samples
 from erann_dist.manifest import Manifest, Task, list_hash
 from erann_dist.metrics import classification_metrics, tagging_metrics
 from erann_dist.model import ERANN
+from erann_dist.storage import SlowReads
 from erann_dist.streaming import decode_clips, stream_clips, worker_rows
 
 MICRO_BATCH = 16
@@ -33,6 +34,23 @@ class Predictions:
 
     scores: npt.NDArray[np.float32]  # (n, N) probabilities
     targets: npt.NDArray[np.float32]  # (n, N) of 0 and 1
+
+
+class NotFinite(UserError):
+    """A model's scores are NaN or infinite, as after a training that diverged."""
+
+
+def require_finite(scores: npt.NDArray[np.floating], keys: pa.ChunkedArray, of: str) -> None:
+    """Raise NotFinite when any of the scores (n, N) is NaN or infinite: how many clips' are, and the first one's key.
+
+    of: what has scored them, or the file that holds the scores.
+    """
+    bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    if len(bad):
+        raise NotFinite(
+            f"{of}: the scores of {len(bad)} of {len(scores)} clips are not finite, the first is {keys[int(bad[0])]}; "
+            "the training diverged: take an earlier checkpoint's model, or train again with a lower optim.lr"
+        )
 
 
 def evaluation_batches(manifest: Manifest, pad_samples: int = 0) -> list[tuple[int, npt.NDArray[np.int64]]]:
@@ -58,20 +76,25 @@ def score(
     loader_threads: int,
     pad_samples: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    slow: SlowReads | None = None,
 ) -> Predictions | None:
     """Full-length clips through the model. The answer is the first worker's; the others get None.
 
     pad_samples: the length that shorter clips are zero-padded to.
-    progress is told how many clips are done, of how many, judged by this worker's share. Raises UserError for a clip
-    that can't be read or decoded.
+    progress is told how many clips are done, of how many, judged by this worker's share. slow: counts the clips that
+    this worker read from S3 the slow way. Raises UserError for a clip that can't be read or decoded, and NotFinite on
+    the first worker.
     """
     batches = evaluation_batches(manifest, pad_samples)
     mine = batches[workers.rank :: workers.world_size]  # dealt one by one, for they are in the order of their length
     crops = [loader.whole_clips(manifest, rows, length) for length, rows in mine]
     total = sum(len(rows) for _, rows in mine)
-    with closing(loader.load(manifest, crops, threads=loader_threads)) as loaded:
+    with closing(loader.load(manifest, crops, threads=loader_threads, slow=slow)) as loaded:
         scores = _scores(model, manifest.info.task, len(manifest), loaded, total, workers, progress)
-    return None if scores is None else Predictions(scores, manifest.targets(np.arange(len(manifest))))
+    if scores is None:
+        return None
+    require_finite(scores, manifest.keys, "the model")
+    return Predictions(scores, manifest.targets(np.arange(len(manifest))))
 
 
 def score_stream(
@@ -87,14 +110,17 @@ def score_stream(
     """The scores of full-length clips as in `score`, (n, N), in one pass over their tars and whatever their labels.
 
     Which clips share a micro-batch depends on the number of workers. In evaluation no clip sees the others of its
-    batch, so its scores differ by no more than the order in which floats are summed.
+    batch, so its scores differ by no more than the order in which floats are summed. Raises as `score` does.
     """
     total = len(worker_rows(manifest, workers.rank, workers.world_size))
     with (
         closing(stream_clips(manifest, workers.rank, workers.world_size)) as clips,
         closing(decode_clips(manifest, clips, threads, MICRO_BATCH, pad_samples)) as batches,
     ):
-        return _scores(model, task, len(manifest), batches, total, workers, progress)
+        scores = _scores(model, task, len(manifest), batches, total, workers, progress)
+    if scores is not None:
+        require_finite(scores, manifest.keys, "the model")
+    return scores
 
 
 @torch.inference_mode()
@@ -116,7 +142,7 @@ def _scores(
     done = 0
     for batch in batches:
         logits = model(log_mel(batch.pcm.to(workers.device).float() / 32768)).float()
-        probabilities = logits.sigmoid() if task == "tagging" else logits.softmax(dim=1)
+        probabilities = probabilities_of(logits, task)
         end = done + len(probabilities)
         rows[done:end], scores[done:end] = batch.crops.rows, probabilities.cpu().numpy()
         done = end
@@ -129,6 +155,12 @@ def _scores(
     for part_rows, part_scores in parts:
         all_scores[part_rows] = part_scores
     return all_scores
+
+
+def probabilities_of(logits: torch.Tensor, task: Task) -> torch.Tensor:
+    """What a model's outputs (B, N) mean: independent probabilities, or those of one class; NaN for infinite logits."""
+    probabilities = logits.sigmoid() if task == "tagging" else logits.softmax(dim=1)
+    return probabilities.where(logits.isfinite(), torch.nan)
 
 
 def summarise(predictions: Predictions, task: Task) -> dict[str, float]:
@@ -234,10 +266,11 @@ def read_predictions(file: BinaryIO, where: str = "predictions.parquet") -> tupl
     indices, counts = targets.flatten().to_numpy(), targets.value_lengths().to_numpy()
     if (scores.value_lengths().to_numpy() != len(labels)).any() or (indices >= len(labels)).any():
         raise UserError(f"{where}: damaged, its scores or targets are not those of its {len(labels)} labels; {advice}")
-    one_hot = np.zeros((len(table), len(labels)), np.float32)
+    found = scores.flatten().to_numpy().reshape(len(table), len(labels))
+    require_finite(found, table["key"], where)
+    one_hot = np.zeros(found.shape, np.float32)
     one_hot[np.repeat(np.arange(len(table)), counts), indices] = 1
-    predictions = Predictions(scores.flatten().to_numpy().reshape(one_hot.shape), one_hot)
-    return table["key"].to_pylist(), labels, predictions
+    return table["key"].to_pylist(), labels, Predictions(found, one_hot)
 
 
 def write_scores(

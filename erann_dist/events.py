@@ -12,7 +12,17 @@ from erann_dist.strict_json import Count, Measured, Number, Seconds
 # failure: workers were lost, hung, or the command before this one ended; stop: that was told to; resize: there are more
 # or fewer workers.
 IncidentKind = Literal[
-    "bad_clip", "cache", "storage", "bad_step", "checkpoint", "log", "failure", "stop", "preemption", "resize"
+    "bad_clip",
+    "cache",
+    "storage",
+    "bad_step",
+    "checkpoint",
+    "evaluation",
+    "log",
+    "failure",
+    "stop",
+    "preemption",
+    "resize",
 ]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Union
 
-from erann_dist.errors import UsageError, naming
+from erann_dist.errors import UsageError, naming, require_no_credentials
 from erann_dist.pieces import sequential_file
 
 if TYPE_CHECKING:  # its libraries take longer to load than the rest together, and many a run needs no S3
@@ -143,6 +143,7 @@ def open_folder(url: str, endpoint: str | None = None) -> Folder:
     scheme, separator, rest = url.partition("://")
     if not separator:
         return LocalFolder(url.rstrip("/") or url[:1])
+    require_no_credentials(url)
     if scheme != "s3":
         raise UsageError(f"{url}: a folder is a path or s3://bucket/prefix, not {scheme}://")
     if not rest.partition("/")[0]:
@@ -151,6 +152,7 @@ def open_folder(url: str, endpoint: str | None = None) -> Folder:
         raise UsageError(f"{url}: has an empty part between two slashes; s3://bucket/prefix has none")
     if endpoint and not endpoint.startswith(("http://", "https://")):
         raise UsageError("an S3 endpoint begins with http:// or https://")  # not shown: it may hold a password
+    require_no_credentials(endpoint or "")
     from erann_dist.s3 import S3Folder
 
     return S3Folder(url.rstrip("/"), endpoint)

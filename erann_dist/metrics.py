@@ -37,7 +37,11 @@ class ClassificationMetrics:
 
 
 def tagging_metrics(scores: npt.NDArray[np.floating], targets: npt.NDArray[np.generic]) -> TaggingMetrics:
-    """mAP, mAUC and d′. scores: (n, N), targets: (n, N) of 0 and 1. ValueError when no class has a positive."""
+    """mAP, mAUC and d′. scores: (n, N), targets: (n, N) of 0 and 1.
+
+    Raises ValueError when no class has a positive, and for scores that are not finite.
+    """
+    _require_finite(scores)
     positive = np.asarray(targets) > 0.5
     pairs = [_ap_and_auc(scores[:, c], positive[:, c]) for c in range(scores.shape[1])]
     ap, auc = (np.array(values) for values in zip(*pairs, strict=True))
@@ -48,7 +52,11 @@ def tagging_metrics(scores: npt.NDArray[np.floating], targets: npt.NDArray[np.ge
 
 
 def classification_metrics(scores: npt.NDArray[np.floating], targets: npt.NDArray[np.generic]) -> ClassificationMetrics:
-    """Accuracy and confusion matrix. scores: (n, N), targets: (n, N) one-hot."""
+    """Accuracy and confusion matrix. scores: (n, N), targets: (n, N) one-hot.
+
+    Raises ValueError for scores that are not finite.
+    """
+    _require_finite(scores)
     classes = scores.shape[1]
     true, predicted = np.argmax(targets, axis=1), np.argmax(scores, axis=1)
     confusion = np.bincount(true * classes + predicted, minlength=classes**2).reshape(classes, classes)
@@ -56,6 +64,11 @@ def classification_metrics(scores: npt.NDArray[np.floating], targets: npt.NDArra
     class_accuracy = np.full(classes, np.nan)
     np.divide(confusion.diagonal(), counts, out=class_accuracy, where=counts > 0)
     return ClassificationMetrics(float(np.mean(true == predicted)), confusion, class_accuracy)
+
+
+def _require_finite(scores: npt.NDArray[np.floating]) -> None:
+    if not np.isfinite(scores).all():
+        raise ValueError("scores that are not finite have no ranking")
 
 
 def _ap_and_auc(scores: npt.NDArray[np.floating], positive: npt.NDArray[np.bool_]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -24,7 +25,7 @@ from pydantic import (
 
 from erann_dist import SAMPLE_RATE, strict_json, strict_yaml
 from erann_dist.cache import CacheForm
-from erann_dist.errors import UsageError
+from erann_dist.errors import UsageError, require_no_credentials
 from erann_dist.features import PAD_SAMPLES
 from erann_dist.model import Initialisation, Variant
 
@@ -48,6 +49,10 @@ def _path(path: str) -> str:
     """The path with the user's home in place of ~; URLs as they are."""
     if any(ord(character) < 32 for character in path):
         raise ValueError("input should be a path without control characters")
+    try:
+        require_no_credentials(path)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
     found = os.path.expanduser(path)
     if found.startswith("~"):
         raise ValueError(f"there is no home folder for {path.partition('/')[0]}; write ./{path} for a folder so named")
@@ -113,6 +118,7 @@ class DataSection(Section):
     loader_threads: Whole = Field(2, ge=1, le=MAX_THREADS)
     cache: CacheSection | None = None
     max_bad_clips: Whole = Field(0, ge=0, le=MANY)  # damaged clips that are replaced by others; one more ends the run
+    allow_overlap: bool = False  # train on clips of `eval` too, whose metrics then say nothing of other clips
 
     @property
     def crop_samples(self) -> int:
@@ -317,7 +323,7 @@ class Recipe(Section):
             settings["evaluate"] = {"pad_s": self.evaluate.pad_s}
         for name in ("zero_stage", "compile", "max_bad_steps", "small_micro_batch"):
             settings["optim"].pop(name, None)
-        for name in ("loader_threads", "cache", "max_bad_clips"):
+        for name in ("loader_threads", "cache", "max_bad_clips", "allow_overlap"):
             settings["data"].pop(name, None)
         return settings
 
@@ -327,18 +333,32 @@ class Recipe(Section):
         return hashlib.sha256(json.dumps(function, sort_keys=True).encode()).hexdigest()
 
 
-def load_recipe(path: Path, overrides: list[str] = []) -> Recipe:  # noqa: B006 - never changed
-    """Read a YAML recipe and apply `key.path=value` overrides. Raises UsageError: file, key, what to do."""
-    return parse_recipe(read_tree(path, overrides), str(path))
+def _ignore(note: str) -> None:
+    pass
 
 
-def read_tree(path: Path, overrides: list[str]) -> dict[str, Any]:
-    """The sections of a YAML file with its overrides, not yet checked; a run without a name gets the file's."""
+def load_recipe(
+    path: Path,
+    overrides: list[str] = [],  # noqa: B006 - never changed
+    on_note: Callable[[str], None] = _ignore,
+) -> Recipe:
+    """Read a YAML recipe and apply `key.path=value` overrides. Raises UsageError: file, key, what to do.
+
+    on_note: called with a line for each override that does more than it seems to.
+    """
+    return parse_recipe(read_tree(path, overrides, on_note), str(path))
+
+
+def read_tree(path: Path, overrides: list[str], on_note: Callable[[str], None] = _ignore) -> dict[str, Any]:
+    """The sections of a YAML file with its overrides, not yet checked; a run without a name gets the file's.
+
+    on_note: as of load_recipe.
+    """
     tree = strict_yaml.read(path)
     if not isinstance(tree, dict):
         raise UsageError(f"{path}: a recipe has the sections {', '.join(Recipe.model_fields)}")
     for override in overrides:
-        _apply(tree, override, str(path))
+        _apply(tree, override, str(path), on_note)
     if isinstance(tree.get("run"), dict):
         tree["run"].setdefault("name", path.stem)
     elif tree.get("run") is None:
@@ -387,7 +407,7 @@ _OVERRIDE = re.compile(r"(?P<key>[^=.]+(?:\.[^=.]+)*)=(?P<value>.*)", re.DOTALL)
 _SOURCES = (["data", "train"], ["data", "eval"])
 
 
-def _apply(tree: dict[str, Any], override: str, origin: str) -> None:
+def _apply(tree: dict[str, Any], override: str, origin: str, on_note: Callable[[str], None]) -> None:
     shown = f"{origin}: {_shown(override)}"
     match = _OVERRIDE.fullmatch(override)
     if not match:
@@ -407,7 +427,21 @@ def _apply(tree: dict[str, Any], override: str, origin: str) -> None:
             inner = {"url": inner}  # a shard set that is given by its path alone
         node[place] = inner
         node = inner
-    node[_place(node, last, parents, match["key"], shown)] = value
+    place = _place(node, last, parents, match["key"], shown)
+    old = node.get(place) if isinstance(node, dict) else node[place]
+    if [*parents, last] in _SOURCES and (dropped := sorted(_filters(old) - _filters(value))):
+        on_note(
+            f"{match['key']}={_plain(value)} also drops the recipe's {' and '.join(dropped)} of {match['key']}; "
+            f"{match['key']}.url={_plain(value)} keeps it"
+        )
+    node[place] = value
+
+
+def _filters(source: Any) -> set[str]:
+    """What selects a part of a shard set in a value of data.train or data.eval, as "fold [1, 2]"."""
+    parts = source if isinstance(source, list) else [source]
+    names = ("split", "fold", "keys", "without")
+    return {f"{name} {part[name]}" for part in parts if isinstance(part, dict) for name in names if part.get(name)}
 
 
 def _place(node: Any, name: str, parents: list[str], key: str, shown: str) -> str | int:

@@ -27,6 +27,7 @@ class Saver:
         self._settings = settings
         self._due = due
         self._failed = 0  # in a row
+        self._reported: set[str] = set()  # what is wrong with checkpoints that are kept or could not be deleted
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[list[Event]] | None = None
 
@@ -89,13 +90,15 @@ class Saver:
         saved = CheckpointSaved(facts.step, f"{self.start.run}/{self.last}", time.perf_counter() - began, stall_s)
         try:
             keep_last, keep_best = self._settings.keep_last, self._settings.keep_best
-            checkpoint.delete_others(self.start, self.last, self._due, keep_last, keep_best)
+            problems = checkpoint.delete_others(self.start, self.last, self._due, keep_last, keep_best)
         except Superseded:
             raise
         except (OSError, UserError) as error:
             text = f"{self.start.run}: old checkpoints could not be deleted ({_reason(error)})"
-            return [saved, Incident(facts.step, "checkpoint", text)]
-        return [saved]
+            problems = [text]
+        new = [problem for problem in problems if problem not in self._reported]
+        self._reported.update(new)
+        return [saved, *(Incident(facts.step, "checkpoint", problem) for problem in new)]
 
     def _failure(self, error: OSError | UserError) -> Incident:
         step, allowed = self._facts.step, self._settings.max_failed

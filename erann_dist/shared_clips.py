@@ -37,12 +37,11 @@ _NUMBERS = ("folds", "shards", "rows", "offsets", "sizes", "samples", "crc32s")
 def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
     """What load_sources gives. Raises as that does."""
     try:
-        path = Path(tempfile.gettempdir(), f"erann-{os.getuid()}-{_digest(sources)}.arrow")
+        path = _path(sources)
     except OSError:
         load_sources(sources)  # which says in words what is missing
         raise
-    lock_path = path.with_suffix(".lock")
-    with _locked(lock_path):  # one worker of the node reads, the others wait
+    with _locked(path.with_suffix(".lock")):  # one worker of the node reads, the others wait
         try:
             file = _own(path, os.O_RDONLY)
             clips = _map(file)
@@ -61,10 +60,27 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
     try:
         yield clips
     finally:
-        with file, _locked(lock_path), suppress(BlockingIOError):  # others still use it
+        file.close()
+        _remove_unused(path)
+
+
+def remove_unused(sources: list[DataSource]) -> None:
+    """Remove the file that killed workers left on this machine, if they left one and no others use it."""
+    with suppress(OSError, UserError):
+        _remove_unused(_path(sources))
+
+
+def _path(sources: list[DataSource]) -> Path:
+    return Path(tempfile.gettempdir(), f"erann-{os.getuid()}-{_digest(sources)}.arrow")
+
+
+def _remove_unused(path: Path) -> None:
+    lock_path = path.with_suffix(".lock")
+    with _locked(lock_path), suppress(BlockingIOError):  # others still use it
+        with suppress(FileNotFoundError), _own(path, os.O_RDONLY) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-            lock_path.unlink()
+            path.unlink()
+        lock_path.unlink()
 
 
 @contextmanager

@@ -66,9 +66,10 @@ def example_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def train(recipe: Recipe, workers: Workers, emit: Emit) -> None:
+def train(recipe: Recipe, workers: Workers, emit: Emit, incident: str | None = None) -> None:
     """Train, evaluate and write the model folder; go on from the run's last checkpoint if it has one.
 
+    incident: what the command found wrong with the run's checkpoints or results, one line for the log.
     All workers call it. The first one's events go to `emit` and to the run's log. Raises UserError, and after a notice
     (`Workers.notice`) Stopped, when the checkpoint is written.
     """
@@ -87,6 +88,8 @@ def train(recipe: Recipe, workers: Workers, emit: Emit) -> None:
         require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
         try:
             training = _Training(recipe, workers, emit, clips, eval_clips, watchdog, resources)
+            if incident and workers.failure is None:  # once, in the first of this command's starts
+                training.damaged.insert(0, incident)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU's memory is too small for the weights of {recipe.model.variant} and their optimizer's state; "
@@ -387,7 +390,10 @@ class _Training:
         raise Stopped(f"{reasons[0]}: stopped at step {step} of {self.steps}, whose checkpoint is saved")
 
     def _evaluate(self, step: int, averaged: int | None = None) -> evaluation.Predictions | None:
-        """Score the evaluation clips. The answer is the first worker's."""
+        """Score the evaluation clips. The answer is the first worker's, None for scores that are not finite.
+
+        Those are an incident while the training goes on, and at its end NotFinite is raised.
+        """
 
         def progress(done: int, total: int) -> None:
             self.watchdog.alive()
@@ -401,9 +407,15 @@ class _Training:
                 loader_threads=self.recipe.data.loader_threads,
                 pad_samples=self.recipe.evaluate.pad_samples,
                 progress=progress,
+                slow=self.slow,
             )
         except torch.OutOfMemoryError as error:
             raise memory.too_small_to_evaluate(self.eval_clips) from error
+        except evaluation.NotFinite as error:
+            if step == self.steps:
+                raise
+            self.say(Incident(step, "evaluation", str(error)))
+            predictions = None
         records = bool(self.recipe.checkpoint.keep_best) and averaged is None
         if records:
             self._await_saving()

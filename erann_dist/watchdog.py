@@ -75,5 +75,14 @@ def stacks_left(run: str) -> list[tuple[str, str]]:
     return found
 
 
+def remove_empty(run: str) -> None:
+    """Remove the files that workers of the run which were killed, and did not hang, left on this machine."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_prefix(run)}*"):
+        with suppress(OSError), path.open("r+") as file:  # as above
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_size:
+                path.unlink()
+
+
 def _prefix(run: str) -> str:
     return f"erann-stacks-{hashlib.sha256(os.path.abspath(run).encode()).hexdigest()[:16]}-"

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from erann_dist.errors import UsageError, UserError, in_one_line
+from erann_dist.errors import Stopped, UsageError, UserError, in_one_line, without_credentials
 from erann_dist.versions import check_torchaudio, program_versions
 from jobs import cluster_commands, shard_commands, submit_commands
 from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher, Model, Shards
-from jobs.progress import RunView, console
+from jobs.progress import RunView, console, note
 from jobs.show import demo_page, evaluation_page, facts_page, folds_page, report_page, show, tagged_page, tags_page
 
 app = typer.Typer(
@@ -76,12 +76,12 @@ def pretrain(
     from jobs.recipes import find_recipe
 
     settings = [*(overrides or []), *([f"run.launcher={launcher}"] if launcher else [])]
-    loaded = load_recipe(find_recipe(recipe), settings)
+    loaded = load_recipe(find_recipe(recipe), settings, note)
     try:
         with RunView() as view:
             result = run(loaded, resume, address, view)
-    except KeyboardInterrupt:
-        console.print(f"stopped; run the same command again to go on from the last checkpoint in {loaded.run_url}")
+    except (KeyboardInterrupt, Stopped):
+        console.print(f"run the same command again to resume from the last checkpoint in {loaded.run_url}")
         raise
     if is_first_process():
         show(result, as_json, facts_page)
@@ -120,7 +120,7 @@ def preflight(
     from jobs.show import console_on
 
     lines = console_on(sys.stderr if as_json else sys.stdout)
-    loaded = load_recipe(find_recipe(recipe), overrides or [])
+    loaded = load_recipe(find_recipe(recipe), overrides or [], note)
     result = run(loaded, address, lambda verdict: print_verdict(lines, verdict))
     show(result, as_json, lambda result: print_end(lines, result))
     if not result["ready"]:
@@ -435,7 +435,7 @@ def plan(
     from jobs.plan_page import plan_page
     from jobs.recipes import find_recipe
 
-    loaded = load_recipe(find_recipe(recipe), overrides or [])
+    loaded = load_recipe(find_recipe(recipe), overrides or [], note)
     cores = cores_per_node or 8 * gpus_per_node
     cluster = Cluster(nodes, gpus_per_node, cores, network, disk, gpu_speed, core_speed, request_price)
     show(run(loaded, cluster, segments or []), as_json, plan_page)
@@ -601,10 +601,10 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        console.print(f"erann: {error}", markup=False)
+        console.print(f"erann: {without_credentials(str(error))}", markup=False)
         sys.exit(error.exit_code)
     except OSError as error:
-        console.print(f"erann: {in_one_line(error)}", markup=False)
+        console.print(f"erann: {without_credentials(in_one_line(error))}", markup=False)
         sys.exit(UserError.exit_code)
 
 

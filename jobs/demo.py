@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.embedded import ray_cluster
+from erann_dist.errors import UserError
 from erann_dist.folder import open_folder
+from erann_dist.manifest import REPORT
 from erann_dist.recipe import load_recipe, setting
 from jobs.evaluate import tag
 from jobs.pack import pack
@@ -39,6 +41,7 @@ def demo(folder: Path) -> dict[str, Any]:
         for source, segments in zip(recipe.data.train + recipe.data.eval, lists, strict=True):
             rows = read_audioset(segments, synthetic.audio, synthetic.classes)
             packed[source.url] = pack(rows, open_folder(source.url), _PACKING)
+            _require_all_but_planted(packed[source.url])
             verify(open_folder(source.url))
         workers = f"{recipe.run.max_workers} DeepSpeed workers on an embedded Ray cluster"
         _title(f"3 of 5  pretrain {recipe.model.variant}: {workers}")
@@ -58,6 +61,17 @@ def demo(folder: Path) -> dict[str, Any]:
         "tags": tag(result["model"], [clip], top=5)[str(clip)],
         "minutes": (time.monotonic() - began) / 60,
     }
+
+
+def _require_all_but_planted(packed: dict[str, Any]) -> None:
+    """Raise UserError when more clips were lost than the one that is missing and the one that is corrupt on purpose."""
+    planted = {"missing": 1, "unreadable": 1}
+    if lost := {reason: number for reason, number in packed["not_packed"].items() if number > planted.get(reason, 0)}:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in lost.items())
+        raise UserError(
+            f"{packed['shards']}: {reasons}, where all clips but two can be packed; {packed['shards']}/{REPORT} says "
+            "why each was not; please report it, with the versions of erann --version"
+        )
 
 
 def _title(text: str) -> None:

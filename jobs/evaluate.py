@@ -12,11 +12,12 @@ from erann_dist import evaluation, strict_json
 from erann_dist.data import count_reported, load_source
 from erann_dist.distributed import Workers
 from erann_dist.errors import UsageError
-from erann_dist.events import Emit, Evaluated, EvaluationProgress
+from erann_dist.events import Emit, Evaluated, EvaluationProgress, Incident
 from erann_dist.features import LogMel
 from erann_dist.folder import LocalFolder
 from erann_dist.model_folder import find_model, load_model, require_fit, require_rate
 from erann_dist.recipe import DataSource
+from erann_dist.storage import SlowReads
 from jobs.sounds import read_sound
 
 _TAG_WINDOW_SECONDS = 10
@@ -44,7 +45,7 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
     model, info = load_model(find_model(config["model"]))
     source = DataSource(**config["source"])
     clips = load_source(source)
-    progress = _progress(workers, emit)
+    progress, slow = _progress(workers, emit), SlowReads()
     predictions = evaluation.score(
         model.to(workers.device),
         clips,
@@ -52,7 +53,11 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
         loader_threads=2,
         pad_samples=info.pad_samples,
         progress=progress,
+        slow=slow,
     )
+    problems = [problem for problem in workers.gather(slow.problem) if problem]
+    if problems:
+        emit(Incident(0, "storage", problems[0]))
     if predictions:
         metrics = evaluation.detail(predictions, clips, len(clips) + count_reported(source))
         out = LocalFolder(config["out"])
@@ -120,7 +125,9 @@ def tag(model_url: str, files: list[Path], top: int) -> dict[str, list[dict[str,
         samples = np.pad(samples, (0, max(0, info.pad_samples - len(samples))))
         count = max(1, round(len(samples) / info.sample_rate / _TAG_WINDOW_SECONDS))
         logits = torch.cat([model(log_mel(part[None])) for part in torch.from_numpy(samples).tensor_split(count)])
-        scores = (logits.sigmoid() if info.task == "tagging" else logits.softmax(dim=1)).mean(dim=0)
+        scores = evaluation.probabilities_of(logits, info.task).mean(dim=0)
+        if not scores.isfinite().all():
+            raise evaluation.NotFinite(f"{model_url}: its scores of {file} are not finite; the training diverged")
         best = scores.topk(min(top, len(scores)))
         return [
             {"id": info.label_ids[i], "name": info.label_names[i], "score": round(score, 4)}

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from cluster.notice import signals_as_notice
+from cluster.notice import STOPPING, signals_as_notice
 from erann_dist.cache import ClipCache
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import NoRoom, Stopped, Unavailable, UsageError, UserError, in_one_line
@@ -91,8 +91,8 @@ def check_runs(recipes: dict[str, Recipe], address: str | None) -> None:
 def run_all(recipes: dict[str, Recipe], address: str | None, on_event: Tell) -> dict[str, Ended]:
     """Train by each recipe; how each run ended, by its name. `check_runs` has nothing against them.
 
-    Raises Stopped when it is told to stop, by SIGTERM or SIGUSR1, and not all are finished: each that ran has saved a
-    checkpoint then.
+    Raises Stopped when a signal of cluster.notice tells it to stop, and not all are finished: each that ran has saved
+    a checkpoint then.
     """
     ended: dict[str, Ended] = {}
     for name, recipe in recipes.items():
@@ -190,17 +190,18 @@ def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[
 
 
 def _ready_to_fork() -> None:
-    """Start the process that the runs' own are forked from, deaf to SIGTERM.
+    """Start the process that the runs' own are forked from, deaf to signals.
 
-    Whoever stops a job, as Ray does, sends that to all of its processes. This one is the parent of the runs, which
+    Whoever stops a job, as Ray does, sends them to all of its processes. This one is the parent of the runs, which
     would be killed with it before they have saved their checkpoints; they listen themselves (cluster/notice.py).
     """
     multiprocessing.set_forkserver_preload(["jobs.fleet"])
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
     try:
         forkserver.ensure_running()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _start(recipe: Recipe, address: str | None) -> _Going:
@@ -217,7 +218,7 @@ def _train(tree: dict[str, Any], address: str | None, pipe: Connection) -> None:
     end_with_parent()
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # only the command's result belongs there
     # To the end of this process: it is told to stop more than once, by the command and by what stops the command.
-    with signals_as_notice():
+    with signals_as_notice(announces=False):
         pipe.send(_outcome(tree, address, pipe))
 
 

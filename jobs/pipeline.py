@@ -17,7 +17,7 @@ from jobs.finetune import check_folds, finetune
 from jobs.fleet import check_runs
 from jobs.mark import Mark, require_own
 from jobs.pretrain import pretrain
-from jobs.progress import FleetView, RunView, console
+from jobs.progress import FleetView, RunView, console, note
 from jobs.protocol import CrossValidation, load_cross_validation, untrained
 from jobs.recipes import find_recipe
 from jobs.report.reading import read
@@ -63,7 +63,7 @@ def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan
     folder = pipeline.run.url
     require_own(open_folder(folder), Mark("pipeline", str(path)))
     place = setting("run.dir", folder)
-    recipe = load_recipe(find_recipe(Path(pipeline.pretrain.recipe)), [*pipeline.pretrain.settings(), place])
+    recipe = load_recipe(find_recipe(Path(pipeline.pretrain.recipe)), [*pipeline.pretrain.settings(), place], note)
     if recipe.run.launcher == "torchrun":
         raise UsageError(
             f"{pipeline.pretrain.recipe}: run.launcher torchrun trains one run; a pipeline takes ray or none"

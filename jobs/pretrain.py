@@ -7,17 +7,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.launch import is_first_process, launch
-from erann_dist import checkpoint, run_log, strict_yaml
+from erann_dist import checkpoint, run_log, strict_yaml, watchdog
 from erann_dist.checkpoint import Superseded
 from erann_dist.clock import steady_time
 from erann_dist.data import load_train_and_eval
 from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, UserError
 from erann_dist.evaluation import read_detail
-from erann_dist.events import Emit, Ended, Incident
+from erann_dist.events import Emit, Ended
 from erann_dist.folder import Folder, LocalFolder, open_folder
 from erann_dist.model_folder import unfinish, weights_problem
 from erann_dist.recipe import Recipe, differences, parse_recipe
+from erann_dist.shared_clips import remove_unused
 from erann_dist.training import train
 from jobs.mark import MARK
 
@@ -33,17 +34,19 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
     run = open_folder(recipe.run_url)
     if is_first_process():
         check_run(recipe, run, resume)
-    if is_finished(run) and (problem := _results_problem(run)):
-        if not checkpoint.committed(run):
-            raise UserError(f"{problem}; no checkpoint is left to make it from: remove {run} to run it again")
-        if is_first_process():
-            on_event(Incident(0, "checkpoint", f"{problem}; the results are made again from the last checkpoint"))
-            unfinish(open_folder(f"{run}/model"))
-    if not is_finished(run):
+    finished = is_finished(run)
+    # Under a torchrun of the user's, each process finds out by itself, and all come to the same answer.
+    problem = _results_problem(run) if finished else None
+    if problem and not checkpoint.committed(run):
+        raise UserError(f"{problem}; no checkpoint is left to make it from: remove {run} to run it again")
+    if problem and is_first_process():
+        unfinish(open_folder(f"{run}/model"))
+    if problem or not finished:
+        incident = f"{problem}; the results are made again from the last checkpoint" if problem else None
         with _prepared(recipe, run) if is_first_process() else nullcontext(), _end_is_logged(run):
             launch(
                 train_worker,
-                {"recipe": recipe.model_dump(mode="json")},
+                {"recipe": recipe.model_dump(mode="json"), "incident": incident},
                 launcher=recipe.run.launcher,
                 num_workers=recipe.run.max_workers,
                 min_workers=recipe.run.min_workers,
@@ -83,7 +86,11 @@ def _prepared(recipe: Recipe, run: Folder) -> Iterator[None]:
     with only_one(run):
         settings = recipe.model_dump(mode="json", exclude_none=True)
         run.write(_RECIPE, strict_yaml.dump(settings).encode())
-        yield
+        try:
+            yield
+        finally:  # workers that are killed leave files
+            watchdog.remove_empty(recipe.run_url)
+            remove_unused(recipe.data.train)
 
 
 @contextmanager
@@ -133,7 +140,7 @@ def _device(recipe: Recipe, run: Folder) -> str:
 
 def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     """What each worker does."""
-    train(parse_recipe(config["recipe"], "recipe"), workers, emit)
+    train(parse_recipe(config["recipe"], "recipe"), workers, emit, config["incident"])
 
 
 def outcome(run: Folder) -> dict[str, Any]:

@@ -284,6 +284,11 @@ class _Status:
         return page
 
 
+def note(line: str) -> None:
+    """What a user should know before the work begins."""
+    console.print(f"note: {line}", markup=False)
+
+
 def _say(line: str) -> None:
     console.print(line, markup=False)
 

@@ -187,6 +187,12 @@ def clocks_verdict(offsets: Mapping[Node, Offset], silent: list[Node]) -> Verdic
     return judge("clocks", found, problems, **figures)
 
 
+_SLOW = (
+    "the run works all the same; compare endpoint, region, proxy and certificates of AWS_ENDPOINT_URL, AWS_REGION, "
+    "HTTPS_PROXY and AWS_CA_BUNDLE there"
+)
+
+
 def shards_verdict(clips: int, eval_clips: int, tars: int, readings: Mapping[Node, list[Reading]]) -> Verdict:
     """readings: of the processes of each node, all of which read at the same time."""
     clips_per_s = {node: sum(r.clips_per_s for r in each) for node, each in readings.items()}
@@ -200,7 +206,8 @@ def shards_verdict(clips: int, eval_clips: int, tars: int, readings: Mapping[Nod
         "clips_per_s": {str(node): value for node, value in clips_per_s.items()},
         "mb_per_s": {str(node): value / 1e6 for node, value in bytes_per_s.items()},
     }
-    return judge("shards", found, [], **figures)
+    slow = {node: each.slow for node, of_node in readings.items() for each in of_node if each.slow}
+    return judge("shards", found, by_node(slow, _SLOW, fails=False), **figures)
 
 
 def cache_verdict(cache: CacheSection, disks: Mapping[Node, Disk], silent: Mapping[Node, str]) -> Verdict:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import traceback
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from shards.sources.rows import SourceRow
 _PATIENCE_SECONDS = 300.0  # without a sign of life; the network disk under a file may be slow
 _IN_MEMORY_BYTES = 64 << 20  # a longer packed clip goes through a temporary file
 _BLOCK = tarfile.BLOCKSIZE
+# What no file is to blame for: a library's version that this program does not fit, or its own mistake.
+_OWN_FAULTS = (TypeError, AttributeError, NameError, ImportError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,12 @@ class _Process:
             self.end = f"the decoder was ended by it: {_how(self._child.wait())}"
 
 
+def _where(error: BaseException) -> str:
+    """The innermost place of an error."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{os.path.basename(place.filename)}:{place.lineno}"
+
+
 def _how(status: int) -> str:
     return signal.Signals(-status).name if status < 0 else f"exit code {status}"
 
@@ -143,6 +152,11 @@ def _pack_row(row: SourceRow, work: RowsToPack, file: BinaryIO, connection: Conn
             packed = pack_clip(row, work.packing, clip, alive=lambda: connection.send(None))
         except (Rejected, OSError, UserError):  # the clip's, the disk's, the machine's fault
             raise
+        except _OWN_FAULTS as error:
+            raise UserError(
+                f"{row.source}: {type(error).__name__}: {' '.join(str(error).split())[:300]}, in {_where(error)}; this "
+                "is a fault of the program, not of the file: please report it, with the versions of erann --version"
+            ) from error
         except Exception as error:  # whatever a strange file brings the libraries to costs that clip only
             raise Rejected("unreadable", f"{type(error).__name__}: {error}") from error
         size = clip.seek(0, os.SEEK_END)

@@ -115,7 +115,7 @@ def small_recipe(shards: Path, run_dir: Path, **sections: dict[str, object]) -> 
     """ERANN-3-1 on one-second crops, four micro-batches of four a step; sections override keys."""
     tree: dict[str, dict[str, object]] = {
         "model": {"variant": "ERANN-3-1"},
-        "data": {"train": str(shards), "eval": str(shards), "crop_s": 1.0},
+        "data": {"train": str(shards), "eval": str(shards), "crop_s": 1.0, "allow_overlap": True},
         "augment": {},
         "optim": {"global_batch": 16, "micro_batch": 4, "examples": 64, "small_micro_batch": True},
         "checkpoint": {"every": 100},

@@ -32,6 +32,8 @@ PRIVATE = {
     },
     "ray": {
         "ray._private.ray_constants:ENABLE_RAY_CLUSTER": "cluster/embedded.py",
+        "ray._private.services:ConsolePopen": "cluster/embedded.py",
+        "ray.train.torch:TorchTrainer._register_sigint_handler": "cluster/ray_train.py",
         "ray.train.torch.config:_set_torch_distributed_env_vars": "cluster/ray_train.py",
         "ray.train.torch.config:_TorchBackend": "cluster/ray_train.py",
         "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError": "cluster/ray_train.py",

@@ -19,6 +19,7 @@ from erann_dist.folder import LocalFolder, open_folder
 from erann_dist.loader import Crops, random_crops
 from erann_dist.manifest import Manifest
 from erann_dist.recipe import DataSection
+from erann_dist.storage import SlowReads
 
 _BATCH = 16
 _ATTEMPTS = 3  # of a request to S3: whoever waits for a verdict is not as patient as a run
@@ -34,6 +35,7 @@ class Reading:
     threads: int  # that decoded
     computing: float  # seconds of a processor
     tars: int  # that the clips came from
+    slow: str | None = None  # why most were read from S3 the slow way, if they were
 
     @property
     def clips_per_s(self) -> float:
@@ -81,16 +83,16 @@ def read_clips(data: str, seconds: float, seed: int) -> Reading:
     """
     section = DataSection.model_validate_json(data)
     (clips, eval_clips), rng = open_sets(data), np.random.default_rng(seed)
-    read, tars, threads = Counter[str](), set[int](), section.loader_threads
+    read, slow, tars, threads = Counter[str](), SlowReads(), set[int](), section.loader_threads
     computing, began = time.process_time(), time.perf_counter()
-    with closing(loader.load(clips, _crops(clips, section, rng), threads=threads, read=read)) as batches:
+    with closing(loader.load(clips, _crops(clips, section, rng), threads=threads, read=read, slow=slow)) as batches:
         for batch in batches:
             tars.update(clips.shards[batch.crops.rows].tolist())
             passed = time.perf_counter() - began
             if passed >= seconds:
                 break
         computing = time.process_time() - computing
-        done = Reading(read["clips_origin"], read["bytes_origin"], passed, threads, computing, len(tars))
+        done = Reading(read["clips_origin"], read["bytes_origin"], passed, threads, computing, len(tars), slow.problem)
     with closing(loader.load(eval_clips, _crops(eval_clips, section, rng), threads=threads)) as batches:
         next(batches)
     return done

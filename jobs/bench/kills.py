@@ -162,7 +162,7 @@ class _Run:
         keys.write_text("\n".join(load_manifest(shards).keys[:_EVAL_CLIPS].to_pylist()))
         tree = {
             "model": {"variant": "ERANN-3-1"},
-            "data": {"train": shards, "eval": {"url": shards, "keys": str(keys)}, "crop_s": 1},
+            "data": {"train": shards, "eval": {"url": shards, "keys": str(keys)}, "crop_s": 1, "allow_overlap": True},
             "optim": {"global_batch": 16, "micro_batch": 8, "examples": 16 * steps},
             "checkpoint": {"every": _CHECKPOINT_EVERY},
             "run": {

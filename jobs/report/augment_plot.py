@@ -24,7 +24,7 @@ from erann_dist.loader import crop_starts
 from erann_dist.model import MEL_BINS
 from erann_dist.pitch import shift_pitch
 from erann_dist.recipe import AugmentSection
-from jobs.report.figure import FILL, INK, new_figure, plain
+from jobs.report.figure import FILL, INK, new_figure, plain, save_figure, shortened
 from jobs.sounds import read_sound
 
 _ALL = AugmentSection(pitch_shift=2)
@@ -50,7 +50,7 @@ def draw_augmentation(clip: Path, partner: Path | None, out: Path, seed: int, cr
     """
     figure = new_figure(out, 13, 20)
     clips = [_read(clip), _read(partner) if partner else _read(clip)[::-1].copy()]
-    names = [clip.name, partner.name if partner else f"{clip.name}, backwards"]
+    names = [shortened(clip.name), shortened(partner.name) if partner else f"{shortened(clip.name)}, backwards"]
     length = round(crop_s * SAMPLE_RATE)
     starts = crop_starts(np.array([len(each) for each in clips]), np.arange(2), seed, length)
     pcm = np.zeros((2, length), np.int16)
@@ -71,8 +71,9 @@ def draw_augmentation(clip: Path, partner: Path | None, out: Path, seed: int, cr
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.4, aspect=50, pad=0.01)
     bar.set_label("dB of mel power", color=INK)
     plain(bar.ax)
-    figure.suptitle(f"Augmentation of {clip.name}, seed {seed}", x=0.01, ha="left", fontweight="bold", color=INK)
-    figure.savefig(out, dpi=110)
+    title = f"Augmentation of {shortened(clip.name, 100)}, seed {seed}"
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", color=INK)
+    save_figure(figure, out)
     return {
         "clip": str(clip),
         "partner": str(partner) if partner else None,

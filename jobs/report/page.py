@@ -15,7 +15,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from jobs.report.figure import FILL, GRID, INK, PALE, SOFT
+from jobs.report.figure import FILL, GRID, INK, PALE, SOFT, save_figure
 
 # The colours that figures are drawn with; on a page they are those of its style sheet.
 _VARIABLES = {INK: "ink", SOFT: "soft", GRID: "line", FILL: "fill", PALE: "pale"}
@@ -209,9 +209,8 @@ def svg(figure: Figure, name: str, label: str) -> Markup:
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        save_figure(figure, buffer, format="svg", transparent=True, metadata=metadata)
     drawn = buffer.getvalue()
     # Every figure of matplotlib's has a patch_1: names that are unique on the page.
     drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", drawn[drawn.index("<svg") :])

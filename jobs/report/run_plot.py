@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from erann_dist.events import IncidentKind
 from erann_dist.run_log import Line
-from jobs.report.figure import FILL, GRID, INK, PALE, SOFT, new_figure, plain
+from jobs.report.figure import FILL, GRID, INK, PALE, SOFT, new_figure, plain, save_figure, shortened
 
 _AVERAGED, _WAIT = "#8a5aa8", "#c9a227"
 KINDS: dict[IncidentKind, str] = {
@@ -20,6 +20,7 @@ KINDS: dict[IncidentKind, str] = {
     "stop": "#4a6fa5",
     "resize": "#5d8a3a",
     "checkpoint": "#7d5ba6",
+    "evaluation": "#c2478a",
     "bad_step": INK,
     "log": "#2a9d8f",
     "cache": "#8b8f94",
@@ -39,7 +40,7 @@ def draw_run(lines: Sequence[Line], title: str, path: Path) -> None:
     steps, evaluations, incidents = (
         [line for line in lines if line["event"] == kind] for kind in ("Step", "Evaluated", "Incident")
     )
-    loss.set_title(title, loc="left", fontsize=13, fontweight="bold", color=INK, pad=30)
+    loss.set_title(shortened(title, 90), loc="left", fontsize=13, fontweight="bold", color=INK, pad=30)
     for each, key, label in (
         (loss, "loss", "loss"),
         (rate, "lr", "learning rate"),
@@ -48,7 +49,7 @@ def draw_run(lines: Sequence[Line], title: str, path: Path) -> None:
         draw_curve(each, steps, key)
         each.set_ylabel(label, color=INK)
     draw_evaluations(evaluation, evaluations)
-    evaluation.set_ylabel(metric_name(evaluations) or "evaluation", color=INK)
+    evaluation.set_ylabel(shortened(metric_name(evaluations) or "evaluation", 24), color=INK)
     speed.set_ylim(bottom=0)
     speed.set_xlabel("step", color=INK)
     speed.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -62,7 +63,7 @@ def draw_run(lines: Sequence[Line], title: str, path: Path) -> None:
     speed.set_xlim(left=0)
     figure.align_ylabels()
     _explain(loss, incidents)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def draw_curve(axes: Axes, steps: Sequence[Line], key: str, color: str = FILL, *, alone: bool = True) -> None:

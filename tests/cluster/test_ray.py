@@ -1,6 +1,7 @@
 """The whole path by the real command on an embedded Ray cluster, with DeepSpeed over gloo, and what stops it."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -13,6 +14,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from erann_dist import checkpoint
+from erann_dist.folder import LocalFolder
+from erann_dist.run_log import read_log
 from tests.commands import Running, erann
 from tests.conftest import small_recipe, write_tone_set
 
@@ -81,22 +85,44 @@ def test_the_same_run_without_ray(place: Path, undisturbed: str, launcher: str, 
         assert all(np.array_equal(v, weights(place, undisturbed)[k]) for k, v in weights(place, name).items())
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGKILL, *(pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGTERM))]
-)
-def test_stopped_and_run_again(place: Path, undisturbed: str, killed: list[Running], how: signal.Signals) -> None:
-    """Nothing survives the command, and the next one ends with the weights of the undisturbed run."""
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, *SLOW])
+def test_stopped_and_run_again(
+    place: Path,
+    undisturbed: str,
+    killed: list[Running],
+    how: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing survives the command, and the next one ends with the weights of the undisturbed run.
+
+    All signals but SIGKILL go to its whole process group, as `timeout` and batch systems send them.
+    """
     name = f"stopped-{how.name}"
     recipe = write_recipe(place, name)
-    running = Running(place, "pretrain", recipe)
+    temporary = tmp_path / "t"
+    temporary.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setenv("TMPDIR", str(temporary))
+        running = Running(place, "pretrain", recipe)
     running.wait_for(place / "runs" / name / "checkpoints" / "step-00000004-0001" / "COMMITTED")
-    code = running.end(how)
+    if how == signal.SIGKILL:
+        running.end(how)
+    else:
+        os.killpg(running.process.pid, how)
+        assert running.process.wait(120) == 128 + how, running.text()
+        assert f"erann: told to stop by {how.name}: stopped at step" in running.text().splitlines()[-1]
+        run = LocalFolder(str(place / "runs" / name))
+        (ended,) = [line for line in read_log(run) if line["event"] == "Ended"]
+        assert checkpoint.step_of(checkpoint.committed(run)[-1]) == ended["step"]
     assert running.survivors(agents=how != signal.SIGKILL) == []
+    if how != signal.SIGKILL:
+        assert list(temporary.iterdir()) == []
     killed.append(running)
     assert "Traceback" not in running.text()
-    if how == signal.SIGINT:
-        assert code == 130
-        assert "run the same command again to go on" in running.text()
     assert not (place / "runs" / name / "model").exists()
     erann(place, "pretrain", recipe, "--resume", "must")
     expected, found = run_steps(place, undisturbed), run_steps(place, name)

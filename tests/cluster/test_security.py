@@ -39,7 +39,7 @@ from shards import build
 from shards.clip import Packing
 from shards.sources.audioset import read_audioset
 from shards.stage import copy, staging
-from tests.commands import Running
+from tests.commands import ERANN, Running
 from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.s3 import Server, forget_clients, s3_server
 from tests.test_security import PAGE
@@ -467,3 +467,65 @@ def test_the_policies_of_the_page_are_enough_and_not_too_much(tmp_path: Path, mo
 def refused(action: Any) -> None:
     with pytest.raises(UserError, match=r"access denied: these credentials may not do it"):
         action()
+
+
+SECRETS = ("AKIAFAKEKEYOFATEST", "fake/secret+key", "fake-session-token", "fake-proxy-password")
+
+
+def test_no_output_repeats_a_secret(place: Path, tmp_path: Path) -> None:
+    """Those of a URL, the credentials file, the environment and a proxy: not in what commands print, log and write."""
+    key, secret, token, password = SECRETS
+    (tmp_path / "credentials").write_text(
+        f"[default]\naws_access_key_id = {key}\naws_secret_access_key = {secret}\naws_session_token = {token}\n"
+    )
+    recipe = tmp_path / "small.yaml"
+    tree = small_recipe(Path("x"), tmp_path / "x").model_dump(mode="json", exclude_none=True, exclude={"data", "run"})
+    recipe.write_text(yaml.safe_dump(tree))
+    of_run = ["run.launcher=none", "run.engine=torch", "data.crop_s=1"]
+    with s3_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.delenv(name)
+        for name, value in {
+            "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "credentials"),
+            "AWS_ENDPOINT_URL": server.endpoint,
+            "HTTPS_PROXY": f"http://user:{password}@127.0.0.1:1",
+            "HF_TOKEN": token,
+        }.items():
+            patch.setenv(name, value)
+        for path in (place / "shards").iterdir():
+            server.client.put_object(Bucket=server.bucket, Key=f"set/{path.name}", Body=path.read_bytes())
+        shards, runs, away = f"{server.bucket_url}/set", f"{server.bucket_url}/runs", "https://127.0.0.1:2"
+        hidden = f"s3://{key}:{secret}@{server.bucket}/set"
+        data = [f"data.train={shards}", f"data.eval={shards}", *of_run]
+        commands: list[tuple[int, list[str]]] = [
+            (0, ["pretrain", str(recipe), *data, f"run.dir={runs}"]),
+            (0, ["runs", runs]),
+            (0, ["report", f"{runs}/small", "--out", "report.html"]),
+            (0, ["tag", f"{runs}/small", shards, "--out", "tags.parquet"]),
+            (0, ["verify", shards]),
+            (1, ["verify", shards, "--endpoint", away]),  # by the proxy, which is not there
+            (1, ["verify", f"{server.bucket_url}/none"]),
+            (2, ["pretrain", str(recipe), f"data.train={hidden}", f"data.eval={hidden}", *of_run]),
+            (2, ["pretrain", str(recipe), *data, f"run.dir={hidden}"]),
+            (2, ["verify", hidden]),
+            (2, ["verify", shards, "--endpoint", f"http://{key}:{secret}@127.0.0.1:2"]),
+            (2, ["evaluate", hidden, shards]),
+            (2, ["tag", hidden, "a.wav", "b.wav"]),
+            (2, ["stage", hidden, "copy"]),
+            (2, ["runs", hidden]),
+            (2, ["report", hidden]),
+            (2, ["plan", str(recipe), f"data.train={hidden}", f"data.eval={hidden}"]),
+            (2, ["pack", "folder", "--root", "x", "--out", hidden]),
+        ]
+        outputs: dict[str, bytes] = {}
+        for code, command in commands:
+            done = subprocess.run([*ERANN, *command], cwd=tmp_path, capture_output=True)
+            assert done.returncode == code, (command, done.stderr.decode())
+            outputs[" ".join(command)] = done.stdout + done.stderr
+        (tmp_path / "credentials").unlink()
+        outputs |= {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        stored = server.client.list_objects_v2(Bucket=server.bucket)["Contents"]
+        outputs |= {each["Key"]: server.stored(each["Key"]) or b"" for each in stored}
+    assert "runs/small/metrics.jsonl" in outputs
+    found = {where: each for where, output in outputs.items() for each in SECRETS if each.encode() in output}
+    assert found == {}

@@ -126,9 +126,16 @@ def test_a_terminal_shows_how_the_run_stands(undisturbed: tuple[str, str]) -> No
     assert json.loads(answer)["clips"] == 40
 
 
+SLOW = [pytest.param(how, 128 + how, marks=pytest.mark.slow) for how in (signal.SIGTERM, signal.SIGHUP)]
+
+
 @pytest.mark.parametrize(
     ("how", "code"),
-    [(signal.SIGKILL, -9), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
+    [
+        (signal.SIGKILL, -9),
+        (signal.SIGINT, 130),
+        *SLOW,
+    ],
 )
 def test_stopped_and_run_again(place: Path, undisturbed: Any, how: signal.Signals, code: int) -> None:
     """Nothing survives the command, and the next one ends with the weights of the undisturbed run."""
@@ -139,10 +146,11 @@ def test_stopped_and_run_again(place: Path, undisturbed: Any, how: signal.Signal
     assert command.end(how) == code
     assert command.survivors() == []
     assert "Traceback" not in command.text()
-    if how == signal.SIGINT:
-        assert command.text().splitlines()[-1].startswith("stopped; run the same command again to go on")
-    elif how == signal.SIGTERM:
-        assert command.text().splitlines()[-1].startswith("erann: told to stop by SIGTERM: stopped at step ")
+    if how != signal.SIGKILL:
+        resume, why = command.text().splitlines()[-2:]
+        assert resume.startswith("run the same command again to resume from the last checkpoint")
+        assert re.match(rf"erann: told to stop by {how.name}: stopped at step \d+ of \d+, whose checkpoint is", why)
+    assert command.text().count("Ctrl-C again stops at once") == (how == signal.SIGINT)
     assert not (place / "runs" / name / "model").exists()
     again = Running(place, "pretrain", recipe, "--resume", "must")
     assert again.process.wait(300) == 0, again.text()

@@ -155,7 +155,7 @@ def test_keeps_the_best_ones_besides(run: LocalFolder, start: Start) -> None:
         if accuracy is not None:
             checkpoint.record(start, name, {"accuracy": accuracy, "loss": 9.0})
     assert steps(run) == [2, 4, 5]
-    assert [name[-7:] for name in checkpoint.best(run, checkpoint.committed(run))] == ["02-0001", "04-0001"]
+    assert [name[-7:] for name in checkpoint.best(run, checkpoint.committed(run))[0]] == ["02-0001", "04-0001"]
 
 
 @pytest.mark.parametrize("file", ["state.safetensors", "state.json", "COMMITTED"])
@@ -375,6 +375,18 @@ def test_old_ones_that_can_not_be_deleted_are_told(
     saver.close()
 
 
+def test_a_damaged_record_of_an_evaluation_is_an_incident(run: LocalFolder, start: Start) -> None:
+    saver = Saver(start, CheckpointSection(keep_last=3, keep_best=1), always)
+    for step in (1, 2, 3):
+        saver.begin(facts_of(step), 0.0)
+        events = finish(saver)
+        if step == 1:
+            run.write("checkpoints/step-00000001-0001/metrics.json", b'{"mAP": "good"}')
+        told = [event.text for event in events if isinstance(event, Incident)]
+        assert len(told) == (step == 2)  # once, though it is found each time
+        assert all("step-00000001-0001/metrics.json: damaged (mAP" in text for text in told)
+
+
 def test_an_evaluation_is_written_beside_its_checkpoint(
     run: LocalFolder, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,11 +395,11 @@ def test_an_evaluation_is_written_beside_its_checkpoint(
     saver.begin(facts_of(4), 0.0)
     finish(saver)
     assert saver.record(3, {"mAP": 0.5}) == []
-    assert checkpoint.best(run, checkpoint.committed(run)) == []
+    assert checkpoint.best(run, checkpoint.committed(run))[0] == []
     assert saver.record(4, {"mAP": 0.5}) == []
-    assert checkpoint.best(run, checkpoint.committed(run)) == ["checkpoints/step-00000004-0001"]
+    assert checkpoint.best(run, checkpoint.committed(run))[0] == ["checkpoints/step-00000004-0001"]
     run.write("checkpoints/step-00000004-0001/metrics.json", b"{}")
-    assert checkpoint.best(run, checkpoint.committed(run)) == []
+    assert checkpoint.best(run, checkpoint.committed(run)) == ([], [])
 
     def refuse(self: LocalFolder, name: str, data: bytes) -> None:
         raise UserError("S3 is away")

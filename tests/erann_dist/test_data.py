@@ -1,5 +1,6 @@
 """The clips that a recipe's sources select, and one line for each thing that can be wrong with them."""
 
+import dataclasses
 import json
 import os
 from dataclasses import fields
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from erann_dist.data import count_reported, load_source, load_sources, load_train_and_eval
+from erann_dist.data import count_reported, count_shared, load_source, load_sources, load_train_and_eval
 from erann_dist.errors import UsageError, UserError
 from erann_dist.manifest import Manifest, load_manifest
 from erann_dist.recipe import DataSection, DataSource
@@ -206,3 +207,29 @@ def test_columns_that_are_not_a_manifests(folded: Path, tmp_path: Path) -> None:
     pq.write_table(pq.read_table(folded / "manifest.parquet").replace_schema_metadata(), path)
     with pytest.raises(UserError, match="manifest.parquet: not a shard set's manifest"):
         load_manifest(shards)
+
+
+def both(train: object, evaluation: object, **others: object) -> DataSection:
+    return DataSection.model_validate({"train": train, "eval": evaluation, **others})
+
+
+def test_clips_are_not_both_trained_on_and_evaluated(folded: Path, tmp_path: Path) -> None:
+    copy = str(copy_tree(folded, tmp_path / "copy"))
+    whole, first = str(folded), {"url": str(folded), "fold": [1]}
+    fold_1 = len(load_source(DataSource.model_validate(first)))
+    for train, evaluation, shared in (
+        (whole, whole, 30),
+        (whole, copy, 30),  # wherever they lie
+        (whole, first, fold_1),
+        ([{"url": copy, "fold": [2]}, {"url": copy, "fold": [1, 3]}], first, fold_1),
+    ):
+        with pytest.raises(UsageError, match=rf"share {shared} of the \d+ clips to evaluate"):
+            load_train_and_eval(both(train, evaluation))
+        load_train_and_eval(both(train, evaluation, allow_overlap=True))
+    load_train_and_eval(both({"url": whole, "fold": [2, 3]}, first))
+
+
+def test_another_clip_of_the_same_key_is_not_shared(folded: Path) -> None:
+    clips = load_manifest(folded)
+    assert count_shared(clips, clips) == 30
+    assert count_shared(clips, dataclasses.replace(clips, crc32s=clips.crc32s ^ 1)) == 0

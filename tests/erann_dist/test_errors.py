@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from erann_dist.engine import require_compiler
-from erann_dist.errors import UsageError, in_one_line, naming
+from erann_dist.errors import UsageError, in_one_line, naming, without_credentials
 from erann_dist.folder import LocalFolder
 from erann_dist.storage import write_text
 
@@ -68,3 +68,8 @@ def test_compiling_without_a_compiler(monkeypatch: pytest.MonkeyPatch, device: s
 def test_a_compiler_with_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "sh -c")  # any program
     require_compiler(torch.device("cpu"))
+
+
+def test_credentials_are_taken_out_of_urls() -> None:
+    text = "at s3://AKIA:se/cr+et@bucket/x and http://user:pass@host:80/: s3://b/c@d: no"
+    assert without_credentials(text) == "at s3://***@bucket/x and http://***@host:80/: s3://b/c@d: no"

@@ -1,5 +1,6 @@
 """Each clip is scored once, at its own length, on any number of workers with the same result."""
 
+import io
 import os
 from pathlib import Path
 
@@ -121,3 +122,34 @@ def test_predictions_and_detail(tone_shards: Path, tmp_path: Path) -> None:
     assert detail["left_out"] == ["Tone, 1"]
     assert detail["per_class"][0]["positives"] == targets[:, 0].sum()
     assert detail["chance_mAP"] == pytest.approx(targets[:, [0, 2]].mean())
+
+
+def diverged(bias: float) -> ERANN:
+    """A model as a training that diverged leaves it."""
+    torch.manual_seed(0)
+    model = ERANN.from_name("ERANN-2-1", 3)
+    with torch.no_grad():
+        model.fc2.bias[1] = bias
+    return model
+
+
+@pytest.mark.parametrize("bias", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_an_error(tone_shards: Path, bias: float) -> None:
+    manifest = load_manifest(tone_shards)
+    message = rf"the scores of 40 of 40 clips are not finite, the first is {manifest.keys[0]};"
+    with single_worker(CPU) as workers:
+        with pytest.raises(evaluation.NotFinite, match=message):
+            evaluation.score(diverged(bias), manifest, workers, loader_threads=1)
+        with pytest.raises(evaluation.NotFinite, match=message):
+            evaluation.score_stream(diverged(bias), "tagging", manifest, workers, threads=1)
+
+
+def test_predictions_that_are_not_finite_are_not_read(tone_shards: Path) -> None:
+    manifest = load_manifest(tone_shards)
+    predictions = evaluation.Predictions(np.zeros((40, 3), np.float32), manifest.targets(np.arange(40)))
+    predictions.scores[[3, 8], 1] = np.nan
+    file = io.BytesIO()
+    evaluation.write_predictions(file, predictions, manifest)
+    message = rf"x.parquet: the scores of 2 of 40 clips are not finite, the first is {manifest.keys[3]};"
+    with pytest.raises(evaluation.NotFinite, match=message):
+        evaluation.read_predictions(file, "x.parquet")

@@ -68,3 +68,13 @@ def test_d_prime_of_the_papers_auc() -> None:
 def test_perfect_scores_have_no_finite_d_prime() -> None:
     result = tagging_metrics(np.array([[0.9], [0.1]]), np.array([[1], [0]]))
     assert (result.mean_ap, result.mean_auc, result.d_prime) == (1.0, 1.0, float("inf"))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_have_no_metric(bad: float) -> None:
+    """As scikit-learn has it; argmax would take NaN as the largest."""
+    scores, targets = random_case((20, 3, 0, 60))
+    scores[7, 1] = bad
+    for metrics in (tagging_metrics, classification_metrics):
+        with pytest.raises(ValueError, match="not finite"):
+            metrics(scores, targets)

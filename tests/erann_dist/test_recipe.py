@@ -314,3 +314,26 @@ def test_what_is_no_plain_file_ends_at_once(path: Path, tmp_path: Path) -> None:
 def test_settings_of_any_text_are_read_back(path: Path) -> None:
     for name in ("a b: c", "😀", "ü'\"", "1e6", "[x"):
         assert load_recipe(path, [setting("run.dir", name)]).run.dir == name
+
+
+def test_an_override_that_drops_a_fold_says_so(path: Path) -> None:
+    path.write_text(RECIPE.replace("eval: c", "eval: {url: c, fold: [5], split: test}"))
+    notes: list[str] = []
+    recipe = load_recipe(path, ["data.eval=d", "data.train=[a, e]", "optim.lr=1"], notes.append)
+    assert recipe.data.eval[0].fold is None
+    (note,) = notes
+    assert note.startswith("data.eval=d also drops the recipe's fold [5] and split test of data.eval; data.eval.url=d")
+    notes.clear()
+    assert load_recipe(path, ["data.eval.url=d"], notes.append).data.eval[0].fold == [5]
+    load_recipe(path, ["data.eval={url: d, fold: [5], split: test}"], notes.append)
+    assert notes == []
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.eval", "data.train.0.url", "run.dir", "model.init"])
+def test_credentials_in_a_url_are_not_repeated(path: Path, key: str) -> None:
+    for url in ("s3://AKIAKEY:se/cret@bucket/x", "s3://AKIAKEY@bucket/x", "https://AKIAKEY:secret@bucket/x"):
+        with pytest.raises(UsageError, match="credentials do not belong in a URL") as error:
+            load_recipe(path, [f"{key}={url}"])
+        assert "AKIAKEY" not in str(error.value)
+    for url in ("s3://arn:aws:s3:us-west-2:123456789012:accesspoint/mine/x", "s3://bucket/a@b:c"):
+        load_recipe(path, [f"{key}={url}"])

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,15 +14,16 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from erann_dist.distributed import Workers
+from erann_dist import evaluation
+from erann_dist.distributed import Workers, single_worker
 from erann_dist.errors import UserError
-from erann_dist.events import Evaluated, Started
+from erann_dist.events import Evaluated, Event, Incident, Started
 from erann_dist.manifest import load_manifest
 from erann_dist.recipe import OptimSection
 from erann_dist.schedule import deal, learning_rate, make_sampler
 from erann_dist.training import example_losses, train
 from tests.conftest import pack_here, small_recipe, write_tone_set
-from tests.workers import losses, train_alone, train_on
+from tests.workers import CPU, losses, of_kind, train_alone, train_on
 
 BATCHES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 9)).filter(lambda x: x[0] >= x[2])
 
@@ -286,3 +288,24 @@ def test_more_workers_than_micro_batches_are_refused(tone_shards: Path, tmp_path
     recipe = small_recipe(tone_shards, tmp_path / "run")
     with pytest.raises(UserError, match="5 workers for 4 micro-batches a step; start at most 4"):
         train(recipe, Workers(0, 5, torch.device("cpu")), lambda event: None)
+
+
+def test_an_evaluation_that_is_not_finite(tone_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the way it is an incident, for a running statistic may recover; at the end there is no model to write."""
+    real = evaluation._scores
+
+    def with_nan(*arguments: Any) -> Any:
+        scores = real(*arguments)
+        scores[5] = np.nan
+        return scores
+
+    monkeypatch.setattr(evaluation, "_scores", with_nan)
+    recipe = small_recipe(tone_shards, tmp_path / "run", evaluate={"every": 2})
+    events: list[Event] = []
+    message = "the scores of 1 of 40 clips are not finite"
+    with single_worker(CPU) as workers, pytest.raises(evaluation.NotFinite, match=message):
+        train(recipe, workers, events.append)
+    (incident,) = of_kind(events, Incident)
+    assert (incident.kind, incident.step) == ("evaluation", 2)
+    assert of_kind(events, Evaluated) == []
+    assert not (tmp_path / "run/model").exists()

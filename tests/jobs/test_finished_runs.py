@@ -10,7 +10,9 @@ import pytest
 from erann_dist.checkpoint import Removed
 from erann_dist.errors import UserError
 from erann_dist.events import Event, Incident, Started, Step
+from erann_dist.folder import LocalFolder
 from erann_dist.recipe import Recipe
+from erann_dist.run_log import read_log
 from jobs.pretrain import pretrain
 from tests.conftest import copy_tree, small_recipe
 
@@ -64,10 +66,9 @@ def test_results_are_made_again_from_the_last_checkpoint(tone_shards: Path, run:
     else:
         (run / name).write_bytes((run / name).read_bytes()[:-1])
     events, outcome = train(recipe_of(tone_shards, run))
-    told = events[0]
-    assert isinstance(told, Incident)
-    assert told.kind == "checkpoint"
-    assert name in told.text
+    (incident,) = (event for event in events if isinstance(event, Incident) and event.kind == "checkpoint")
+    assert name in incident.text
+    assert incident.text in [line.get("text") for line in read_log(LocalFolder(str(run)))]
     assert not [event for event in events if isinstance(event, Step)]
     assert [event.resumed_from for event in events if isinstance(event, Started)] == [
         f"{run}/checkpoints/step-00000004-0001"

@@ -33,6 +33,7 @@ from jobs.verdicts import (
     clocks_verdict,
     estimate_verdict,
     nodes_verdict,
+    shards_verdict,
     step_verdict,
     supply_verdict,
     versions_verdict,
@@ -166,6 +167,13 @@ def test_supply(need: float, computing: float, hits: float | None, state: str, m
         (problem,) = verdict.problems
         assert problem.text.startswith("10.0.0.2 (gpu-2): ")
         assert mend in problem.mend
+
+
+def test_shards_that_are_read_the_slow_way_are_a_warning() -> None:
+    slow = replace(reading(20), slow="clips from S3 are read by s3fs, several times slower: no route to host")
+    verdict = shards_verdict(1000, 100, 5, {A: [reading(100)] * 2, B: [slow] * 2})
+    assert verdict.state == "warning"
+    assert texts(verdict) == [f"10.0.0.2 (gpu-2): {slow.slow}"]
 
 
 def test_a_node_without_cores_to_spare_is_not_to_decode_more() -> None:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import pytest
 import soundfile
 
 from erann_dist.audio import DecodeError, decode
+from erann_dist.errors import UserError
 from erann_dist.manifest import MANIFEST, REPORT
+from shards import packer
 from shards.clip import REASONS, Packing, Rejected, pack_clip
 from shards.packer import RowsToPack, end_tar, pack_rows
 from shards.sources.folder import read_folder, read_listed_folder
@@ -334,3 +337,20 @@ def test_mutated_files_are_packed_or_reported(real_data: Path, tmp_path: Path) -
     assert len(report) > 20  # the mutations do harm
     assert len(clips) > 100  # and not everywhere
     assert not packing_processes()
+
+
+@pytest.mark.parametrize("fault", [TypeError("no such argument"), AttributeError("gone"), ImportError("no av")])
+def test_a_fault_of_the_program_is_not_a_clips(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Exception
+) -> None:
+    """Such as a library's new version that takes other arguments: all clips would be filed as unreadable."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(packer, "pack_clip", fail)
+    row = SourceRow(key="a", labels=[0], path=b"a.wav", source="a.wav")
+    work = packer.RowsToPack([row], ["c"], Packing())
+    with (tmp_path / "x.tar").open("w+b") as file, pytest.raises(UserError, match="fault of the program") as refused:
+        packer._pack_row(row, work, file, Pipe()[0])
+    assert f"a.wav: {type(fault).__name__}: {fault}, in test_bad_input.py:" in str(refused.value)
