@@ -136,6 +136,14 @@ def _require_ray(address: str) -> None:
         raise OSError("what listens there is no Ray cluster; its port is 6379 by default")
 
 
+def opening(address: str | None) -> str:
+    """What ray_cluster is about to do, in a few words."""
+    if ray.is_initialized():
+        return "using the Ray cluster that this command is connected to"
+    address = address or os.environ.get("RAY_ADDRESS")
+    return f"connecting to the Ray cluster at {address}" if address else "starting a Ray cluster on this machine"
+
+
 @contextmanager
 def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
     """Connected to the cluster at `address` (or at RAY_ADDRESS), else to a new one with at least `cpus` CPUs: True.
@@ -148,9 +156,11 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
         return
     address = address or os.environ.get("RAY_ADDRESS")
     if address and "://" in address:
+        by_default = address == os.environ.get("RAY_ADDRESS")
         raise UsageError(
             f"{address}: is for erann submit, by which a command runs on the cluster; from one of its nodes the "
             "address is HEAD:6379, as --address or RAY_ADDRESS"
+            + ("; unset RAY_ADDRESS to run on this machine" if by_default else "")
         )
     if address == "auto":
         address = _found_on_this_machine()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import psutil
 
 from erann_dist.environment import KEEP_MEMORY
+from erann_dist.errors import UserError
 
 WORKER_ENVIRONMENT = KEEP_MEMORY | {"OMP_NUM_THREADS": "1", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -14,8 +15,16 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 @contextmanager
 def meeting_on_loopback() -> Iterator[None]:
-    """Let gloo and NCCL, of workers that are all on this machine, listen to no network. What the user has set stays."""
+    """Let gloo and NCCL, of workers that are all on this machine, listen to no network. What the user has set stays.
+
+    Raises UserError when there is no loopback interface.
+    """
     unset = [name for name in _INTERFACES if name not in os.environ]
+    if unset and not (psutil.net_if_stats().get("lo") and psutil.net_if_addrs().get("lo")):
+        raise UserError(
+            "workers on one machine communicate over its loopback interface, and lo is down: ip link set lo up, or "
+            f"name another interface in {' and '.join(unset)}"
+        )
     os.environ.update(dict.fromkeys(unset, "lo"))
     try:
         yield

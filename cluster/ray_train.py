@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, 
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.embedded import ray_cluster  # before Ray, whose environment it sets
+from cluster.embedded import opening, ray_cluster  # before Ray, whose environment it sets
 
 # isort: split
 import ray
@@ -40,11 +40,12 @@ from torch._C._distributed_c10d import FileStore
 from cluster.board import Place, Watch, open_board
 from cluster.gauges import with_gauges
 from cluster.notice import Notice, first_of, no_notice, signals_as_notice
-from cluster.room import Bundle, bundle_of, count, room_for, wait_for_room
+from cluster.room import Bundle, bundle_of, room_for, wait_for_room
 from erann_dist.clock import set_time, steady_time
 from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, Unavailable, UserError
-from erann_dist.events import Emit, Event, Incident
+from erann_dist.events import Emit, Event, Incident, Phase
+from erann_dist.words import count
 
 _ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 _USERS_ANSWER_TIMEOUT = os.environ.get(_ANSWER_TIMEOUT)
@@ -93,7 +94,7 @@ def run_on_ray(
         redirect_stdout(sys.stderr),  # Ray writes of lost workers there, where only the command's result belongs
         scratch as storage,
         notices as stop,  # until Ray has ended: another SIGTERM would cut it off
-        ray_cluster(address, least) as embedded,
+        _announced_cluster(address, least, on_event) as embedded,
         open_board() as board,
     ):
         if run:
@@ -119,6 +120,7 @@ def run_on_ray(
             )
             failure = _why_again(failure, places, workers)
             number += 1
+            on_event(Phase(step, f"starting {count(workers, 'worker')}"))
             start = Start(number, workers, failure, step, function, config, launched, os.getcwd(), board)
             with (
                 _growth(board, workers, bundle, most - workers) as growth,
@@ -141,6 +143,14 @@ def run_on_ray(
                 print(error, file=sys.stderr)
                 times = f" {failures} times in a row without a new checkpoint, at last" if max_failures else ""
                 raise UserError(f"the workers failed{times}: {failure}; {AGAIN}")
+
+
+@contextmanager
+def _announced_cluster(address: str | None, least: int, on_event: Emit) -> Iterator[bool]:
+    """ray_cluster, which may take half a minute to be there."""
+    on_event(Phase(0, opening(address)))
+    with ray_cluster(address, least) as embedded:
+        yield embedded
 
 
 @contextmanager

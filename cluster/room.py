@@ -13,6 +13,7 @@ from ray.util.placement_group import placement_group, placement_group_table, rem
 
 from cluster.notice import Notice
 from erann_dist.errors import NoRoom, Stopped
+from erann_dist.words import count
 
 Bundle = dict[str, float]
 _SETTLE_S = 2.0  # without more room; what workers before held comes back in less
@@ -83,12 +84,14 @@ def wait_for_room(
 def _missing(bundle: Bundle, least: int, found: int) -> str:
     each = " and ".join(count(amount, kind) for kind, amount in bundle.items())
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    there = " and ".join(count(sum(node["Resources"].get(kind, 0) for node in nodes), kind) for kind in bundle)
+    there = {kind: sum(node["Resources"].get(kind, 0) for node in nodes) for kind in bundle}
+    # What this run itself holds while it waits is free for it.
+    free = {kind: ray.available_resources().get(kind, 0) + found * amount for kind, amount in bundle.items()}
+    in_use = [
+        f"{there[kind] - free[kind]:g} of the {count(there[kind], kind)}" for kind in bundle if free[kind] < there[kind]
+    ]
     return (
-        f"{count(least, 'worker')} with {each} each asked for, but there is room for {found}: "
-        f"the cluster has {count(len(nodes), 'node')} with {there}"
+        f"{count(least, 'worker')} with {each} each requested, but there is room for {found}: "
+        f"the cluster has {count(len(nodes), 'node')} with {' and '.join(count(there[kind], kind) for kind in bundle)}"
+        + (f"; others use {' and '.join(in_use)}" if in_use else "")
     )
-
-
-def count(number: float, what: str) -> str:
-    return f"{number:g} {what}{'' if number == 1 else 's'}"

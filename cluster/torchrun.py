@@ -37,7 +37,8 @@ from erann_dist.clock import Anchor, anchor, follow, steady_time
 from erann_dist.distributed import Workers, pick_device, process_group_backend
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import Stopped, UserError
-from erann_dist.events import Emit
+from erann_dist.events import Emit, Phase
+from erann_dist.words import count
 
 _BLAME_S = 3.0  # in which a lost worker is missed; the others may have met a broken connection before that
 _WHY = {"SIGKILL": ", as when memory runs out", "SIGALRM": ", by the watchdog of a hang"}
@@ -105,6 +106,7 @@ def run_under_torchrun(
             logs_specs=DefaultLogsSpecs(folder),
             signals_to_handle="",  # of torchrun's own accord workers that save get half a minute
         )
+        on_event(Phase(0, f"starting {count(num_workers, 'worker')}"))
         with _Desk(address, work, on_event) as desk, _signals_passed_on(desk):
             try:
                 elastic_launch(settings, sys.executable)("-m", "cluster.torchrun", address)

@@ -62,6 +62,14 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """What a command is at before its workers have started, which may take a minute. It is not logged."""
+
+    step: Count
+    text: str  # such as "starting 2 workers"
+
+
+@dataclass(frozen=True)
 class EvaluationProgress:
     """While an evaluation goes on, on the first worker."""
 
@@ -125,5 +133,7 @@ class Discarded:
     step: Count  # of the last of them
 
 
-Event = Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished | Ended | Discarded
+Event = (
+    Phase | Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished | Ended | Discarded
+)
 Emit = Callable[[Event], None]

@@ -484,7 +484,7 @@ def _explain(schema: type[Section], error: Any) -> str:
         return f"{path}: this key is needed"
     if error["type"] == "byte_size":
         return f"{path}: input should be a number of bytes such as 200GB, not {_shown(error['input'])}"
-    if error["type"] == "model_type":
+    if error["type"] in ("model_type", "dict_type"):
         at = f"{path}: " if path else ""
         return f"{at}input should be a section {{key: value, ...}}, not {_shown(error['input'])}"
     message = str(error["msg"]).removeprefix("Value error, ")

@@ -31,6 +31,7 @@ from erann_dist.events import (
     Event,
     Finished,
     Incident,
+    Phase,
     Started,
     Step,
 )
@@ -106,7 +107,7 @@ class RunLog:
         self._tensorboard = TensorBoardLog(directory / TENSORBOARD, from_step + 1)
 
     def log(self, event: Event) -> None:
-        if isinstance(event, EvaluationProgress):
+        if isinstance(event, EvaluationProgress | Phase):
             return
         line = as_line(event, steady_time())
         self._unwritten += f"{strict_json.dumps(line)}\n".encode()

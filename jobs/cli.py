@@ -1,5 +1,6 @@
 """The `erann` command."""
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -10,15 +11,24 @@ import typer
 from erann_dist.errors import Stopped, UsageError, UserError, in_one_line, without_credentials
 from erann_dist.versions import check_torchaudio, program_versions
 from jobs import cluster_commands, shard_commands, submit_commands
-from jobs.options import EXAMPLE, Address, Endpoint, Json, Launcher, Model, Shards
+from jobs.options import Address, Endpoint, Json, Launcher, Model, Shards, examples
 from jobs.progress import RunView, console, note
-from jobs.show import demo_page, evaluation_page, facts_page, folds_page, report_page, show, tagged_page, tags_page
+from jobs.show import (
+    demo_page,
+    evaluation_page,
+    facts_page,
+    folds_page,
+    report_page,
+    run_result_page,
+    show,
+    tagged_page,
+    tags_page,
+)
 
 app = typer.Typer(
     name="erann",
     help="Train ERANN audio taggers on AudioSet, from audio files to tar shards to an evaluated model.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -54,8 +64,9 @@ def every_command(
     "evaluate but evaluate.pad_s, data.loader_threads, data.cache, data.max_bad_clips, optim.zero_stage, "
     "optim.compile, optim.max_bad_steps and optim.small_micro_batch. "
     "With any other change it is another run, and needs another run.name."
-    + EXAMPLE
-    + "erann pretrain esc10.yaml run.name=esc10-short optim.epochs=2",
+    + examples(
+        "erann pretrain esc10.yaml run.name=esc10-short optim.epochs=2",
+    ),
 )
 def pretrain(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
@@ -75,7 +86,9 @@ def pretrain(
     from jobs.pretrain import pretrain as run
     from jobs.recipes import find_recipe
 
-    settings = [*(overrides or []), *([f"run.launcher={launcher}"] if launcher else [])]
+    # Without a launcher there is one worker, whatever the recipe has; a number that is typed is an error.
+    alone = ["run.workers=1"] if launcher == "none" else []
+    settings = [*alone, *(overrides or []), *([f"run.launcher={launcher}"] if launcher else [])]
     loaded = load_recipe(find_recipe(recipe), settings, note)
     try:
         with RunView() as view:
@@ -84,17 +97,18 @@ def pretrain(
         console.print(f"run the same command again to resume from the last checkpoint in {loaded.run_url}")
         raise
     if is_first_process():
-        show(result, as_json, facts_page)
+        show(result, as_json, run_result_page)
 
 
 @app.command(
     help="Whether a cluster is ready for a recipe's run: nodes, versions, clocks, shards, run folder, cache, network "
     "and some real steps, a line each with what mends it; then the time that the run will take. Exit code 0 only when "
     "the run can start. Nothing stays in run.dir."
-    + EXAMPLE
-    + "erann preflight audioset_fast.yaml data.train=s3://bucket/train data.eval=s3://bucket/eval "
-    + "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265"
-    + "\n\n    erann preflight audioset_fast.yaml run.workers=8 --address 10.0.0.1:6379",
+    + examples(
+        "erann preflight audioset_fast.yaml data.train=s3://bucket/train data.eval=s3://bucket/eval "
+        "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265",
+        "erann preflight audioset_fast.yaml run.workers=8 --address 10.0.0.1:6379",
+    ),
 )
 def preflight(
     context: typer.Context,
@@ -130,9 +144,10 @@ def preflight(
 @app.command(
     help="Cross-validation on a data set with folds, from a pretrained model or from scratch: a run for each fold, as "
     "many at once as the cluster has room for. The same command again goes on where it was stopped."
-    + EXAMPLE
-    + "erann finetune esc50.yaml --from runs/audioset"
-    + "\n\n    erann finetune ravdess.yaml --from none model.variant=ERANN-1-3 protocol.folds=actors",
+    + examples(
+        "erann finetune esc50.yaml --from runs/audioset",
+        "erann finetune ravdess.yaml --from none model.variant=ERANN-1-3 protocol.folds=actors",
+    ),
 )
 def finetune(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
@@ -166,10 +181,11 @@ def finetune(
     "erann pretrain; transfer (from scratch against fine-tuned) on recipes of erann finetune.\n\n"
     "The runs go in parallel as the cluster allows. A key set behind the recipe holds for all rows, and can't be one "
     "that they are about. The same command again goes on."
-    + EXAMPLE
-    + "erann study augmentation audioset.yaml run.name=augmentation --seed 0 --seed 1"
-    + "\n\n    erann study hyperparameters audioset.yaml run.name=variants --variant ERANN-1-6 --variant ERANN-2-5"
-    + "\n\n    erann study transfer esc50.yaml ravdess.yaml --variant ERANN-2-5 --from runs/variants/{variant}-seed0",
+    + examples(
+        "erann study augmentation audioset.yaml run.name=augmentation --seed 0 --seed 1",
+        "erann study hyperparameters audioset.yaml run.name=variants --variant ERANN-1-6 --variant ERANN-2-5",
+        "erann study transfer esc50.yaml ravdess.yaml --variant ERANN-2-5 --from runs/variants/{variant}-seed0",
+    ),
 )
 def study(
     kind: Annotated[Literal["augmentation", "hyperparameters", "transfer"], typer.Argument()],
@@ -221,8 +237,9 @@ def study(
 @app.command(
     help="Pretrain, evaluate, and fine-tune on several data sets, as one job. The same command again goes on where it "
     "was stopped."
-    + EXAMPLE
-    + "erann pipeline pipeline.yaml pretrain.recipe=audioset_fast.yaml pretrain.set.run.workers=8",
+    + examples(
+        "erann pipeline pipeline.yaml pretrain.recipe=audioset_fast.yaml pretrain.set.run.workers=8",
+    ),
 )
 def pipeline(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
@@ -242,8 +259,9 @@ def pipeline(
 
 @app.command(
     help="Score every clip of a shard set once with a trained model: mAP, mAUC, d′, or accuracy and confusion matrix."
-    + EXAMPLE
-    + "erann evaluate runs/esc10 shard-sets/esc10 --fold 5",
+    + examples(
+        "erann evaluate runs/esc10 shard-sets/esc10 --fold 5",
+    ),
 )
 def evaluate(
     model: Model,
@@ -277,9 +295,10 @@ def evaluate(
 
 @app.command(
     help="The likeliest labels of sound files of any format; or the scores of every clip of a shard set, as Parquet."
-    + EXAMPLE
-    + "erann tag runs/esc10 ../shared/data/esc10/audio/1-100032-A-0.ogg"
-    + "\n\n    erann tag runs/esc10 s3://bucket/esc10 --out tags.parquet --workers 2",
+    + examples(
+        "erann tag runs/esc10 ../shared/data/esc10/audio/1-100032-A-0.ogg",
+        "erann tag runs/esc10 s3://bucket/esc10 --out tags.parquet --workers 2",
+    ),
 )
 def tag(
     model: Model,
@@ -321,9 +340,10 @@ def tag(
 @app.command(
     help="What augmentation does to a clip, as an image: waveform and log-mel before and after temporal crop, pitch "
     "shift, each kind of mixup and SpecAugment. All random choices are a run's with this seed."
-    + EXAMPLE
-    + "erann augment ../shared/data/esc10/audio/1-100032-A-0.ogg --out dog.png"
-    + "\n\n    erann augment dog.wav --with rain.wav --seed 3 --out dog-in-the-rain.png",
+    + examples(
+        "erann augment ../shared/data/esc10/audio/1-100032-A-0.ogg --out dog.png",
+        "erann augment dog.wav --with rain.wav --seed 3 --out dog-in-the-rain.png",
+    ),
 )
 def augment(
     clip: Annotated[Path, typer.Argument(help="A sound file of any format.")],
@@ -343,9 +363,10 @@ def augment(
 
 @app.command(
     help="How the runs below a folder stand; or of one run its starts, incidents and evaluations, and its curves."
-    + EXAMPLE
-    + "erann runs runs"
-    + "\n\n    erann runs s3://bucket/runs audioset --plot audioset.png",
+    + examples(
+        "erann runs runs",
+        "erann runs s3://bucket/runs audioset --plot audioset.png",
+    ),
 )
 def runs(
     url: Annotated[str, typer.Argument(help="Folder of runs, or a run's own: a path or s3://bucket/prefix.")],
@@ -368,9 +389,10 @@ def runs(
 @app.command(
     help="One HTML page about runs or studies: curves, classes, confusion matrix, the worst and the best clips, data, "
     "machine. It needs no network."
-    + EXAMPLE
-    + "erann report runs/esc10"
-    + "\n\n    erann report runs/a runs/b s3://bucket/runs/c --out compared.html",
+    + examples(
+        "erann report runs/esc10",
+        "erann report runs/a runs/b s3://bucket/runs/c --out compared.html",
+    ),
 )
 def report(
     runs: Annotated[
@@ -389,8 +411,9 @@ def report(
 
 @app.command(
     help="The whole path on a small synthetic AudioSet: make it, pack, verify, pretrain on two workers, evaluate, tag."
-    + EXAMPLE
-    + "erann demo",
+    + examples(
+        "erann demo",
+    ),
 )
 def demo(
     folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("demo"),
@@ -404,9 +427,10 @@ def demo(
 @app.command(
     "plan",
     help="What a run will take on a cluster, and what will limit it: every clip of the run is drawn, nothing is read."
-    + EXAMPLE
-    + "erann plan audioset.yaml data.train=s3://bucket/train --segments unbalanced_train_segments.csv.gz --nodes 4 "
-    + "--gpus-per-node 8 --network 100",
+    + examples(
+        "erann plan audioset.yaml data.train=s3://bucket/train --segments unbalanced_train_segments.csv.gz "
+        "--nodes 4 --gpus-per-node 8 --network 100",
+    ),
 )
 def plan(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
@@ -444,8 +468,9 @@ def plan(
 @bench_app.command(
     "pack",
     help="Packing against the bare decoding, resampling and FLAC encoding of the same clips on the same cores."
-    + EXAMPLE
-    + "erann bench pack --audio ../shared/data/esc10/audio",
+    + examples(
+        "erann bench pack --audio ../shared/data/esc10/audio",
+    ),
 )
 def bench_pack(
     audio: Annotated[Path | None, typer.Option(help="Sound files; a synthetic AudioSet if not given.")] = None,
@@ -462,7 +487,10 @@ def bench_pack(
 @bench_app.command(
     "loader",
     help="The loader from disk, from S3 and from the cache, against bare decoding, webdataset's WebLoader and a "
-    "DataLoader, on the same shards and cores." + EXAMPLE + "erann bench loader demo/shards/train",
+    "DataLoader, on the same shards and cores."
+    + examples(
+        "erann bench loader demo/shards/train",
+    ),
 )
 def bench_loader(
     shards: Annotated[str, typer.Argument(help="A shard set on a disk, of clips of about 10 s.")],
@@ -479,7 +507,10 @@ def bench_loader(
 @bench_app.command(
     "augment",
     help="The cost of pitch shift for a clip, by torchaudio's own function and by ours, beside that of the front end "
-    "and of a training example, on one core." + EXAMPLE + "erann bench augment --variant ERANN-1-3",
+    "and of a training example, on one core."
+    + examples(
+        "erann bench augment --variant ERANN-1-3",
+    ),
 )
 def bench_augment(
     variant: Annotated[str, typer.Option(help="Whose training example.")] = "ERANN-1-3",
@@ -496,9 +527,10 @@ def bench_augment(
 @bench_app.command(
     "sampler",
     help="The sample plan at full size: time and memory to build it, draws per second, the cost of a jump."
-    + EXAMPLE
-    + "erann bench sampler ../shared/data/audioset/unbalanced_train_segments.csv.gz "
-    + "../shared/data/audioset/balanced_train_segments.csv",
+    + examples(
+        "erann bench sampler ../shared/data/audioset/unbalanced_train_segments.csv.gz "
+        "../shared/data/audioset/balanced_train_segments.csv",
+    ),
 )
 def bench_sampler(
     segments: Annotated[list[Path], typer.Argument(help="AudioSet's segment lists, each made one shard set.")],
@@ -513,8 +545,9 @@ def bench_sampler(
 @bench_app.command(
     "plan",
     help="Planning, manifest and report at the full size of a real segment list, with linked audio files."
-    + EXAMPLE
-    + "erann bench plan ../shared/data/audioset/unbalanced_train_segments.csv.gz",
+    + examples(
+        "erann bench plan ../shared/data/audioset/unbalanced_train_segments.csv.gz",
+    ),
 )
 def bench_plan(
     segments: Annotated[Path, typer.Argument(help="Segment list.")],
@@ -530,9 +563,10 @@ def bench_plan(
     "kills",
     help="Runs in which a worker, all workers, the command itself and a node are killed in turn, at random moments, "
     "against an undisturbed run: are the weights bit-identical, what is lost. Two workers on this machine's CPU."
-    + EXAMPLE
-    + "erann bench kills demo/shards/train"
-    + "\n\n    erann bench kills demo/shards/train --every 60 --steps 2000",
+    + examples(
+        "erann bench kills demo/shards/train",
+        "erann bench kills demo/shards/train --every 60 --steps 2000",
+    ),
 )
 def bench_kills(
     shards: Shards,
@@ -555,9 +589,10 @@ def bench_kills(
     "train",
     help="The training loop, DeepSpeed and the whole job under Ray or torchrun against a bare PyTorch loop, in turns, "
     "with a recipe's model and with a null model that shows what each layer costs."
-    + EXAMPLE
-    + "erann bench train demo.yaml run.workers=2"
-    + "\n\n    erann bench train audioset.yaml --table",
+    + examples(
+        "erann bench train demo.yaml run.workers=2",
+        "erann bench train audioset.yaml --table",
+    ),
 )
 def bench_train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")] = (
@@ -598,6 +633,9 @@ def bench_train(
 
 def main() -> None:
     """The command: a user's error is one line on stderr and an exit code (errors.py), not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for a terminal or a file of another encoding than UTF-8
     try:
         app()
     except UserError as error:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from jobs.options import EXAMPLE, Json
+from jobs.options import Json, examples
 from jobs.progress import console
 from jobs.show import show
 
@@ -33,9 +33,10 @@ def file_page(result: dict[str, Any]) -> None:
     "aws",
     help="A file for `ray up`: a head without GPUs, and GPU nodes on spot instances with their NVMe disks for the "
     "clip cache."
-    + EXAMPLE
-    + "erann cluster render aws --region us-west-2 --ami ami-0123456789abcdef0 --head-profile erann-head "
-    "--worker-profile erann-node --image 123456789012.dkr.ecr.us-west-2.amazonaws.com/erann:0.1.0",
+    + examples(
+        "erann cluster render aws --region us-west-2 --ami ami-0123456789abcdef0 --head-profile erann-head "
+        "--worker-profile erann-node --image 123456789012.dkr.ecr.us-west-2.amazonaws.com/erann:0.1.0",
+    ),
 )
 def render_aws(
     region: Annotated[str, typer.Option(help="Where the bucket is too, or its traffic costs money.")],
@@ -94,11 +95,13 @@ def render_aws(
 @render_app.command(
     "kubernetes",
     help="A manifest for KubeRay: a RayJob, which runs a command behind -- and goes, or a RayCluster, which stays."
-    + EXAMPLE
-    + "erann cluster render kubernetes --image ghcr.io/me/erann:0.1.0 --gpus 8 --max-workers 4 --secret s3-keys -- "
-    "erann pretrain audioset.yaml data.train=s3://bucket/train run.dir=s3://bucket/runs",
+    + examples(
+        "erann cluster render kubernetes --image ghcr.io/me/erann:0.1.0 --gpus 8 --max-workers 4 --secret "
+        "s3-keys -- erann pretrain audioset.yaml data.train=s3://bucket/train run.dir=s3://bucket/runs",
+    ),
 )
 def render_kubernetes(
+    context: typer.Context,
     image: Annotated[str, typer.Option(help="Container image with the program.")],
     command: Annotated[
         list[str] | None,
@@ -134,6 +137,7 @@ def render_kubernetes(
     as_json: Json = False,
 ) -> None:
     from cluster.render import kubernetes
+    from jobs.submit import check_command
 
     is_job = kind == "RayJob"
     cluster = kubernetes.KubernetesCluster(
@@ -156,6 +160,8 @@ def render_kubernetes(
         tolerations=toleration or [],
     )
     text = kubernetes.render_kubernetes(cluster)
+    if is_job:
+        check_command(context, cluster.command[1:])
     if is_job and not any(word.startswith("run.dir=s3://") for word in cluster.command):
         console.print("note: the command sets no run.dir=s3://...; what it writes to a pod's disk goes with the pod")
     show({"file": text}, as_json, file_page)
@@ -166,11 +172,13 @@ def render_kubernetes(
     help="A job for `sbatch`: Ray on whole nodes of Slurm, and one erann command on it. Ahead of the time limit it "
     "saves a checkpoint and goes back into the queue; requeued, it goes on from the last one. The folder where it is "
     "submitted, the shards and the run's folder must be on a file system that all nodes share."
-    + EXAMPLE
-    + "erann cluster render slurm --nodes 2 --gpus-per-node 4 --time 12:00:00 -- erann pretrain audioset.yaml "
-    "run.dir=/shared/runs run.workers=8 > job.sh",
+    + examples(
+        "erann cluster render slurm --nodes 2 --gpus-per-node 4 --time 12:00:00 -- erann pretrain "
+        "audioset.yaml run.dir=/shared/runs run.workers=8 > job.sh",
+    ),
 )
 def render_slurm(
+    context: typer.Context,
     command: Annotated[
         list[str] | None,
         typer.Argument(
@@ -204,6 +212,7 @@ def render_slurm(
     as_json: Json = False,
 ) -> None:
     from cluster.render import slurm
+    from jobs.submit import check_command
 
     job = slurm.SlurmJob(
         command=command or ["erann", "pretrain", "audioset.yaml", "run.dir=/shared/runs"],
@@ -221,7 +230,9 @@ def render_slurm(
         binds=bind or [],
         scratch=scratch,
     )
-    show({"file": slurm.render_slurm(job)}, as_json, file_page)
+    text = slurm.render_slurm(job)
+    check_command(context, job.command[1:])
+    show({"file": text}, as_json, file_page)
 
 
 def add_to(app: typer.Typer) -> None:

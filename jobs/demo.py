@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.embedded import ray_cluster
+from cluster.embedded import opening, ray_cluster
 from erann_dist.errors import UserError
 from erann_dist.folder import open_folder
 from erann_dist.manifest import REPORT
@@ -12,7 +12,7 @@ from erann_dist.recipe import load_recipe, setting
 from jobs.evaluate import tag
 from jobs.pack import pack
 from jobs.pretrain import pretrain
-from jobs.progress import RunView, console
+from jobs.progress import RunView, bar, console
 from jobs.recipes import find_recipe
 from jobs.shard_sets import verify
 from shards.clip import Packing
@@ -20,6 +20,7 @@ from shards.sources.audioset import read_audioset
 from shards.synthetic import SyntheticAudioSet, write_synthetic_audioset
 
 _PACKING = Packing(clips_per_shard=50)
+_TRAIN_CLIPS, _EVAL_CLIPS = 400, 160
 
 
 def demo(folder: Path) -> dict[str, Any]:
@@ -31,10 +32,11 @@ def demo(folder: Path) -> dict[str, Any]:
     synthetic = SyntheticAudioSet.at(folder / "audioset")
     complete = folder / "audioset" / ".complete"
     if not complete.exists():
-        with console.status("writing audio files"):
-            write_synthetic_audioset(folder / "audioset")
+        with bar("write sound files", _TRAIN_CLIPS + _EVAL_CLIPS) as progress:
+            write_synthetic_audioset(folder / "audioset", _TRAIN_CLIPS, _EVAL_CLIPS, on_progress=progress.update)
         complete.touch()
     packed = {}
+    console.print(opening(None), markup=False)
     with ray_cluster(cpus=recipe.run.max_workers):
         _title("2 of 5  pack it into tar shards, and verify them")
         lists = (synthetic.train_segments, synthetic.eval_segments)

@@ -11,13 +11,13 @@ from cluster.launch import launch
 from erann_dist import evaluation, strict_json
 from erann_dist.data import count_reported, load_source
 from erann_dist.distributed import Workers
-from erann_dist.errors import UsageError
 from erann_dist.events import Emit, Evaluated, EvaluationProgress, Incident
 from erann_dist.features import LogMel
 from erann_dist.folder import LocalFolder
 from erann_dist.model_folder import find_model, load_model, require_fit, require_rate
 from erann_dist.recipe import DataSource
 from erann_dist.storage import SlowReads
+from jobs.outputs import check_output
 from jobs.sounds import read_sound
 
 _TAG_WINDOW_SECONDS = 10
@@ -30,6 +30,7 @@ def evaluate(
 
     model: the URL of a model folder or a run, as in all functions here.
     """
+    check_output(out / "metrics.json")
     folder = find_model(model)
     _, info = load_model(folder)
     require_fit(folder, info, source.url, load_source(source).info)
@@ -72,12 +73,11 @@ def tag_set(
     model: str, url: str, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
 ) -> dict[str, Any]:
     """Score each clip of a shard set once, whatever its labels; write key and scores to `out`. Raises UserError."""
+    check_output(out)
     folder = find_model(model)
     _, info = load_model(folder)
     clips = load_source(DataSource(url=url))
     require_rate(folder, info, url, clips.info)
-    if out.is_dir():
-        raise UsageError(f"{out}: is a folder; --out is the Parquet file to write")
     out.parent.mkdir(parents=True, exist_ok=True)
     config = {"model": model, "url": url, "out": str(out)}
     launch(tag_worker, config, launcher=launcher, num_workers=num_workers, device=device, on_event=on_event)

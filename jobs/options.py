@@ -1,5 +1,7 @@
 """Options that several commands have."""
 
+import re
+import textwrap
 from typing import Annotated, Literal
 
 import typer
@@ -17,4 +19,17 @@ Endpoint = Annotated[
 ]
 Launcher = Literal["ray", "torchrun", "none"]
 
-EXAMPLE = "\n\nExample:\n\n    "
+_WIDTH = 70  # of a line of an example, which a terminal of 80 columns shows whole
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help. A long command is continued on further lines, and may be pasted into a shell."""
+    shown = "\n\n".join(" \\\n    ".join(_lines(command)) for command in commands)
+    return f"\n\nExample:\n\n```sh\n{shown}\n```"
+
+
+def _lines(command: str) -> list[str]:
+    """A command in lines; an option stays with its value."""
+    joined = re.sub(r"(--[a-z-]+) (?=[^-])", "\\1\0", command)
+    lines = textwrap.wrap(joined, _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [line.replace("\0", " ") for line in lines]

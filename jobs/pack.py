@@ -10,10 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cluster.embedded import ray_cluster
+from cluster.embedded import opening, ray_cluster
 from erann_dist.errors import UserError
 from erann_dist.folder import Folder, LocalFolder
 from erann_dist.manifest import REPORT, SHARDS, read_manifest, read_table
+from jobs.outputs import packing_into
 from jobs.progress import bar, console
 from shards import build
 from shards.build import Plan, Progress, ShardTask
@@ -31,17 +32,19 @@ def pack(source: Source, folder: Folder, packing: Packing, address: str | None =
     for note in source.notes:
         console.print(note, markup=False)
     plan = Plan(source, packing, folder)
-    if build.start(plan):
-        there = build.finished(plan)
-        if there:
-            console.print(f"{folder}: going on, {len(there)} of {plan.num_shards} shards are there", markup=False)
-        if len(there) < plan.num_shards:
-            with ray_cluster(address):
-                _build_missing(plan, there)
-        build.finish(plan)
-    else:
-        console.print(f"{folder}: these rows are packed already", markup=False)
-    return summary(folder)
+    with packing_into(folder):
+        if build.start(plan):
+            there = build.finished(plan)
+            if there:
+                console.print(f"{folder}: resuming, {len(there)} of {plan.num_shards} shards are there", markup=False)
+            if len(there) < plan.num_shards:
+                console.print(opening(address), markup=False)
+                with ray_cluster(address):
+                    _build_missing(plan, there)
+            build.finish(plan)
+        else:
+            console.print(f"{folder}: these rows are packed already", markup=False)
+        return summary(folder)
 
 
 def require_coverage(packed: dict[str, Any], max_missing: float) -> None:

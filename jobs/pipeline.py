@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from cluster.notice import signals_as_notice
 from erann_dist.data import load_train_and_eval
@@ -29,11 +29,23 @@ class Stage(Section):
     """A recipe, and what is set in it."""
 
     recipe: PathText  # a file, or the name of one that comes with the program
-    set: dict[str, dict[str, Any]] = Field(default_factory=dict)  # keys by section, as in the recipe
+    # Keys by section as in the recipe, or as on the command line: {optim: {lr: 1e-4}} or {optim.lr: 1e-4}.
+    set: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("set")
+    @classmethod
+    def _of_sections(cls, keys: dict[str, Any]) -> dict[str, Any]:
+        for name, value in keys.items():
+            if "." not in name and not isinstance(value, dict):
+                raise ValueError(f"{name} is a section, {{key: value, ...}}, or a key such as {name}.name")
+        return keys
 
     def settings(self) -> list[str]:
         """As overrides of the recipe's keys."""
-        return [setting(f"{section}.{key}", value) for section, keys in self.set.items() for key, value in keys.items()]
+        found: dict[str, Any] = {}
+        for name, value in self.set.items():
+            found |= {name: value} if "." in name else {f"{name}.{key}": each for key, each in value.items()}
+        return [setting(key, value) for key, value in found.items()]
 
 
 class Pipeline(Section):

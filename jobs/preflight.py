@@ -26,7 +26,7 @@ from cluster.preflight.facts import Facts, Gpu
 from cluster.preflight.probes import Node, answers, crew_of, living_nodes, probes_on
 from cluster.preflight.storage import Reading
 from cluster.ray_train import AGAIN
-from cluster.room import Bundle, bundle_of, count, free_room, wait_for_room
+from cluster.room import Bundle, bundle_of, free_room, wait_for_room
 from erann_dist import checkpoint
 from erann_dist.errors import NoRoom, UsageError, UserError
 from erann_dist.folder import LocalFolder, open_folder
@@ -34,6 +34,7 @@ from erann_dist.manifest import Manifest
 from erann_dist.model import ERANN, count_parameters
 from erann_dist.recipe import Recipe
 from erann_dist.schedule import Draws, micro_batches_per_rank
+from erann_dist.words import count
 from jobs.pretrain import check_run, is_finished
 from jobs.simulation import Simulation
 from jobs.trial import Trial, take_steps

@@ -1,6 +1,5 @@
 """A training run: check that it can be started or resumed, launch its workers, say what came of it."""
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -12,15 +11,16 @@ from erann_dist.checkpoint import Superseded
 from erann_dist.clock import steady_time
 from erann_dist.data import load_train_and_eval
 from erann_dist.distributed import Workers
-from erann_dist.errors import Stopped, UserError
+from erann_dist.errors import Stopped, UsageError, UserError
 from erann_dist.evaluation import read_detail
-from erann_dist.events import Emit, Ended
+from erann_dist.events import Emit, Ended, Phase
 from erann_dist.folder import Folder, LocalFolder, open_folder
 from erann_dist.model_folder import unfinish, weights_problem
 from erann_dist.recipe import Recipe, differences, parse_recipe
 from erann_dist.shared_clips import remove_unused
 from erann_dist.training import train
 from jobs.mark import MARK
+from jobs.outputs import exclusive
 
 Resume = Literal["auto", "never", "must"]
 _RECIPE, _PREDICTIONS = "recipe.yaml", "predictions.parquet"
@@ -41,6 +41,8 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
         raise UserError(f"{problem}; no checkpoint is left to make it from: remove {run} to run it again")
     if problem and is_first_process():
         unfinish(open_folder(f"{run}/model"))
+    if finished and not problem and is_first_process():
+        on_event(Phase(0, f"{run}: is finished already, this is its result"))
     if problem or not finished:
         incident = f"{problem}; the results are made again from the last checkpoint" if problem else None
         with _prepared(recipe, run) if is_first_process() else nullcontext(), _end_is_logged(run):
@@ -102,14 +104,7 @@ def only_one(run: Folder) -> Iterator[None]:
     if not isinstance(run, LocalFolder):
         yield
         return
-    Path(run.url).mkdir(parents=True, exist_ok=True)
-    with Path(run.url, ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{run}: is being trained by another process; stop that first") from error
-        except OSError:
-            pass  # a file system without locks
+    with exclusive(Path(run.url, ".lock"), f"{run}: is being trained by another process; stop that first", keep=True):
         yield
 
 
@@ -167,16 +162,16 @@ def is_finished(run: Folder) -> bool:
 def check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
     """Raise UserError unless the run may begin, or go on, in this folder by this recipe."""
     if run.exists(MARK):
-        raise UserError(f"{run}: is the folder of a study; give this run another run.name")
+        raise UsageError(f"{run}: is the folder of a study; give this run another run.name")
     # A start that failed before its first checkpoint does not claim the name.
     begun = bool(checkpoint.committed(run))
     exists = begun or is_finished(run)
     if exists and resume == "never":
-        raise UserError(f"{run}: this run exists, and --resume never was asked for; give another run.name")
+        raise UsageError(f"{run}: this run exists, and --resume never was asked for; give another run.name")
     if resume == "must" and not begun:
-        raise UserError(f"{run}: no checkpoint to resume from, and --resume must was asked for")
+        raise UsageError(f"{run}: no checkpoint to resume from, and --resume must was asked for")
     if exists and (changes := differences(_recipe_of(run), recipe)):
-        raise UserError(
+        raise UsageError(
             f"{run}: made with another recipe ({'; '.join(changes)}); give another run.name or the old recipe"
         )
 

@@ -22,10 +22,12 @@ from erann_dist.events import (
     Event,
     Finished,
     Incident,
+    Phase,
     Started,
     Step,
 )
 from erann_dist.run_log import CommandGoodput
+from erann_dist.words import count
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
 
@@ -108,25 +110,28 @@ class RunView:
 
     def __call__(self, event: Event) -> None:
         self._status.update(event)
-        if isinstance(event, Started):
+        step = f"step {event.step}: " if self._steps or event.step else ""  # no training, no steps
+        if isinstance(event, Phase):
+            _say(f"{step}{event.text}")
+        elif isinstance(event, Started):
             self._start(event)
         elif isinstance(event, Incident):
-            _say(f"step {event.step}: {event.text}{losses(event.steps_lost, event.seconds_lost)}")
+            _say(f"{step}{event.text}{losses(event.steps_lost, event.seconds_lost)}")
         elif isinstance(event, Evaluated):
             self._close_bar()
-            _say(f"{_evaluation(event)}  on {event.clips} clips")
+            _say(f"{step}{_evaluation(event)}  on {count(event.clips, 'clip')}")
         elif isinstance(event, Finished):
-            _say(f"finished after {duration(event.seconds)}, goodput of the whole run {event.goodput:.1%}")
+            _say(f"training finished after {duration(event.seconds)}, goodput of the whole run {event.goodput:.1%}")
         elif not self._is_live:
             self._show_bar(event)
 
     def _start(self, event: Started) -> None:
-        where = f"{event.workers} worker{'s' * (event.workers > 1)} on {event.device}"
+        where = f"{count(event.workers, 'worker')} on {event.device}"
         if (hosts := len(set(event.hosts))) > 1:
             where += f", {hosts} hosts"
-        _say(f"training on {event.train_clips} clips, evaluating on {event.eval_clips}, {where}")
+        _say(f"training on {count(event.train_clips, 'clip')}, evaluating on {event.eval_clips:,}, {where}")
         if event.resumed_from:
-            _say(f"going on from step {event.step} of {event.steps} ({event.resumed_from})")
+            _say(f"resuming from step {event.step} of {event.steps} ({event.resumed_from})")
         self._steps = event.steps
         self._close_bar()
         if console.is_terminal and not self._is_live:
@@ -176,8 +181,8 @@ class FleetView:
         status = self._runs.setdefault(name, _Status())
         status.update(event)
         if isinstance(event, Started):
-            begins = f"going on from step {event.step}" if event.resumed_from else "begins"
-            _say(f"{name}: {begins}, {event.steps} steps on {event.train_clips} clips")
+            begins = f"resuming from step {event.step}" if event.resumed_from else "begins"
+            _say(f"{name}: {begins}, {count(event.steps, 'step')} on {count(event.train_clips, 'clip')}")
         elif isinstance(event, Incident):
             _say(f"{name}: step {event.step}: {event.text}{losses(event.steps_lost, event.seconds_lost)}")
         elif isinstance(event, Finished):
@@ -279,7 +284,7 @@ class _Status:
         if self._checkpoint:
             saved, told = self._checkpoint
             page.add_row("checkpoint", f"step {saved.step}  ({duration(now - told)} ago)")
-        incidents = f"{self._incidents} incident{'s' * (self._incidents != 1)}" if self._incidents else "no incidents"
+        incidents = count(self._incidents, "incident") if self._incidents else "no incidents"
         page.add_row("goodput", f"{self._goodput.at(now):.1%} since this command was started, {incidents}")
         return page
 
@@ -311,8 +316,8 @@ def duration(seconds: float) -> str:
 
 
 def _evaluation(event: Evaluated) -> str:
-    of = f" (mean weights of {event.averaged} checkpoints)" if event.averaged else ""
-    return f"step {event.step}{of}: " + "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
+    of = f"mean weights of {event.averaged} checkpoints: " if event.averaged else ""
+    return of + "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
 
 
 def score(event: Evaluated) -> float:
@@ -322,5 +327,5 @@ def score(event: Evaluated) -> float:
 
 def losses(steps: int, seconds: float) -> str:
     """What an incident cost, to be put behind it."""
-    parts = [f"{steps} step{'s' * (steps > 1)}"] * bool(steps) + [duration(seconds)] * (seconds >= 0.5)
+    parts = [count(steps, "step")] * bool(steps) + [duration(seconds)] * (seconds >= 0.5)
     return f"; lost: {', '.join(parts)}" if parts else ""

@@ -1,5 +1,6 @@
 """Runs on the terminal."""
 
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
@@ -12,17 +13,20 @@ from jobs.show import console
 
 def runs_page(result: dict[str, Any]) -> None:
     """A line for each run, that of the last sign of life last."""
-    table = _table("run", "state", "step", "best", "goodput", "incidents", "last event")
-    for run in sorted(result["runs"], key=lambda run: run["last_event"] or 0):
-        table.add_row(
-            run["run"],
-            run["state"],
-            _step(run),
-            _best(run),
-            "" if run["goodput"] is None else f"{run['goodput']:.1%}",
-            str(run["incidents"]),
-            _ago(run),
-        )
+    runs = sorted(result["runs"], key=lambda run: run["last_event"] or 0)
+    columns = {name: [cell(run) for run in runs] for name, cell in _COLUMNS.items()}
+    widths = {name: max(map(len, [name, *cells])) + 2 for name, cells in columns.items()}
+    longest = max((len(run["run"]) for run in runs), default=0)
+    for name in _LESS_IMPORTANT:
+        if sum(widths[each] for each in columns) + min(longest, _NAME_WIDTH) > console.width:
+            del columns[name]
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    room = console.width - sum(widths[each] for each in columns)
+    table.add_column("run", overflow="fold", min_width=min(longest, max(room, _NAME_LEAST)))
+    for name in columns:
+        table.add_column(name, justify="left" if name in _WORDS else "right", no_wrap=True)
+    for run, *cells in zip(runs, *columns.values(), strict=True):
+        table.add_row(run["run"], *cells)
     console.print(table)
     for run in result["runs"]:
         _print_skipped(run)
@@ -102,6 +106,19 @@ def _table(*names: str) -> Table:
         last = name == names[-1]
         table.add_column(name, justify="left" if name in _WORDS else "right", no_wrap=not last, min_width=8 * last)
     return table
+
+
+_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "state": lambda run: run["state"],
+    "step": lambda run: _step(run),
+    "best": lambda run: _best(run),
+    "goodput": lambda run: "" if run["goodput"] is None else f"{run['goodput']:.1%}",
+    "incidents": lambda run: str(run["incidents"]),
+    "last event": lambda run: _ago(run),
+}
+_LESS_IMPORTANT = ("incidents", "goodput", "last event")  # what a narrow terminal does not show, in this order
+_NAME_WIDTH = 20  # what a run's name needs, for all columns to be shown
+_NAME_LEAST = 8
 
 
 def _when(line: dict[str, Any]) -> str:

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import typer
 
 from erann_dist.errors import UsageError, UserError
-from jobs.options import EXAMPLE, Address, Endpoint, Json, Shards
+from jobs.options import Address, Endpoint, Json, Shards, examples
 from jobs.progress import console
-from jobs.show import facts_page, packed_page, repaired_page, show
+from jobs.show import facts_page, packed_page, repaired_page, show, verified_page
 from shards.sources.rows import Source
 
 Kind = Literal["audioset", "esc50", "urbansound8k", "ravdess", "folder"]
@@ -137,7 +137,7 @@ def verify(shards: Shards, quick: Quick = False, endpoint: Endpoint = None, as_j
     from erann_dist.folder import open_folder
     from jobs.shard_sets import verify as run
 
-    show(run(open_folder(shards, endpoint), quick), as_json, facts_page)
+    show(run(open_folder(shards, endpoint), quick), as_json, verified_page)
 
 
 def repair(
@@ -213,32 +213,43 @@ def add_to(app: typer.Typer) -> None:
     """Put the commands into the app."""
     app.command(
         help="Pack a data set into a shard set: tars and a manifest, in a folder or in S3. Stopped, it goes on."
-        + EXAMPLE
-        + "erann pack audioset --segments eval_segments.csv --audio AUDIO --out s3://bucket/eval"
-        + "\n\n    erann pack esc50 --root ../shared/data/esc10 --esc10 --out shard-sets/esc10"
-        + "\n\n    erann pack urbansound8k --root ../shared/data/urbansound8k --out shard-sets/us8k"
-        + "\n\n    erann pack ravdess --root ../shared/data/ravdess --out shard-sets/ravdess"
-        + "\n\n    erann pack folder --root ../shared/data/formats --out shard-sets/formats"
+        + examples(
+            "erann pack audioset --segments eval_segments.csv --audio AUDIO --out s3://bucket/eval",
+            "erann pack esc50 --root ../shared/data/esc10 --esc10 --out shard-sets/esc10",
+            "erann pack urbansound8k --root ../shared/data/urbansound8k --out shard-sets/us8k",
+            "erann pack ravdess --root ../shared/data/ravdess --out shard-sets/ravdess",
+            "erann pack folder --root ../shared/data/formats --out shard-sets/formats",
+        )
     )(pack)
     app.command(
         help="Check a shard set against its manifest: every tar is read, every clip decoded."
-        + EXAMPLE
-        + "erann verify shard-sets/esc10"
+        + examples(
+            "erann verify shard-sets/esc10",
+        )
     )(verify)
     app.command(
         help="Verify a shard set and rebuild just the shards that are damaged or missing from their source, to the "
-        "bytes they had." + EXAMPLE + "erann repair shard-sets/esc10 --root ../shared/data/esc10"
+        "bytes they had."
+        + examples(
+            "erann repair shard-sets/esc10 --root ../shared/data/esc10",
+        )
     )(repair)
     app.command(
-        help="Write the manifest for WebDataset tars that are there, without repacking them." + EXAMPLE + "erann index "
-        "shard-sets/theirs"
+        help="Write the manifest for WebDataset tars that are there, without repacking them."
+        + examples(
+            "erann index shard-sets/theirs",
+        )
     )(index)
     app.command(
         help="Copy a whole shard set, from S3 or a shared disk, to a disk of this machine. Every tar is checked; "
-        "stopped, it goes on." + EXAMPLE + "erann stage s3://bucket/audioset/balanced_train /local/balanced_train"
+        "stopped, it goes on."
+        + examples(
+            "erann stage s3://bucket/audioset/balanced_train /local/balanced_train",
+        )
     )(stage)
     app.command(
         help="What is in a shard set: coverage, classes, durations, formats, reasons, balanced sampling."
-        + EXAMPLE
-        + "erann stats shard-sets/esc10 --html esc10.html"
+        + examples(
+            "erann stats shard-sets/esc10 --html esc10.html",
+        )
     )(stats)

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, TextIO
 
 from rich.table import Table
 
+from erann_dist.words import count
 from jobs.progress import PlainConsole, duration
 
 # In a pipe or a file no table is cut to a terminal's width.
@@ -43,15 +45,27 @@ def facts_page(result: dict[str, Any]) -> None:
     console.print(table)
 
 
+def run_result_page(result: dict[str, Any]) -> None:
+    """The result of a run, and what to do with it next."""
+    facts_page(result)
+    console.print(f"curves, classes and clips on one page: erann report {shlex.quote(result['run'])}")
+
+
 def packed_page(result: dict[str, Any]) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in result["not_packed"].items())
     if result["missing_share"]:
         reasons += f" ({result['missing_share']:.1%} of the listed clips)"
-    tars = f"{result['tars']} tar{'s' * (result['tars'] > 1)}"
     console.print(
-        f"{result['shards']}: {result['clips']} clips, {result['hours']:.2f} h, in {tars} of "
+        f"{result['shards']}: {count(result['clips'], 'clip')}, {result['hours']:.2f} h, in "
+        f"{count(result['tars'], 'tar')} of "
         f"{result['bytes'] / 1e6:.1f} MB together; not packed: {reasons or 'none'}"
     )
+
+
+def verified_page(result: dict[str, Any]) -> None:
+    what = "sizes and tables agree" if result["quick"] else "every tar and every clip is as the manifest says"
+    found = f"{count(result['clips'], 'clip')} in {count(result['tars'], 'tar')}"
+    console.print(f"{result['shards']}: {found}, {what}")
 
 
 def repaired_page(result: dict[str, Any]) -> None:
@@ -131,7 +145,7 @@ def tags_page(result: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def tagged_page(result: dict[str, Any]) -> None:
-    console.print(f"{result['shards']}: {result['clips']} clips tagged, written to {result['out']}")
+    console.print(f"{result['shards']}: {count(result['clips'], 'clip')} tagged, written to {result['out']}")
 
 
 def evaluation_page(metrics: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from erann_dist.folder import Folder
 from erann_dist.storage import write_text
+from jobs.outputs import check_output
 from jobs.report.page import percent
 from jobs.report.stats_page import hours, html_page, times
 from jobs.show import console, size
@@ -17,6 +18,8 @@ _FEW = 6
 
 def stats(folder: Folder, examples: int, html: Path | None) -> dict[str, Any]:
     """The statistics of a shard set; also as a page at `html`. Raises UserError when there is no set in the folder."""
+    if html:
+        check_output(html)
     result = statistics(folder, examples)
     if html:
         write_text(html, html_page(result))

@@ -32,6 +32,7 @@ from jobs.finetune import check_all, finetune, has_begun
 from jobs.fleet import Ended, Tell, check_runs, run_all
 from jobs.mark import Mark, require_own, require_unchanged, write_mark
 from jobs.pretrain import only_one
+from jobs.progress import bar, note
 from jobs.protocol import CrossValidation, load_cross_validation
 from jobs.results import RESULTS, read_results
 
@@ -108,6 +109,9 @@ def run_grid(
     _require_distinct("--variant", [row.name for row in rows])
     _require_distinct("--seed", seeds)
     base = load_recipe(path, [*overrides, *rows[0].settings])
+    own_variant = load_recipe(path, overrides).model.variant
+    if own_variant not in (variants := dict.fromkeys(row.columns["variant"] for row in rows)):
+        note(f"{path}: its model.variant {own_variant} is no row of this table; its rows are {', '.join(variants)}")
     folder = open_folder(base.run_url)
     recipes = {}
     for row in rows:
@@ -130,7 +134,11 @@ def run_grid(
     with only_one(folder):
         write_mark(folder, mark)
         measure = _Measure(folder)
-        measured = {row.name: measure.of(recipes[_run_name(row, seeds[0])].model.variant, clips) for row in rows}
+        with bar("measure the models' speed", len(rows)) as progress:
+            measured = {}
+            for number, row in enumerate(rows):
+                progress.update(number, row.name)
+                measured[row.name] = measure.of(recipes[_run_name(row, seeds[0])].model.variant, clips)
         ended = run_all(recipes, address, on_event)
         why = _why_not_comparable(clips.info)
         table = []
@@ -285,7 +293,11 @@ def run_transfer(
     with only_one(folder):
         write_mark(folder, mark)
         measure = _Measure(folder)
-        measured = {row: measure.of(each[0].variant, each[0].clips) for row, each in repeated.items()}
+        measured = {}
+        with bar("measure the models' speed", len(repeated)) as progress:
+            for number, (name, each) in enumerate(repeated.items()):
+                progress.update(number, name)
+                measured[name] = measure.of(each[0].variant, each[0].clips)
         outcomes = {each["name"]: each for each in finetune(validations, address, on_event)}
         table = [_transfer_line(row, measured[row], [outcomes[v.name] for v in each]) for row, each in repeated.items()]
         failed = {f"{name}/fold-{f['fold']}": f["why"] for name, each in outcomes.items() for f in each["failed"]}

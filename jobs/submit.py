@@ -13,6 +13,7 @@ from cluster.submit import Dependencies, Submission
 from erann_dist.errors import UsageError
 from erann_dist.recipe import RunSection, check, load_recipe, read_section, read_tree
 from jobs.pipeline import Pipeline
+from jobs.progress import note
 from jobs.protocol import read_design
 from jobs.recipes import find_recipe
 
@@ -36,12 +37,10 @@ def prepare(context: typer.Context, arguments: list[str], dependencies: Dependen
     name, *rest = arguments
     if name not in COMMANDS:
         raise UsageError(f"{name}: is not submitted; what is: {', '.join(COMMANDS)}")
-    group = context.find_root().command
-    assert isinstance(group, TyperGroup)
-    typed = group.commands[name].make_context(name, list(rest), parent=context).params
+    typed = _typed(context, arguments)
     if typed.get("launcher") not in (None, "ray"):
         raise UsageError(f"--launcher {typed['launcher']}: a cluster's runs are launched by ray")
-    recipes = [Path(each) for each in typed.get("recipes") or [typed["recipe"]] if "=" not in str(each)]
+    recipes = _recipes(typed)
     if not recipes:
         raise UsageError(f"{name}: names no recipe")
     if typed.get("init") not in (None, "none"):
@@ -66,6 +65,41 @@ def prepare(context: typer.Context, arguments: list[str], dependencies: Dependen
             files[_needed_below_here(path)] = path
     there = [sent.get(str(Path(each)), each) for each in rest]
     return Submission([name, *there], run, name != "preflight", make_package(files), dependencies)
+
+
+def check_command(context: typer.Context, arguments: list[str]) -> None:
+    """Check a command of erann that is to run elsewhere: its options, and its recipes as far as they are here.
+
+    context: a command's of erann. arguments: as of prepare. Raises Typer's errors, UsageError and UserError.
+    """
+    name = arguments[0] if arguments else ""
+    typed = _typed(context, arguments)
+    if name not in COMMANDS:
+        return
+    recipes = _recipes(typed)
+    for recipe in recipes:
+        try:
+            find_recipe(recipe)
+        except UsageError:
+            if recipe.suffix not in (".yaml", ".yml"):
+                raise
+            note(f"{recipe} is not on this machine, so its keys are not checked")
+            return
+    _parts(name, typed, recipes)
+
+
+def _recipes(typed: dict[str, Any]) -> list[Path]:
+    return [Path(each) for each in typed.get("recipes") or [typed["recipe"]] if "=" not in str(each)]
+
+
+def _typed(context: typer.Context, arguments: list[str]) -> dict[str, Any]:
+    """The parameters of a command of erann. Raises Typer's errors for what it would not take, UsageError."""
+    name, *rest = arguments or [""]
+    group = context.find_root().command
+    assert isinstance(group, TyperGroup)
+    if name not in group.commands:
+        raise UsageError(f"erann {name}: no such command; erann --help lists them")
+    return group.commands[name].make_context(name, list(rest), parent=context).params
 
 
 def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[_Part], str]:

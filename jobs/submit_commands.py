@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from erann_dist.errors import UserError
-from jobs.options import EXAMPLE, Json
+from jobs.options import Json, examples
 from jobs.progress import console
 from jobs.show import show
 
@@ -31,10 +31,11 @@ def add_to(app: typer.Typer) -> None:
         "Ctrl-C leaves the job running. A run that is on its way already is not sent again, but followed. Places in "
         "the recipe are of the cluster: paths that all its nodes share, or s3://. Of this machine's environment only "
         "the S3 endpoint and region go along."
-        + EXAMPLE
-        + "erann submit pretrain audioset_fast.yaml data.train=s3://bucket/train data.eval=s3://bucket/eval "
-        + "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265"
-        + "\n\n    erann submit pipeline mine.yaml --detach",
+        + examples(
+            "erann submit pretrain audioset_fast.yaml data.train=s3://bucket/train data.eval=s3://bucket/eval "
+            "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265",
+            "erann submit pipeline mine.yaml --detach",
+        ),
     )(submit)
     app.add_typer(jobs_app, name="jobs")
 
@@ -91,7 +92,13 @@ def submit_preflight(context: typer.Context, recipe: Path, overrides: list[str],
     _end_as(facts)
 
 
-@jobs_app.command("list", help="The cluster's submitted jobs, the newest last." + EXAMPLE + "erann jobs list")
+@jobs_app.command(
+    "list",
+    help="The cluster's submitted jobs, the newest last."
+    + examples(
+        "erann jobs list",
+    ),
+)
 def list_all(address: Address = None, as_json: Json = False) -> None:
     from cluster import submit as ray_jobs
     from jobs.submit_page import job_facts, jobs_page
@@ -102,7 +109,10 @@ def list_all(address: Address = None, as_json: Json = False) -> None:
 
 
 @jobs_app.command(
-    help="How a job stands, and why it failed." + EXAMPLE + "erann jobs status pretrain-audioset-1",
+    help="How a job stands, and why it failed."
+    + examples(
+        "erann jobs status pretrain-audioset-1",
+    ),
 )
 def status(job: JobId, address: Address = None, as_json: Json = False) -> None:
     from cluster import submit as ray_jobs
@@ -114,8 +124,9 @@ def status(job: JobId, address: Address = None, as_json: Json = False) -> None:
 
 @jobs_app.command(
     help="What a job has printed; with --follow, until it ends. Ctrl-C leaves it running."
-    + EXAMPLE
-    + "erann jobs logs pretrain-audioset-1 --follow",
+    + examples(
+        "erann jobs logs pretrain-audioset-1 --follow",
+    ),
 )
 def logs(
     job: JobId,
@@ -134,8 +145,9 @@ def logs(
 
 @jobs_app.command(
     help="Stop a job; its runs save a checkpoint first. Submitted again, it goes on from there."
-    + EXAMPLE
-    + "erann jobs stop pretrain-audioset-1",
+    + examples(
+        "erann jobs stop pretrain-audioset-1",
+    ),
 )
 def stop(job: JobId, address: Address = None, as_json: Json = False) -> None:
     from cluster import submit as ray_jobs

@@ -8,9 +8,10 @@ from typing import Any, Literal
 from cluster.preflight.facts import Facts, Gpu, Offset
 from cluster.preflight.probes import Node
 from cluster.preflight.storage import Disk, Reading
-from cluster.room import Bundle, count
+from cluster.room import Bundle
 from erann_dist.recipe import CacheSection, Recipe
 from erann_dist.schedule import micro_batches_per_rank
+from erann_dist.words import count
 from jobs.progress import duration
 from jobs.show import size
 from jobs.trial import Trial

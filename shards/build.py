@@ -37,6 +37,7 @@ from erann_dist.manifest import (
     require_printable,
     write_shard_set_tables,
 )
+from erann_dist.words import count
 from shards.clip import Packing
 from shards.packer import RowsToPack, end_tar, pack_rows
 from shards.sources.rows import Source, SourceRow
@@ -268,8 +269,12 @@ def finish(plan: Plan) -> SetInfo:
         for shard in range(plan.num_shards):
             folder.delete(plan.tar_name(shard))
         _remove_state(folder)
-        reasons = sorted({f"{row['reason']} ({row['detail']})" for row in report.slice(0, 1000).to_pylist()})
-        raise UserError(f"none of the {len(report)} rows could be packed: {'; '.join(reasons[:3])}")
+        rows = report.slice(0, 1000).to_pylist()
+        reasons = sorted({f"{row['reason']} ({row['detail']})" for row in rows})
+        raise UserError(
+            f"{folder}: none of the {count(len(report), 'row')} could be packed: {'; '.join(reasons[:3])}; the first "
+            f"is {rows[0]['source'] or rows[0]['key']}"
+        )
     info = SetInfo(
         name=source.name,
         task=source.task,

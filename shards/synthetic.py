@@ -204,9 +204,16 @@ class Clip:
 
 
 def write_synthetic_audioset(
-    root: Path, train_clips: int = 400, eval_clips: int = 160, duration: float = 10.0, seed: int = 0
+    root: Path,
+    train_clips: int = 400,
+    eval_clips: int = 160,
+    duration: float = 10.0,
+    seed: int = 0,
+    on_progress: Callable[[int], None] = lambda done: None,
 ) -> SyntheticAudioSet:
     """Write class index, segment lists and clips of `duration` seconds under `root`.
+
+    on_progress: called with the number of clips that are written.
 
     The training list falls by a factor of 25 from the commonest class to the rarest; one of its clips has no
     file and one file is no audio. The evaluation list is balanced and complete.
@@ -225,7 +232,8 @@ def write_synthetic_audioset(
         write_segments(lists[split], clips, duration)
         with ThreadPoolExecutor(2) as pool:  # numpy and the encoders let go of the interpreter's lock
             seeds = ([seed, split, index] for index in range(count))
-            list(pool.map(write_clip, clips, [duration] * count, seeds))
+            for done, _ in enumerate(pool.map(write_clip, clips, [duration] * count, seeds), split * train_clips + 1):
+                on_progress(done)
         if split == 0:  # both clips are of the commonest class, so that the rare ones keep all they have
             missing, corrupt = [clip for clip in clips if clip.labels == [int(np.argmax(shares))]][:2]
             missing.path.unlink()

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from erann_dist.errors import UsageError
+from jobs.outputs import check_output
 
 # Names of files, classes and runs are drawn as they are: matplotlib would parse what is between two dollar signs.
 matplotlib.rcParams["text.parse_math"] = False
@@ -22,7 +23,11 @@ INK, SOFT, GRID, FILL, PALE = "#1f2933", "#66757f", "#dfe5e9", "#3b7ea1", "#a9c8
 
 
 def new_figure(path: Path, width: float, height: float) -> Figure:
-    """A figure, in inches, that can be written to the path. Raises UsageError if its ending is no kind of image."""
+    """A figure, in inches, that can be written to the path.
+
+    Raises UsageError if its ending is no kind of image, or it is a folder; UserError if nothing can be written there.
+    """
+    check_output(path)
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
         raise UsageError(f"{path}: not a kind of image; give FILE.png")

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from erann_dist.errors import UsageError
 from erann_dist.folder import open_folder
 from erann_dist.storage import write_text
+from jobs.outputs import check_output
 from jobs.report.reading import read, runs_of
 from jobs.report.report_page import report_page
 
@@ -19,8 +19,8 @@ def report(urls: Sequence[str], out: Path | None, endpoint: str | None) -> dict[
     out: report.html in the first one's folder if not given. Raises UsageError for a folder that is neither and for an
     out that is one; UserError for a study whose results can't be read.
     """
-    if out and out.is_dir():
-        raise UsageError(f"{out}: is a folder; --out is the HTML file to write")
+    if out:
+        check_output(out)
     entries = [read(url, endpoint) for url in urls]
     text = report_page(entries)
     if out:

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from cluster.environment import HEALTH_CHECKS
 from cluster.render.instances import INSTANCES
 from jobs.cli import app
-from jobs.cluster_commands import cluster_app
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {page.name: page.read_text() for page in sorted(DOCS.glob("*.md"))}
@@ -52,7 +51,7 @@ def test_the_instances() -> None:
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_the_commands(page: str, command: str) -> None:
     words = shlex.split(command.partition(" > ")[0].replace("$ami", "ami-0123456789abcdef0"))
-    outcome = CliRunner().invoke(cluster_app, words, catch_exceptions=False)
+    outcome = CliRunner().invoke(app, ["cluster", *words], catch_exceptions=False)
     assert outcome.exit_code == 0, outcome.output
     if words[1] == "slurm":
         assert subprocess.run(["bash", "-n"], input=outcome.stdout, text=True).returncode == 0

@@ -520,7 +520,7 @@ def test_a_run_in_the_folder_one_is_in(erann: Any, run: Path, monkeypatch: pytes
             2,
             "{root}: no run (metrics.jsonl is missing) and no study; erann runs FOLDER lists the runs below it",
         ),
-        (["{run}", "--out", "{root}"], 2, "{root}: is a folder; --out is the HTML file to write"),
+        (["{run}", "--out", "{root}"], 2, "{root}: is a folder; give the file to write"),
         (["{run}", "--out", "{root}/no/page.html"], 1, "{root}/no/page.html.part: No such file or directory"),
         (
             ["{damaged}"],
