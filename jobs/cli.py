@@ -339,7 +339,8 @@ def tag(
 
 @app.command(
     help="What augmentation does to a clip, as an image: waveform and log-mel before and after temporal crop, pitch "
-    "shift, each kind of mixup and SpecAugment. All random choices are a run's with this seed."
+    "shift, each kind of mixup and SpecAugment. The random choices are a run's with this seed, but for mixup's "
+    "share of the clip: 30 to 50 %, so that both show."
     + examples(
         "erann augment ../shared/data/esc10/audio/1-100032-A-0.ogg --out dog.png",
         "erann augment dog.wav --with rain.wav --seed 3 --out dog-in-the-rain.png",

@@ -216,7 +216,7 @@ def add_to(app: typer.Typer) -> None:
         + examples(
             "erann pack audioset --segments eval_segments.csv --audio AUDIO --out s3://bucket/eval",
             "erann pack esc50 --root ../shared/data/esc10 --esc10 --out shard-sets/esc10",
-            "erann pack urbansound8k --root ../shared/data/urbansound8k --out shard-sets/us8k",
+            "erann pack urbansound8k --root ../shared/data/urbansound8k --out shard-sets/urbansound8k",
             "erann pack ravdess --root ../shared/data/ravdess --out shard-sets/ravdess",
             "erann pack folder --root ../shared/data/formats --out shard-sets/formats",
         )

@@ -149,8 +149,8 @@ def tagged_page(result: dict[str, Any]) -> None:
 
 
 def evaluation_page(metrics: dict[str, Any]) -> None:
-    """The facts, then the classes that went best and worst, and those left out."""
-    facts_page(metrics)
+    """The facts, then the classes that went best and worst, those left out, and the hash of the list."""
+    facts_page({name: value for name, value in metrics.items() if name != "list_hash"})
     column = "ap" if metrics["task"] == "tagging" else "accuracy"
     ranked = sorted((c for c in metrics["per_class"] if c[column] is not None), key=lambda c: -c[column])
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -162,6 +162,8 @@ def evaluation_page(metrics: dict[str, Any]) -> None:
     console.print(table)
     if metrics.get("left_out"):
         console.print(f"left out of the means, without positives: {', '.join(metrics['left_out'])}")
+    if "list_hash" in metrics:
+        console.print(f"hash of the list of clips: {metrics['list_hash']}")
 
 
 def report_page(result: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ the one at position 1.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ _MOST_S = 60  # of a longer file so much is taken
 _RANGE_DB = 80  # below the loudest cell of all
 _HERTZ = (100, 500, 1000, 2000, 5000, 10_000)
 _MARK = "#c9a227"
+_LEAST_SHARE, _MOST_SHARE = 0.3, 0.5  # of the clip in a mixup: a run draws any, of which most would show one clip alone
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def draw_augmentation(clip: Path, partner: Path | None, out: Path, seed: int, cr
         taken = each[start : start + length]
         crop[: len(taken)] = taken
     choices = draw_choices(np.arange(1), padded_frames(length), seed, _ALL)
+    choices = replace(choices, share=_LEAST_SHARE + (_MOST_SHARE - _LEAST_SHARE) * choices.share)
     semitones = [next((s for s, crops in choices.shifted.items() if number in crops), 0) for number in range(2)]
 
     log_mel = LogMel()
@@ -103,7 +105,7 @@ def _crops(
     for number, each in enumerate(clips):
         waveform = torch.from_numpy(each).float() / 32768
         marks = (seconds[number], min(seconds[number] + length, len(each) / SAMPLE_RATE))
-        title = f"{'partner' if number else 'clip'}: {names[number]}"
+        title = f"{'partner' if number else 'clip'}: {names[number]}; its crop lies between the lines"
         yield _Panel(title, log_mel(waveform[None])[0], waveform, marks=marks)
     for number, crop in enumerate(torch.from_numpy(pcm).float() / 32768):
         title = f"{'partner' if number else 'clip'}: temporal crop, {length:g} s from {seconds[number]:.2f} s"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import soundfile  # type: ignore[import-untyped, unused-ignore]
 import torch
 from markupsafe import Markup
 from matplotlib import colormaps
@@ -16,7 +17,7 @@ from PIL import Image
 from erann_dist.data import load_sources
 from erann_dist.errors import UserError
 from erann_dist.evaluation import Predictions
-from erann_dist.features import HOP, LogMel
+from erann_dist.features import F_MAX, F_MIN, HOP, LogMel, mel
 from erann_dist.manifest import Task
 from erann_dist.recipe import DataSource
 from erann_dist.storage import ClipReader
@@ -29,6 +30,19 @@ _LIKELIEST = 3  # labels that are shown of a clip besides the true ones
 _LEAST = 1e-7  # probability: what lies below counts as much
 _COLUMNS = 320  # pixels of a picture at most: a clip's frames are averaged down to them
 _RANGE_DB, _SHADES = 80.0, 64
+_HEARD_S, _MP3_LEVEL = 60, 0.6  # of a clip's sound: 10 s take some 100 kB
+_HERTZ = {500: "500", 2000: "2k", 8000: "8k"}
+
+
+def _hertz_ticks() -> Markup:
+    """Frequencies at their height in a picture."""
+    corners = mel(torch.tensor([F_MIN, F_MAX, *map(float, _HERTZ)]))
+    heights = ((corners[2:] - corners[0]) / (corners[1] - corners[0])).tolist()
+    ticks = zip(heights, _HERTZ.values(), strict=True)
+    return Markup().join(Markup('<i style="bottom:{:.1%}">{}</i>').format(height, text) for height, text in ticks)
+
+
+_HERTZ_TICKS = _hertz_ticks()
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,15 @@ class Label:
     name: str
     score: float
     is_true: bool
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What a clip looks and sounds like."""
+
+    picture: bytes  # its log-mel spectrogram, as PNG
+    mp3: bytes  # which every browser plays
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -58,18 +81,18 @@ def clips_section(runs: Sequence[Run]) -> Markup:
     worst = sorted(ends[1], key=lambda each: -each[1].loss)[:_SHOWN]
     if not worst:
         return Markup()
-    images: dict[tuple[str, int], bytes] = {}
+    sounds: dict[tuple[str, int], Sound] = {}
     notes = []
     for run in runs:
         if rows := [clip.row for of, clip in (*worst, *best) if of is run]:
-            found, why = _pictures_of(run, rows)
-            images |= {(run.url, row): image for row, image in zip(rows, found, strict=False)}
+            found, why = _sounds_of(run, rows)
+            sounds |= {(run.url, row): sound for row, sound in zip(rows, found, strict=False)}
             notes += [f"{run.name}: {why}" if len(runs) > 1 else why] if why else []
     tagging = any(run.metrics and run.metrics["task"] == "tagging" for run in runs)
     loss = "binary cross-entropy, averaged over the classes" if tagging else "cross-entropy"
     galleries = (
         gallery(
-            (clip, images.get((run.url, clip.row)), f"{f'{run.name}, ' if len(runs) > 1 else ''}loss {clip.loss:.2f}")
+            (clip, sounds.get((run.url, clip.row)), f"{f'{run.name}, ' if len(runs) > 1 else ''}loss {clip.loss:.2f}")
             for run, clip in end
         )
         for end in (worst, best)
@@ -90,26 +113,35 @@ def _of_run(run: Run) -> tuple[list[Clip], list[Clip]]:
     return best_and_worst(run.scored.keys, run.scored.predictions, labels, run.metrics["task"], _SHOWN)
 
 
-def _pictures_of(run: Run, rows: Sequence[int]) -> tuple[list[bytes], str]:
-    """Pictures of evaluated clips; or none, and why."""
+def _sounds_of(run: Run, rows: Sequence[int]) -> tuple[list[Sound], str]:
+    """Pictures and sounds of evaluated clips; or none, and why."""
     if not run.recipe or not run.scored:
         return [], "The pictures are left out: no recipe says where the clips are."
     try:
-        return pictures(run.recipe.data.eval, run.scored.keys, rows), ""
+        return sounds_of(run.recipe.data.eval, run.scored.keys, rows), ""
     except (UserError, OSError) as error:
         return [], f"The pictures are left out: {error}"
 
 
-def gallery(clips: Iterable[tuple[Clip, bytes | None, str]]) -> Markup:
-    """Clips, each with its picture if there is one, and with what is said of it."""
+def gallery(clips: Iterable[tuple[Clip, Sound | None, str]]) -> Markup:
+    """Clips, each with its picture and a player if its sound is there, and with what is said of it."""
     return Markup('<div class="clips">\n{}\n</div>').format(Markup("\n").join(_clip(*each) for each in clips))
 
 
-def _clip(clip: Clip, image: bytes | None, said: str) -> Markup:
+def _data_url(kind: str, data: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _clip(clip: Clip, sound: Sound | None, said: str) -> Markup:
     picture = Markup()
-    if image:
-        source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-        picture = Markup('<img src="{}" alt="log-mel spectrogram of {}">').format(source, clip.key)
+    if sound:
+        seconds = f"{sound.seconds:.3g} s"
+        picture = Markup(
+            '<div class="spectrogram"><img src="{}" alt="log-mel spectrogram of {}">{}<i class="time">0 s</i>'
+            '<i class="time end">{}</i></div><audio controls preload="none" src="{}"></audio>'
+        ).format(
+            _data_url("image/png", sound.picture), clip.key, _HERTZ_TICKS, seconds, _data_url("audio/mpeg", sound.mp3)
+        )
     labels = Markup().join(
         Markup('<li class="{}"><span>{}{}</span>{}<em>{}</em></li>').format(
             "true" if label.is_true else "",
@@ -151,8 +183,8 @@ def best_and_worst(
     return [clip(row) for row in order[:count].tolist()], [clip(row) for row in order[::-1][:count].tolist()]
 
 
-def pictures(sources: list[DataSource], keys: Sequence[str], rows: Sequence[int]) -> list[bytes]:
-    """The log-mel spectrograms of evaluated clips, as PNG files, the high frequencies at the top.
+def sounds_of(sources: list[DataSource], keys: Sequence[str], rows: Sequence[int]) -> list[Sound]:
+    """Evaluated clips: log-mel spectrograms, the high frequencies at the top, and the first minute to listen to.
 
     keys: of all clips that were evaluated. rows: of those wanted.
 
@@ -163,14 +195,19 @@ def pictures(sources: list[DataSource], keys: Sequence[str], rows: Sequence[int]
         raise UserError(f"{', '.join(source.url for source in sources)}: no longer the clips that were evaluated")
     log_mel = LogMel()
 
-    def picture(row: int) -> bytes:
+    rate = clips.info.sample_rate
+
+    def sound(row: int) -> Sound:
         pcm = np.empty(clips.samples[row], np.int16)
         reader.crop(row, 0, pcm)
         frames = -(-len(pcm) // HOP)
-        return _png(log_mel(torch.from_numpy(pcm).float()[None] / 32768)[0, 0, :, :frames].numpy())
+        picture = _png(log_mel(torch.from_numpy(pcm).float()[None] / 32768)[0, 0, :, :frames].numpy())
+        mp3 = io.BytesIO()
+        soundfile.write(mp3, pcm[: _HEARD_S * rate], rate, format="MP3", compression_level=_MP3_LEVEL)
+        return Sound(picture, mp3.getvalue(), len(pcm) / rate)
 
     with closing(ClipReader(clips)) as reader:
-        return [picture(row) for row in rows]
+        return [sound(row) for row in rows]
 
 
 def _png(log_mel: npt.NDArray[np.float32]) -> bytes:

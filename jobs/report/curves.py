@@ -16,6 +16,7 @@ from jobs.runs import evaluations
 # Of several runs, one each, from the first again when there are more; they are told apart in the light and in the dark.
 _COLOURS = "#3b7ea1 #d9822b #5d9a3a #c0504d #8a63b5 #b08d1e #c46aa0 #3fa39b #8c6d54 #7a8691".split()
 _SIZE = 4.6, 2.5  # inches: on a phone its texts are as large as the page's
+_PLACE = (0.13, 0.17, 0.84, 0.78)  # of the axes in a drawing: left, bottom, width, height
 _METRIC = "metric"  # in place of a key of the Step lines
 
 
@@ -32,7 +33,9 @@ def run_curves(lines: Sequence[Line], name: str) -> Markup:
         mark_incidents(axes, incidents)
 
     legend = [(KINDS[kind], f"{counts[kind]} × {kind.replace('_', ' ')}") for kind in KINDS if counts[kind]]
-    return _charts(name, metric_name(evaluated), draw, legend)
+    # A single evaluation is a figure at the top of the page, not a curve.
+    metric = metric_name(evaluated) if len(metric_points(evaluated)) > 1 else None
+    return _charts(name, metric, _last_step(lines), draw, legend)
 
 
 def curves_of_several(runs: Sequence[tuple[str, Sequence[Line]]], name: str) -> Markup:
@@ -47,23 +50,42 @@ def curves_of_several(runs: Sequence[tuple[str, Sequence[Line]]], name: str) -> 
             elif points := metric_points(evaluated):
                 axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, marker="o", markersize=3.5)
 
-    metric = next(filter(None, (metric_name(evaluated) for _, evaluated in found)), None)
-    return _charts(name, metric, draw, [(colour, title) for colour, (title, _) in zip(colours, runs, strict=True)])
+    metric = next((metric_name(evaluated) for _, evaluated in found if len(metric_points(evaluated)) > 1), None)
+    last = max((_last_step(lines) for _, lines in runs), default=0)
+    return _charts(
+        name, metric, last, draw, [(colour, title) for colour, (title, _) in zip(colours, runs, strict=True)]
+    )
+
+
+def _mark_steps(axes: Axes, last: int) -> None:
+    """Steps from 0 to the last one, with ticks at round numbers and at the last one."""
+    axes.set_xlim(0, max(1, last))
+    round_ones = [tick for tick in MaxNLocator(5, integer=True).tick_values(0, max(1, last)) if 0 <= tick < 0.88 * last]
+    axes.set_xticks([*round_ones, last] if last else [0, 1])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.get_xticklabels()[-1].set_horizontalalignment("right")  # it would run out of the drawing
 
 
 def _charts(
-    name: str, metric: str | None, draw: Callable[[Axes, str], None], legend: Sequence[tuple[str, str]]
+    name: str,
+    metric: str | None,
+    last: int,
+    draw: Callable[[Axes, str], None],
+    legend: Sequence[tuple[str, str]],
 ) -> Markup:
-    titles = {"loss": "loss", _METRIC: metric or "evaluation", "lr": "learning rate", "clips_per_s": "clips/s decoded"}
+    """metric: the name of the evaluations' chart, if there is one. last: the last step."""
+    titles = {"loss": "loss", **({_METRIC: metric} if metric else {}), "lr": "learning rate"}
+    titles["clips_per_s"] = "clips/s decoded"
     charts = Markup()
     for key, title in titles.items():
         figure, axes = page.drawing(*_SIZE)
+        # The same place in each drawing, whatever its labels: the charts of a page stand below each other.
+        figure.set_layout_engine("none")
+        axes.set_position(_PLACE)
         draw(axes, key)
         if key == "clips_per_s":
             axes.set_ylim(bottom=0)
-        axes.set_xlim(left=0)
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        _mark_steps(axes, last)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         axes.set_xlabel("step", color=SOFT, loc="right")
         drawing = page.svg(figure, f"{name}-{key}", f"{title} over the steps")
@@ -72,6 +94,10 @@ def _charts(
         Markup('<span><i style="background:{}"></i>{}</span>').format(colour, title) for colour, title in legend
     )
     return Markup('<div class="charts">{}</div><p class="legend">{}</p>').format(charts, marks)
+
+
+def _last_step(lines: Sequence[Line]) -> int:
+    return max((line["step"] for line in lines if line["event"] in ("Step", "Evaluated")), default=0)
 
 
 def _events(lines: Sequence[Line], kind: str) -> list[Line]:

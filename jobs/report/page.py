@@ -107,7 +107,7 @@ def document(title: str, parts: Iterable[Markup], style: Markup = _NOTHING, scri
 
     style: what is added to the style sheet.
     """
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
     if script:
         policy += f"; script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
         script = Markup("<script>{}</script>\n").format(script)

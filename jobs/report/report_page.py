@@ -42,7 +42,14 @@ tfoot td { font-weight: 600; border-bottom: 0; }
 .matrix td.hit { background: rgb(var(--hit) / var(--a)); } .matrix td.miss { background: rgb(var(--miss) / var(--a)); }
 .matrix td.deep { color: #fff; }
 .clips { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 280px), 1fr)); gap: 22px; }
-.clips img { display: block; width: 100%; height: 128px; border-radius: 6px; }
+.spectrogram { position: relative; margin: 0 0 22px 30px; }
+.spectrogram img { display: block; width: 100%; height: 128px; border-radius: 6px; }
+.spectrogram i { position: absolute; right: calc(100% + 5px); margin-bottom: -8px; }
+.spectrogram i.time { right: auto; left: 0; top: calc(100% + 1px); margin: 0; }
+.spectrogram i.end { left: auto; right: 0; }
+.spectrogram i { font: normal 11px/16px inherit; font-size: 11px; font-style: normal; color: var(--soft); }
+.clips audio { display: block; width: 100%; height: 32px; }
+@media print { .clips audio { display: none; } }
 .clips figcaption { margin: 6px 0 4px; font-size: 13px; overflow-wrap: anywhere; }
 .clips ul { list-style: none; margin: 0; padding: 0; font-size: 13px; }
 .clips li { display: grid; grid-template-columns: minmax(0, 1fr) 70px 58px; gap: 8px; align-items: center; }

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from markupsafe import Markup
 
 from erann_dist.recipe import DataSource
+from erann_dist.run_log import seconds_run
 from jobs.progress import duration
 from jobs.report import page
 from jobs.report.classes import class_table, confusion_matrix, score
@@ -78,6 +79,8 @@ def _what(run: Run) -> str:
         told.append(run.recipe.model.variant)
     if run.metrics:
         told.append(f"{run.metrics['task']}, {len(run.metrics['per_class'])} classes")
+    if starts := run.events("Started"):
+        told.append(f"started {_when(starts[0]['time'])}, ran {duration(seconds_run(run.lines))}")
     why = run.standing["why"]
     return " · ".join([*told, run.standing["state"] + (f": {why}" if why else "")])
 
@@ -88,7 +91,8 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     for key, name in METRICS.items():
         if metrics.get(key) is not None:
             chance = metrics.get(f"chance_{key}")
-            cards.append((score(metrics[key]), name if chance is None else f"{name}; by chance {score(chance)}"))
+            what = f"{name} = √2·Φ⁻¹(mAUC), how far positives' scores lie from negatives'" if key == "d_prime" else name
+            cards.append((score(metrics[key]), what if chance is None else f"{what}; by chance {score(chance)}"))
     metric = main_metric(run)
     if metric and run.averaged and run.averaged.get(metric) is not None:
         cards.append((score(run.averaged[metric]), f"{METRICS[metric]} of averaged weights"))
@@ -105,7 +109,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         done = standing["step"] == standing["steps"]
         cards.append((f"{standing['step']:,}", "steps" if done else f"of {standing['steps']:,} steps"))
     if standing["goodput"] is not None:
-        cards.append((percent(standing["goodput"]), "goodput"))
+        cards.append((percent(standing["goodput"]), "goodput: share of the time that steps which count took"))
     return cards
 
 
