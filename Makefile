@@ -10,7 +10,7 @@ INSTALL = $(INSTALL_$(INSTALLER)) --no-deps --no-build-isolation
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command 'make lock'
 
-.PHONY: setup lock demo lint test test-cluster test-slow test-newest test-install test-gpu ci-packages
+.PHONY: setup lock demo lint test test-cluster test-slow test-newest test-install test-image test-gpu ci-packages
 
 setup: .venv/.installed
 
@@ -67,6 +67,10 @@ test-newest: .venv/.created
 	$(BIN)/uv pip install --python .venv-newest/bin/python --upgrade --editable '.[dev]'
 	.venv-newest/bin/pytest tests/test_resolution.py -m newest
 	.venv-newest/bin/pytest tests --ignore tests/cluster --numprocesses 2
+
+# The image, built and run by podman: as root on Debian, with its packages podman, runc and debootstrap.
+test-image: setup
+	$(BIN)/pytest tests/test_image_build.py -m image
 
 # On a machine with an NVIDIA GPU. Continuous integration has none.
 test-gpu: setup
