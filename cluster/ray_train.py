@@ -29,6 +29,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 # Private, as where the workers of one host meet can't be chosen otherwise; the test of what listens where tells.
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 # Private, as the preemption notice that a worker has got is nowhere else to be read: the public get_preemption_info()
@@ -216,10 +217,15 @@ def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are Any
-    """Ray's, without its handler of Ctrl-C, which aborts the workers: they are to save a checkpoint first."""
+    """Ray's, without what a run does not need."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        pass
+        """Ray's aborts the workers at Ctrl-C; they are to save a checkpoint first."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """There are no Ray Datasets, for which Ray starts a process, and loads ray.data in every worker."""
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 @contextmanager
