@@ -47,10 +47,13 @@ test: setup
 # Much of these tests' time is waiting for processes that start and end: two files of them at a time. SHARD=1/3 runs the
 # first third of the files.
 SHARD ?= 1/1
-CLUSTER_FILES = $(shell ls tests/cluster/test_*.py | awk -v shard=$(SHARD) 'BEGIN {split(shard, s, "/")} NR % s[2] == s[1] % s[2]')
+# The longest first, so that no process works on a long one alone at the end.
+LONGEST := $(patsubst %,tests/cluster/test_%.py,faults submit ray fleet pack preflight torchrun bench security)
+CLUSTER_FILES = $(shell ls $(LONGEST) tests/cluster/test_*.py -U | awk '!seen[$$0]++' | \
+	awk -v shard=$(SHARD) 'BEGIN {split(shard, s, "/")} NR % s[2] == s[1] % s[2]')
 
 test-cluster: setup
-	$(BIN)/pytest $(CLUSTER_FILES) --numprocesses 2 --dist loadfile --durations 60
+	$(BIN)/pytest $(CLUSTER_FILES) --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 60
 
 # From a clone of the commit that is checked out, in an environment of its own.
 test-install: setup

@@ -430,10 +430,8 @@ def _apply(tree: dict[str, Any], override: str, origin: str, on_note: Callable[[
     place = _place(node, last, parents, match["key"], shown)
     old = node.get(place) if isinstance(node, dict) else node[place]
     if [*parents, last] in _SOURCES and (dropped := sorted(_filters(old) - _filters(value))):
-        on_note(
-            f"{match['key']}={_plain(value)} also drops the recipe's {' and '.join(dropped)} of {match['key']}; "
-            f"{match['key']}.url={_plain(value)} keeps it"
-        )
+        kept = f"; {match['key']}.url={value} keeps it" if isinstance(value, str) and isinstance(old, dict) else ""
+        on_note(f"{_shown_key(override)} also drops the recipe's {' and '.join(dropped)} of {match['key']}{kept}")
     node[place] = value
 
 

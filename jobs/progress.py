@@ -119,7 +119,7 @@ class RunView:
             _say(f"{step}{event.text}{losses(event.steps_lost, event.seconds_lost)}")
         elif isinstance(event, Evaluated):
             self._close_bar()
-            _say(f"{step}{_evaluation(event)}  on {count(event.clips, 'clip')}")
+            _say(f"{_evaluation(event, step)}  on {count(event.clips, 'clip')}")
         elif isinstance(event, Finished):
             _say(f"training finished after {duration(event.seconds)}, goodput of the whole run {event.goodput:.1%}")
         elif not self._is_live:
@@ -315,9 +315,11 @@ def duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
 
 
-def _evaluation(event: Evaluated) -> str:
-    of = f"mean weights of {event.averaged} checkpoints: " if event.averaged else ""
-    return of + "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
+def _evaluation(event: Evaluated, step: str) -> str:
+    """step: "step 4: ", or nothing when there was no training."""
+    if event.averaged:
+        step = f"{step.removesuffix(': ')} (mean weights of {event.averaged} checkpoints): "
+    return step + "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
 
 
 def score(event: Evaluated) -> float:

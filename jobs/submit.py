@@ -46,6 +46,8 @@ def prepare(context: typer.Context, arguments: list[str], dependencies: Dependen
     if typed.get("init") not in (None, "none"):
         _refuse_relative("--from", typed["init"])
     parts, run = _parts(name, typed, recipes)
+    if name == "pipeline":
+        _refuse_relative(f"{recipes[0]}: run.dir", run.rpartition("/")[0])
     files: dict[str, Path] = {}
     sent: dict[str, str] = {}  # typed recipes that have another name there
     for path in recipes:
@@ -107,7 +109,6 @@ def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[
     overrides = [each for each in typed.get("recipes") or typed.get("overrides") or [] if "=" in each]
     if name == "pipeline":
         pipeline = check(Pipeline, read_tree(find_recipe(recipes[0]), overrides), str(recipes[0]))
-        _refuse_relative(f"{recipes[0]}: run.dir", pipeline.run.dir)
         first = pipeline.pretrain
         recipe = load_recipe(find_recipe(Path(first.recipe)), first.settings())
         _require_ray(first.recipe, recipe.run)

@@ -141,7 +141,8 @@ def test_told_to_stop_with_all_that_it_has_started(shards: Path, tmp_path: Path)
     assert checkpoint.committed(fold)
 
 
-@pytest.mark.parametrize("how", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_stopped_and_run_again(shards: Path, tmp_path: Path, one_by_one: Path, how: signal.Signals) -> None:
     recipe = write_protocol(tmp_path / "tones.yaml", shards, run=RUN)
     runs = tmp_path / "runs" / "tones"
@@ -197,6 +198,7 @@ def held(address: str, cpus: int) -> Iterator[None]:
             holder.wait(timeout=60)
 
 
+@pytest.mark.slow
 def test_folds_wait_while_others_work_on_the_cluster(two_folds: Path, tmp_path: Path, shared_cluster: str) -> None:
     """Longer than run.wait_for_workers. With one CPU of two taken, one fold runs at a time."""
     recipe = write_protocol(tmp_path / "tones.yaml", two_folds, run=RUN | {"wait_for_workers": 2})

@@ -231,6 +231,7 @@ def test_a_host_is_cut_off_and_comes_back(shards: Path, undisturbed: Path, tmp_p
         job.require_same_course(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_cut_off_does_no_harm(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     """It freezes in the middle of a checkpoint and wakes up when the run goes on elsewhere: it finds that, and ends."""
     with submitted(write_recipe(shards, tmp_path, launcher="ray", workers=1), tmp_path) as job:

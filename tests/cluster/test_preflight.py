@@ -254,6 +254,7 @@ def test_no_room_and_no_shards(place: Path, nodes: Nodes) -> None:
     assert states(result, "ok") == ["versions", "clocks", "run folder"]
 
 
+@pytest.mark.slow
 def test_what_ends_a_worker_is_the_steps_failure(place: Path, nodes: Nodes) -> None:
     result = preflight(place, nodes, f"model.init={place}/nothing", code=1)
     assert states(result, "failed") == ["step"]
@@ -262,6 +263,7 @@ def test_what_ends_a_worker_is_the_steps_failure(place: Path, nodes: Nodes) -> N
     assert states(result, "not checked") == ["supply", "estimate"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_of_the_steps(place: Path, nodes: Nodes) -> None:
     command = Running(place, "preflight", "run.yaml", "--address", nodes.address)
     try:

@@ -85,10 +85,10 @@ def test_the_same_run_without_ray(place: Path, undisturbed: str, launcher: str, 
         assert all(np.array_equal(v, weights(place, undisturbed)[k]) for k, v in weights(place, name).items())
 
 
-SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGINT, signal.SIGHUP)]
+SLOW = [pytest.param(each, marks=pytest.mark.slow) for each in (signal.SIGKILL, signal.SIGINT, signal.SIGHUP)]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, *SLOW])
+@pytest.mark.parametrize("how", [signal.SIGTERM, *SLOW])
 def test_stopped_and_run_again(
     place: Path,
     undisturbed: str,

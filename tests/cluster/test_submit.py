@@ -194,6 +194,7 @@ def test_what_the_run_refuses_is_the_jobs_failure(place: Path, ray: Nodes) -> No
     assert job["message"].startswith(f"erann: {place}/nothing: no such folder")
 
 
+@pytest.mark.slow
 def test_preflight_by_a_job(place: Path, tone_shards: Path, ray: Nodes) -> None:
     """Its verdicts, its JSON and its exit code are those of the command on the cluster."""
     recipe = write_recipe(place, tone_shards, 200)
@@ -252,6 +253,7 @@ def test_two_at_the_same_moment(place: Path, tone_shards: Path, ray: Nodes) -> N
     erann(place, "jobs", "stop", jobs[0]["job"], "--address", ray.address)
 
 
+@pytest.mark.slow
 def test_a_cross_validation_that_is_stopped_goes_on(place: Path, ray: Nodes) -> None:
     """Its run saves a checkpoint, although Ray tells every process of the job to end, and the command tells it too."""
     shards = write_folded_set(place / "set", [1, 2])

@@ -18,9 +18,9 @@ import yaml
 from safetensors.torch import load_file
 
 from shards.sources.audioset import read_audioset
-from tests.cluster.test_faults import gone, running
 from tests.commands import ERANN, Running
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
+from tests.counting import gone, running
 
 AGAIN = "run the same command again to go on from the last checkpoint"
 TORCHRUN = {"launcher": "torchrun", "num_workers": 2}

@@ -1,6 +1,5 @@
 """Each clip is scored once, at its own length, on any number of workers with the same result."""
 
-import io
 import os
 from pathlib import Path
 
@@ -144,12 +143,12 @@ def test_scores_that_are_not_finite_are_an_error(tone_shards: Path, bias: float)
             evaluation.score_stream(diverged(bias), "tagging", manifest, workers, threads=1)
 
 
-def test_predictions_that_are_not_finite_are_not_read(tone_shards: Path) -> None:
+def test_predictions_that_are_not_finite_are_not_read(tone_shards: Path, tmp_path: Path) -> None:
     manifest = load_manifest(tone_shards)
     predictions = evaluation.Predictions(np.zeros((40, 3), np.float32), manifest.targets(np.arange(40)))
     predictions.scores[[3, 8], 1] = np.nan
-    file = io.BytesIO()
-    evaluation.write_predictions(file, predictions, manifest)
+    with (tmp_path / "x.parquet").open("wb") as file:
+        evaluation.write_predictions(file, predictions, manifest)
     message = rf"x.parquet: the scores of 2 of 40 clips are not finite, the first is {manifest.keys[3]};"
-    with pytest.raises(evaluation.NotFinite, match=message):
+    with (tmp_path / "x.parquet").open("rb") as file, pytest.raises(evaluation.NotFinite, match=message):
         evaluation.read_predictions(file, "x.parquet")

@@ -321,8 +321,10 @@ def test_an_override_that_drops_a_fold_says_so(path: Path) -> None:
     notes: list[str] = []
     recipe = load_recipe(path, ["data.eval=d", "data.train=[a, e]", "optim.lr=1"], notes.append)
     assert recipe.data.eval[0].fold is None
-    (note,) = notes
-    assert note.startswith("data.eval=d also drops the recipe's fold [5] and split test of data.eval; data.eval.url=d")
+    assert notes == [
+        "data.eval=d also drops the recipe's fold [5] and split test of data.eval; data.eval.url=d keeps it",
+        "data.train=[a, e] also drops the recipe's fold [1, 2] of data.train",
+    ]
     notes.clear()
     assert load_recipe(path, ["data.eval.url=d"], notes.append).data.eval[0].fold == [5]
     load_recipe(path, ["data.eval={url: d, fold: [5], split: test}"], notes.append)

@@ -20,7 +20,7 @@ NAMES = [r"a$\badcmd$", "$x^2$", "a_b^c", r"\frac{", "100 %$", r"\$5$", "日本�
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_drawn_as_it_is(tmp_path: Path, name: str) -> None:
-    figure = new_figure(tmp_path / "x.svg", 4, 4)
+    figure = new_figure(tmp_path / "x.svg", 40, 40)
     axes = figure.subplots()
     texts = [axes.set_title(name), axes.set_xlabel(name), axes.text(0, 0, name), figure.suptitle(name)]
     with warnings.catch_warnings():

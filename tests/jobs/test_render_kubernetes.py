@@ -14,7 +14,7 @@ import yaml
 from cluster.environment import HEALTH_CHECKS
 from cluster.render.kubernetes import render_kubernetes
 from erann_dist.errors import UsageError
-from jobs import cluster_commands
+from jobs.cli import app
 from tests.manifests import cluster_spec, kubernetes_cluster, pods
 
 
@@ -375,11 +375,31 @@ def test_every_field_is_in_the_file() -> None:
 
 
 def test_a_run_on_a_pods_disk_is_told(capfd: pytest.CaptureFixture[str]) -> None:
-    cluster_commands.render_kubernetes("x:1", ["erann", "pretrain", "a.yaml", "run.dir=s3://bucket/runs"])
-    told = capfd.readouterr()
+    def render(*words: str) -> Any:
+        app(["cluster", "render", "kubernetes", "--image", "x:1", *words], standalone_mode=False)
+        return capfd.readouterr()
+
+    told = render("--", "erann", "pretrain", "audioset.yaml", "run.dir=s3://bucket/runs")
     assert told.err == ""
     assert yaml.safe_load(told.out)["kind"] == "RayJob"
-    cluster_commands.render_kubernetes("x:1", None)
-    assert "sets no run.dir=s3://" in capfd.readouterr().err
-    cluster_commands.render_kubernetes("x:1", None, kind="RayCluster")
-    assert capfd.readouterr().err == ""
+    assert "sets no run.dir=s3://" in render().err
+    assert render("--kind", "RayCluster").err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("erann pretrain audioset.yaml run.wokers=2", "did you mean run.workers"),
+        ("erann pretrain …", "…: no such recipe"),
+        ("erann train audioset.yaml", "erann train: no such command"),
+    ],
+)
+def test_a_command_that_would_fail_there_is_not_rendered(words: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        app(["cluster", "render", "kubernetes", "--image", "x:1", "--", *words.split()], standalone_mode=False)
+
+
+def test_a_recipe_that_is_only_there_is_rendered(capfd: pytest.CaptureFixture[str]) -> None:
+    words = "--image x:1 -- erann pretrain theirs.yaml run.dir=s3://bucket/runs".split()
+    app(["cluster", "render", "kubernetes", *words], standalone_mode=False)
+    assert "theirs.yaml is not on this machine, so its keys are not checked" in capfd.readouterr().err

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 import yaml
@@ -29,7 +30,7 @@ from erann_dist.run_log import read_log
 from jobs import cli
 from jobs.report import page
 from jobs.report.classes import class_table, confusion_matrix
-from jobs.report.clips import Clip, Label, best_and_worst, clip_losses, gallery
+from jobs.report.clips import Clip, Label, Sound, best_and_worst, clip_losses, gallery
 from jobs.report.report import report
 from jobs.report.run_part import notes
 from tests.conftest import small_recipe
@@ -206,7 +207,7 @@ def test_whatever_a_label_or_a_key_is_it_shows_as_text(text: str, key: str) -> N
     parts = [
         class_table(per_class, "accuracy", [[0, 1], [1, 0]]),
         confusion_matrix([text, "b"], [[0, 1], [1, 0]]),
-        gallery([(clip, None, text), (clip, b"png", key)]),
+        gallery([(clip, None, text), (clip, Sound(b"png", b"mp3", 1.0), key)]),
         notes([text]),
         page.figures([(text, text)]),
         page.facts([(text, key)]),
@@ -220,7 +221,7 @@ def test_whatever_a_label_or_a_key_is_it_shows_as_text(text: str, key: str) -> N
     assert f"log-mel spectrogram of {key}" in found.values("alt")
     assert found.tags <= set(
         "html head meta title style body main section h2 h3 p div b span table thead tbody tr th td "
-        "i figure img figcaption code ul li em".split()
+        "i figure img audio figcaption code ul li em".split()
     )
 
 
@@ -413,8 +414,11 @@ def test_the_page_of_a_real_run(trained: tuple[Path, Path]) -> None:
     assert result["notes"] == []
     page = Page((run / "report.html").read_text())
     require_self_contained(page)
-    images = [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) for source in page.values("src")]
-    assert len(images) == 12
+    sources = [(kind, base64.b64decode(data)) for kind, _, data in (src.partition(",") for src in page.values("src"))]
+    images = [Image.open(io.BytesIO(data)) for kind, data in sources if kind == "data:image/png;base64"]
+    sounds = [soundfile.info(io.BytesIO(data)) for kind, data in sources if kind == "data:audio/mpeg;base64"]
+    assert len(images) == len(sounds) == 12
+    assert all(sound.format == "MP3" and 0.9 < sound.duration < 1.6 for sound in sounds)
     for image in images:
         assert image.height == 128
         assert 100 < image.width <= 320
