@@ -272,7 +272,7 @@ def finish(plan: Plan) -> SetInfo:
         rows = report.slice(0, 1000).to_pylist()
         reasons = sorted({f"{row['reason']} ({row['detail']})" for row in rows})
         raise UserError(
-            f"{folder}: none of the {count(len(report), 'row')} could be packed: {'; '.join(reasons[:3])}; the first "
+            f"{folder}: 0 of {count(len(report), 'row')} could be packed: {'; '.join(reasons[:3])}; the first "
             f"is {rows[0]['source'] or rows[0]['key']}"
         )
     info = SetInfo(
