@@ -33,6 +33,17 @@ def meeting_on_loopback() -> Iterator[None]:
             del os.environ[name]
 
 
+def is_first_process() -> bool:
+    """False in all but the first of the processes that a user's torchrun started: what is done once is done there."""
+    return not is_torchruns_worker() or os.environ["RANK"] == "0"
+
+
+def is_torchruns_worker() -> bool:
+    """Whether this process is one that a torchrun has started."""
+    # RANK alone is set by batch systems too.
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 # Of every `ray start`: a host whose network is gone is given up after some 12 seconds (docs/hosts.md).
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",

@@ -1,12 +1,11 @@
 """Start a run's workers: in this process, under torchrun, or by Ray Train. Their function is the same for all."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from cluster.environment import meeting_on_loopback
+from cluster.environment import is_first_process, is_torchruns_worker, meeting_on_loopback
 from cluster.notice import no_notice, signals_as_notice
 from erann_dist.distributed import Workers, pick_device, single_worker
 from erann_dist.environment import end_with_parent
@@ -64,7 +63,7 @@ def launch(
             run=run,
         )
         return
-    if launcher == "torchrun" and not _is_torchruns_worker():
+    if launcher == "torchrun" and not is_torchruns_worker():
         from cluster.torchrun import run_under_torchrun
 
         run_under_torchrun(
@@ -94,13 +93,3 @@ def launch(
 def _alone(device: str) -> Iterator[Workers]:
     with meeting_on_loopback(), single_worker(pick_device(device)) as workers:
         yield workers
-
-
-def is_first_process() -> bool:
-    """False in all but the first of the processes that a user's torchrun started: what is done once is done there."""
-    return not _is_torchruns_worker() or os.environ["RANK"] == "0"
-
-
-def _is_torchruns_worker() -> bool:
-    # RANK alone is set by batch systems too.
-    return "TORCHELASTIC_RUN_ID" in os.environ

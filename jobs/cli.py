@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from cluster.environment import is_first_process
 from erann_dist.errors import Stopped, UsageError, UserError, in_one_line, without_credentials
 from erann_dist.versions import check_torchaudio, program_versions
 from jobs import cluster_commands, shard_commands, submit_commands
@@ -46,8 +47,13 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+# Commands that load PyTorch, which takes seconds, before they can say anything else.
+_LOAD_PYTORCH = {"pretrain", "preflight", "finetune", "study", "pipeline", "evaluate", "tag", "demo"}
+
+
 @app.callback()
 def every_command(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -56,6 +62,8 @@ def every_command(
     ] = False,
 ) -> None:
     check_torchaudio()
+    if context.invoked_subcommand in _LOAD_PYTORCH and not {"-h", "--help"} & set(sys.argv) and is_first_process():
+        console.print(f"{context.invoked_subcommand}: loading", style="dim")
 
 
 @app.command(
@@ -81,7 +89,6 @@ def pretrain(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    from cluster.launch import is_first_process
     from erann_dist.recipe import load_recipe
     from jobs.pretrain import pretrain as run
     from jobs.recipes import find_recipe
@@ -276,7 +283,6 @@ def evaluate(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
     as_json: Json = False,
 ) -> None:
-    from cluster.launch import is_first_process
     from erann_dist.model_folder import find_model
     from erann_dist.recipe import DataSource
     from jobs.evaluate import evaluate as run
@@ -316,7 +322,6 @@ def tag(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    from cluster.launch import is_first_process
     from jobs import evaluate as jobs
 
     sets = [sound for sound in sounds if "://" in sound or Path(sound).is_dir()]

@@ -30,6 +30,7 @@ from erann_dist.events import Event, Incident, Started
 from erann_dist.folder import open_folder
 from erann_dist.recipe import Recipe, RunSection, parse_recipe
 from jobs.pretrain import check_run, is_finished, outcome, pretrain
+from jobs.progress import console
 
 _ATTEMPTS = 3  # of a run whose process is lost, or that fails by a fault of the program or the machine
 _POLL_S = 1.0
@@ -174,7 +175,7 @@ def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[
     if runs[0].launcher == "none":
         yield None, _Room(free=lambda run: 0, most=lambda run: 0)  # none beside another
         return
-    from cluster.embedded import ray_cluster  # before Ray, whose environment it sets
+    from cluster.embedded import opening, ray_cluster  # before Ray, whose environment it sets
 
     # isort: split
     import ray
@@ -184,6 +185,7 @@ def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[
     def bundle(run: RunSection) -> dict[str, float]:
         return bundle_of(run.device, run.min_workers)
 
+    console.print(opening(address), markup=False)
     with ray_cluster(address, max(run.max_workers for run in runs)):
         found = address or os.environ.get("RAY_ADDRESS") or ray.get_runtime_context().gcs_address
         yield found, _Room(lambda run: free_room(bundle(run)), lambda run: all_room(bundle(run)))

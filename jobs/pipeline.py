@@ -130,6 +130,7 @@ def _cluster(plan: Plan, address: str | None) -> Any:
     workers = [run.max_workers for run in runs if run.launcher == "ray"]
     if not workers:
         return nullcontext()
-    from cluster.embedded import ray_cluster
+    from cluster.embedded import opening, ray_cluster
 
+    console.print(opening(address), markup=False)
     return ray_cluster(address, max(workers))

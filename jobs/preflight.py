@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cluster.embedded import ray_cluster  # before Ray, whose environment it sets
+from cluster.embedded import opening, ray_cluster  # before Ray, whose environment it sets
 
 # isort: split
 from ray.exceptions import RayError
@@ -36,6 +36,7 @@ from erann_dist.recipe import Recipe
 from erann_dist.schedule import Draws, micro_batches_per_rank
 from erann_dist.words import count
 from jobs.pretrain import check_run, is_finished
+from jobs.progress import console
 from jobs.simulation import Simulation
 from jobs.trial import Trial, take_steps
 from jobs.verdicts import (
@@ -86,6 +87,7 @@ def preflight(recipe: Recipe, address: str | None, tell: Callable[[Verdict], Non
     if recipe.run.launcher != "ray":
         raise UsageError(f"run.launcher is {recipe.run.launcher}; preflight checks Ray clusters: run.launcher=ray")
     began = time.monotonic()
+    console.print(opening(address), markup=False)
     try:
         # Ray writes of lost nodes to stdout, where only the verdicts belong.
         with redirect_stdout(sys.stderr), ray_cluster(address, recipe.run.min_workers):

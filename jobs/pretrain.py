@@ -5,7 +5,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from cluster.launch import is_first_process, launch
+from cluster.environment import is_first_process
+from cluster.launch import launch
 from erann_dist import checkpoint, run_log, strict_yaml, watchdog
 from erann_dist.checkpoint import Superseded
 from erann_dist.clock import steady_time
@@ -45,7 +46,7 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
         on_event(Phase(0, f"{run}: is finished already, this is its result"))
     if problem or not finished:
         incident = f"{problem}; the results are made again from the last checkpoint" if problem else None
-        with _prepared(recipe, run) if is_first_process() else nullcontext(), _end_is_logged(run):
+        with _prepared(recipe, run, on_event) if is_first_process() else nullcontext(), _end_is_logged(run):
             launch(
                 train_worker,
                 {"recipe": recipe.model_dump(mode="json"), "incident": incident},
@@ -82,8 +83,9 @@ def _results_problem(run: Folder) -> str | None:
 
 
 @contextmanager
-def _prepared(recipe: Recipe, run: Folder) -> Iterator[None]:
+def _prepared(recipe: Recipe, run: Folder, on_event: Emit) -> Iterator[None]:
     """The run's folder, with its recipe, held for this command."""
+    on_event(Phase(0, "reading the manifests of the shard sets"))
     load_train_and_eval(recipe.data)  # what is wrong shows here, before a cluster is started or a folder made
     with only_one(run):
         settings = recipe.model_dump(mode="json", exclude_none=True)
