@@ -209,15 +209,18 @@ def _ready_to_fork() -> None:
 def _start(recipe: Recipe, address: str | None) -> _Going:
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_train, args=(recipe.model_dump(mode="json"), address, theirs))
+    heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    process = context.Process(target=_train, args=(recipe.model_dump(mode="json"), address, theirs, heard))
     process.start()
     theirs.close()
     return _Going(recipe.run, process, ours)
 
 
-def _train(tree: dict[str, Any], address: str | None, pipe: Connection) -> None:
-    """A run's process: its events and its end go into the pipe."""
+def _train(tree: dict[str, Any], address: str | None, pipe: Connection, heard: list[int]) -> None:
+    """A run's process: its events and its end go into the pipe. heard: the signals that the command does not ignore."""
     end_with_parent()
+    for number in heard:  # which the process that this one was forked from does ignore
+        signal.signal(number, signal.SIG_DFL)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # only the command's result belongs there
     # To the end of this process: it is told to stop more than once, by the command and by what stops the command.
     with signals_as_notice(announces=False):

@@ -120,7 +120,7 @@ def test_stopped_and_run_again(
         assert checkpoint.step_of(checkpoint.committed(run)[-1]) == ended["step"]
     assert running.survivors(agents=how != signal.SIGKILL) == []
     if how != signal.SIGKILL:
-        assert list(temporary.iterdir()) == []
+        assert [path for path in temporary.rglob("*") if not path.is_dir()] == []  # torch makes a folder for its cache
     killed.append(running)
     assert "Traceback" not in running.text()
     assert not (place / "runs" / name / "model").exists()
