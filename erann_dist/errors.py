@@ -24,12 +24,16 @@ def without_credentials(text: str) -> str:
 def require_no_credentials(url: str) -> None:
     """Raise UsageError, which does not repeat them, when a URL contains credentials.
 
-    A bucket's name has neither @ nor a colon, unless it is the ARN of an access point.
+    A bucket's name has neither @ nor a colon, unless it is the ARN of an access point; keys may have them, and secret
+    keys a slash.
     """
     scheme, separator, rest = url.partition("://")
-    host = rest.partition("/")[0]
-    is_bucket = scheme == "s3" and not host.startswith("arn:")
-    if separator and ("@" in host or (is_bucket and ":" in host)):
+    bucket = rest.partition("/")[0]
+    if scheme == "s3":
+        found = "@" in bucket or (":" in bucket and not bucket.startswith("arn:"))
+    else:
+        found = bool(separator) and "@" in rest
+    if found:
         raise UsageError(
             f"{scheme}://***: credentials do not belong in a URL, which is logged; set AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or write them to ~/.aws/credentials"

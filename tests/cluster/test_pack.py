@@ -246,7 +246,7 @@ def test_killed_in_an_upload_of_many_parts(server: Server, killed: list[Running]
     pack = ["pack", "audioset", "--segments", segments, "--audio", audio, "--classes", classes, "--codec", "wav"]
     erann(tmp_path, *pack, "--out", "local")
     server.empty()
-    server.faults = lambda request: slow(5.0) if request.operation == "UploadPart" else None
+    server.faults = lambda request: slow(20.0) if request.operation == "UploadPart" else None
     out = ["--out", f"{server.bucket_url}/parts", "--endpoint", server.endpoint]
     running = Running(tmp_path, *pack, *out)
     deadline = time.monotonic() + 120

@@ -245,7 +245,7 @@ def test_no_room_and_no_shards(place: Path, nodes: Nodes) -> None:
     assert states(result, "failed") == ["nodes", "shards"]
     (room,) = result["nodes"]["problems"]
     assert room["text"] == (
-        "4 workers with 1 CPU each asked for, but there is room for 2: the cluster has 3 nodes with 2 CPUs"
+        "4 workers with 1 CPU each requested, but there is room for 2: the cluster has 3 nodes with 2 CPUs"
     )
     (shards,) = result["shards"]["problems"]
     assert shards["text"].endswith(

@@ -481,7 +481,7 @@ def test_no_output_repeats_a_secret(place: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "small.yaml"
     tree = small_recipe(Path("x"), tmp_path / "x").model_dump(mode="json", exclude_none=True, exclude={"data", "run"})
     recipe.write_text(yaml.safe_dump(tree))
-    of_run = ["run.launcher=none", "run.engine=torch", "data.crop_s=1"]
+    of_run = ["run.launcher=none", "run.engine=torch", "data.crop_s=1", "data.allow_overlap=true"]
     with s3_server() as server, pytest.MonkeyPatch.context() as patch:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             patch.delenv(name)

@@ -36,7 +36,8 @@ def place(tone_shards: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("launcher", ["none", "ray"])
 def test_it_trains(place: Path, launcher: str) -> None:
-    keys = ["data.train=shards", "data.eval=shards", "data.crop_s=1", "run.workers=1", f"run.launcher={launcher}"]
+    keys = ["data.train=shards", "data.eval=shards", "data.allow_overlap=true", "data.crop_s=1"]
+    keys += ["run.workers=1", f"run.launcher={launcher}"]
     keys += ["optim.global_batch=8", "optim.micro_batch=4", "optim.small_micro_batch=true", "optim.examples=16"]
     (place / "tiny.yaml").write_text("model: {variant: ERANN-3-1}\n")
     environment = {
