@@ -38,6 +38,10 @@ def run(*command: object, cwd: Path | None = None, timeout: float = SECONDS, **o
     return text
 
 
+# Of a container: podman's own limits may be above those that this machine has.
+RUN = ("run", "--runtime", "runc", "--ulimit", "host", "--cap-drop", "all", "--shm-size", "2g")
+
+
 def podman(*arguments: object, **options: Any) -> str:
     return run("podman", *arguments, **options)
 
@@ -92,9 +96,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_image(image: str, place: Path, *command: object, options: tuple[object, ...] = ()) -> str:
     """A command in a container of its own: user 1000, no capabilities, no network."""
-    closed = ("--network", "none", "--cap-drop", "all", "--security-opt", "no-new-privileges")
-    volume = ("--volume", f"{place}:/data", "--workdir", "/data", "--shm-size", "2g")
-    return podman("run", "--rm", "--runtime", "runc", *closed, *volume, *options, image, *command, timeout=3600)
+    closed = ("--network", "none", "--security-opt", "no-new-privileges")
+    volume = ("--volume", f"{place}:/data", "--workdir", "/data")
+    return podman(*RUN, "--rm", *closed, *volume, *options, image, *command, timeout=3600)
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +125,8 @@ class Pods:
         name = f"{NAME}-{name}"
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "60"}
         podman(
-            *("run", "--detach", "--runtime", "runc", "--name", name, "--network", NAME, "--shm-size", "2g"),
-            *("--cap-drop", "all", "--volume", f"{self.place}:/data", "--workdir", "/data", "--stop-timeout", "90"),
+            *(*RUN, "--detach", "--name", name, "--network", NAME),
+            *("--volume", f"{self.place}:/data", "--workdir", "/data", "--stop-timeout", "90"),
             *(word for pair in environment.items() for word in ("--env", "=".join(pair))),
             *(("--network-alias", alias) if alias else ()),
             *(self.image, "bash", "-lc", " ".join(["export PATH=/opt/erann/bin:$PATH; exec ray start", *ray_start])),
@@ -159,7 +163,7 @@ class Pods:
         keys = [f"run.name={run_name}", "run.workers=2", "run.device=cpu", "checkpoint.every=12", "optim.examples=1600"]
         return subprocess.Popen(
             [
-                *("podman", "run", "--rm", "--runtime", "runc", "--network", NAME, "--cap-drop", "all"),
+                *("podman", *RUN, "--rm", "--network", NAME),
                 *("--env", "RAY_AUTH_MODE=token", "--env", f"RAY_AUTH_TOKEN={TOKEN}", self.image),
                 *("erann", "submit", "pretrain", "demo.yaml", *places, *keys, "--address", "http://head:8265"),
             ],
