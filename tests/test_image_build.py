@@ -6,6 +6,7 @@ replaced by a Debian root, which is made here and whose Python is newer.
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import time
@@ -38,8 +39,10 @@ def run(*command: object, cwd: Path | None = None, timeout: float = SECONDS, **o
     return text
 
 
-# Of a container: podman's own limits may be above those that this machine has.
-RUN = ("run", "--runtime", "runc", "--ulimit", "host", "--cap-drop", "all", "--shm-size", "2g")
+# Of a container. Podman's own limits may be above those of this machine, which it then can't set.
+LIMITS = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
+ULIMITS = [f"--ulimit={name}={':'.join(map(str, resource.getrlimit(kind)))}" for name, kind in LIMITS.items()]
+RUN = ("run", "--runtime", "runc", *ULIMITS, "--cap-drop", "all", "--shm-size", "2g")
 
 
 def podman(*arguments: object, **options: Any) -> str:
