@@ -39,7 +39,8 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.environment import WORKER_ENVIRONMENT
-from cluster.launch import is_first_process, launch
+from cluster.environment import is_first_process
+from cluster.launch import launch
 from erann_dist import augment, loader
 from erann_dist.augment import clip_positions, draw_choices, make_inputs
 from erann_dist.batchnorm import RunningStatistics
