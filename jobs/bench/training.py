@@ -38,8 +38,7 @@ from torch._C._distributed_c10d import FileStore
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.environment import WORKER_ENVIRONMENT
-from cluster.environment import is_first_process
+from cluster.environment import WORKER_ENVIRONMENT, is_first_process
 from cluster.launch import launch
 from erann_dist import augment, loader
 from erann_dist.augment import clip_positions, draw_choices, make_inputs
