@@ -20,7 +20,8 @@ def meeting_on_loopback() -> Iterator[None]:
     Raises UserError when there is no loopback interface.
     """
     unset = [name for name in _INTERFACES if name not in os.environ]
-    if unset and not (psutil.net_if_stats().get("lo") and psutil.net_if_addrs().get("lo")):
+    loopback = psutil.net_if_stats().get("lo")
+    if unset and not (loopback and loopback.isup):
         raise UserError(
             "workers on one machine communicate over its loopback interface, and lo is down: ip link set lo up, or "
             f"name another interface in {' and '.join(unset)}"

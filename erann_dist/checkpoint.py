@@ -280,7 +280,7 @@ def record(start: Start, name: str, metrics: dict[str, float]) -> None:
 
 
 def best(run: Folder, names: list[str]) -> tuple[list[str], list[str]]:
-    """Those that were evaluated, best first, of equals the earlier one; and what is wrong with records, a line each."""
+    """Those that were evaluated, best first, of equals the earlier one; and damaged evaluations, a line each."""
     scores, problems = {}, []
     for name in names:
         try:
@@ -298,7 +298,7 @@ def best(run: Folder, names: list[str]) -> tuple[list[str], list[str]]:
 def delete_others(start: Start, newest: str, due: Callable[[int], bool], keep_last: int, keep_best: int) -> list[str]:
     """Delete all but the newest checkpoint, the last `keep_last` of regular ones up to it, and the best `keep_best`.
 
-    What is wrong with the records by which the best are told, a line each. Raises Superseded.
+    Returns what is wrong with the evaluations that rank them, a line each. Raises Superseded.
     """
     start.require_last()  # a later start may be reading what would be deleted
     run, found = start.run, _found(start.run)

@@ -90,11 +90,8 @@ def score(
     crops = [loader.whole_clips(manifest, rows, length) for length, rows in mine]
     total = sum(len(rows) for _, rows in mine)
     with closing(loader.load(manifest, crops, threads=loader_threads, slow=slow)) as loaded:
-        scores = _scores(model, manifest.info.task, len(manifest), loaded, total, workers, progress)
-    if scores is None:
-        return None
-    require_finite(scores, manifest.keys, "the model")
-    return Predictions(scores, manifest.targets(np.arange(len(manifest))))
+        scores = _scores(model, manifest.info.task, manifest.keys, loaded, total, workers, progress)
+    return None if scores is None else Predictions(scores, manifest.targets(np.arange(len(manifest))))
 
 
 def score_stream(
@@ -117,23 +114,23 @@ def score_stream(
         closing(stream_clips(manifest, workers.rank, workers.world_size)) as clips,
         closing(decode_clips(manifest, clips, threads, MICRO_BATCH, pad_samples)) as batches,
     ):
-        scores = _scores(model, task, len(manifest), batches, total, workers, progress)
-    if scores is not None:
-        require_finite(scores, manifest.keys, "the model")
-    return scores
+        return _scores(model, task, manifest.keys, batches, total, workers, progress)
 
 
 @torch.inference_mode()
 def _scores(
     model: ERANN,
     task: Task,
-    clips: int,
+    keys: pa.ChunkedArray,
     batches: Iterable[loader.Batch],
     total: int,
     workers: Workers,
     progress: Callable[[int, int], None],
 ) -> npt.NDArray[np.float32] | None:
-    """On the first worker the scores of all clips, by row. `batches` hold this worker's share, `total` clips."""
+    """On the first worker the scores of all clips, by row. `batches` hold this worker's share, `total` clips.
+
+    keys: of all clips. Raises NotFinite.
+    """
     was_training = model.training
     model.eval()
     log_mel = LogMel().to(workers.device)
@@ -146,14 +143,15 @@ def _scores(
         end = done + len(probabilities)
         rows[done:end], scores[done:end] = batch.crops.rows, probabilities.cpu().numpy()
         done = end
-        progress(done * clips // total, clips)
+        progress(done * len(keys) // total, len(keys))
     model.train(was_training)
     parts = workers.gather((rows, scores))
     if not workers.is_first:
         return None
-    all_scores = np.full((clips, model.num_classes), np.nan, np.float32)
+    all_scores = np.full((len(keys), model.num_classes), np.nan, np.float32)
     for part_rows, part_scores in parts:
         all_scores[part_rows] = part_scores
+    require_finite(all_scores, keys, "the model")
     return all_scores
 
 

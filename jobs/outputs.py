@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from erann_dist.errors import UsageError, UserError
@@ -23,37 +23,40 @@ def check_output(file: Path) -> None:
 
 
 @contextmanager
-def exclusive(lock: Path, busy: str, *, keep: bool = False) -> Iterator[None]:
-    """Hold a lock, a file that is made for it, for this command. Raises UserError `busy` when another one has it.
+def exclusive(place: Path, busy: str) -> Iterator[None]:
+    """Hold a folder, or a file that is made for it, for this command. Raises UserError `busy` when another one has it.
 
-    keep: whether the file stays afterwards. On a file system without locks nothing is held.
+    On a file system without locks nothing is held.
     """
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(file.fileno()).st_nlink:  # its holder has just ended, and removed it
-                raise BlockingIOError
-        except BlockingIOError as error:
-            raise UserError(busy) from error
-        except OSError:
-            pass  # a file system without locks
-        try:
-            yield
-        finally:
-            if not keep:
-                lock.unlink(missing_ok=True)
+    how = os.O_RDONLY if place.is_dir() else os.O_WRONLY | os.O_CREAT
+    descriptor = os.open(place, how | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(busy) from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def packing_into(folder: Folder) -> Iterator[None]:
-    """Hold a folder on a disk for packing. In S3, two that pack the same rows write the same bytes.
+    """Hold a folder on a disk for packing. In S3, two commands that pack the same rows write the same bytes.
 
-    The lock lies beside the folder, in which only a shard set's own files may be. Raises UserError.
+    The folder is made for it, and removed when it is empty at the end. Raises UserError.
     """
     if not isinstance(folder, LocalFolder):
         yield
         return
-    path = Path(folder.url).absolute()
-    with exclusive(path.with_name(f".{path.name}.packing"), f"{folder}: is being packed by another process"):
-        yield
+    path = Path(folder.url)
+    path.mkdir(parents=True, exist_ok=True)
+    with exclusive(path, f"{folder}: is being packed by another process"):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # something is in it
+                path.rmdir()

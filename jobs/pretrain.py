@@ -106,7 +106,8 @@ def only_one(run: Folder) -> Iterator[None]:
     if not isinstance(run, LocalFolder):
         yield
         return
-    with exclusive(Path(run.url, ".lock"), f"{run}: is being trained by another process; stop that first", keep=True):
+    Path(run.url).mkdir(parents=True, exist_ok=True)
+    with exclusive(Path(run.url, ".lock"), f"{run}: is being trained by another process; stop that first"):
         yield
 
 

@@ -292,14 +292,13 @@ def test_more_workers_than_micro_batches_are_refused(tone_shards: Path, tmp_path
 
 def test_an_evaluation_that_is_not_finite(tone_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the way it is an incident, for a running statistic may recover; at the end there is no model to write."""
-    real = evaluation._scores
+    real = evaluation.require_finite
 
-    def with_nan(*arguments: Any) -> Any:
-        scores = real(*arguments)
+    def with_nan(scores: Any, *others: Any) -> None:
         scores[5] = np.nan
-        return scores
+        real(scores, *others)
 
-    monkeypatch.setattr(evaluation, "_scores", with_nan)
+    monkeypatch.setattr(evaluation, "require_finite", with_nan)
     recipe = small_recipe(tone_shards, tmp_path / "run", evaluate={"every": 2})
     events: list[Event] = []
     message = "the scores of 1 of 40 clips are not finite"
