@@ -24,7 +24,7 @@ import ray
 from ray._private import ray_constants, services  # private: tests/test_private_names.py fails when they move
 
 from cluster.environment import WORKER_ENVIRONMENT
-from cluster.notice import notice_kept
+from cluster.stop_request import notice_kept
 from erann_dist.environment import usable_cpus
 from erann_dist.errors import UsageError, UserError
 

@@ -7,8 +7,8 @@ where the command runs; Ray hands them on every 10 s.
 from dataclasses import asdict
 
 from erann_dist.clock import steady_time
-from erann_dist.events import Emit, Evaluated, Event, Incident, Started, Step
-from erann_dist.run_log import CommandGoodput
+from erann_dist.log.events import Emit, Evaluated, Event, Incident, Started, Step
+from erann_dist.log.run_log import CommandGoodput
 
 _STEP = {
     "step": "Steps done.",

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.environment import is_first_process, is_torchruns_worker, meeting_on_loopback
-from cluster.notice import no_notice, signals_as_notice
-from erann_dist.distributed import Workers, pick_device, single_worker
+from cluster.stop_request import no_notice, signals_as_notice
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import UsageError
-from erann_dist.events import Emit
+from erann_dist.log.events import Emit
+from erann_dist.train.distributed import Workers, pick_device, single_worker
 
 # Called on every worker with the configuration. The first worker's events reach the caller of `launch`.
 WorkerFunction = Callable[[dict[str, Any], Workers, Emit], None]

@@ -38,14 +38,14 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch._C._distributed_c10d import FileStore
 
-from cluster.board import Place, Watch, open_board
+from cluster.capacity import Bundle, bundle_of, room_for, wait_for_room
+from cluster.event_bus import Place, Watch, open_board
 from cluster.gauges import with_gauges
-from cluster.notice import Notice, first_of, no_notice, signals_as_notice
-from cluster.room import Bundle, bundle_of, room_for, wait_for_room
+from cluster.stop_request import Notice, first_of, no_notice, signals_as_notice
 from erann_dist.clock import set_time, steady_time
-from erann_dist.distributed import Workers
 from erann_dist.errors import Stopped, Unavailable, UserError
-from erann_dist.events import Emit, Event, Incident, Phase
+from erann_dist.log.events import Emit, Event, Incident, Phase
+from erann_dist.train.distributed import Workers
 from erann_dist.words import count
 
 _ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"

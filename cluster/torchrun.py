@@ -32,12 +32,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cluster.environment import WORKER_ENVIRONMENT, meeting_on_loopback
-from cluster.notice import STOPPING, announce_saving, exit_as, no_notice, signals_as_notice
+from cluster.stop_request import STOPPING, announce_saving, exit_as, no_notice, signals_as_notice
 from erann_dist.clock import Anchor, anchor, follow, steady_time
-from erann_dist.distributed import Workers, pick_device, process_group_backend
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import Stopped, UserError
-from erann_dist.events import Emit, Phase
+from erann_dist.log.events import Emit, Phase
+from erann_dist.train.distributed import Workers, pick_device, process_group_backend
 from erann_dist.words import count
 
 _BLAME_S = 3.0  # in which a lost worker is missed; the others may have met a broken connection before that

@@ -23,11 +23,13 @@ from pydantic import (
     model_validator,
 )
 
-from erann_dist import SAMPLE_RATE, strict_json, strict_yaml
-from erann_dist.cache import CacheForm
+from erann_dist import SAMPLE_RATE
 from erann_dist.errors import UsageError, require_no_credentials
-from erann_dist.features import PAD_SAMPLES
-from erann_dist.model import Initialisation, Variant
+from erann_dist.formats import strict_json, strict_yaml
+from erann_dist.models.erann import Initialisation, Variant
+from erann_dist.models.log_mel import PAD_SAMPLES
+
+CacheForm = Literal["flac", "pcm"]  # as the clip is in its tar; or decoded, which is twice the size
 
 
 class Section(BaseModel):

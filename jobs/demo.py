@@ -5,16 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from cluster.embedded import opening, ray_cluster
+from erann_dist.data.manifest import REPORT
 from erann_dist.errors import UserError
-from erann_dist.folder import open_folder
-from erann_dist.manifest import REPORT
 from erann_dist.recipe import load_recipe, setting
-from jobs.evaluate import tag
-from jobs.pack import pack
-from jobs.pretrain import pretrain
-from jobs.progress import RunView, bar, console
+from erann_dist.storage.folder import open_folder
 from jobs.recipes import find_recipe
-from jobs.shard_sets import verify
+from jobs.shard_sets.maintenance import verify
+from jobs.shard_sets.pack import pack
+from jobs.terminal.progress import RunView, bar, console
+from jobs.training.evaluate import tag
+from jobs.training.pretrain import pretrain
 from shards.clip import Packing
 from shards.sources.audioset import read_audioset
 from shards.synthetic import SyntheticAudioSet, write_synthetic_audioset

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from erann_dist.errors import UsageError, UserError
-from erann_dist.folder import Folder, LocalFolder
+from erann_dist.storage.folder import Folder, LocalFolder
 
 
 def check_output(file: Path) -> None:

@@ -7,22 +7,22 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from cluster.notice import signals_as_notice
-from erann_dist.data import load_train_and_eval
+from cluster.stop_request import signals_as_notice
+from erann_dist.data.sources import load_train_and_eval
 from erann_dist.errors import UsageError
-from erann_dist.folder import open_folder
-from erann_dist.model_folder import ModelInfo, require_beginning
 from erann_dist.recipe import PathText, Place, Recipe, Section, check, load_recipe, read_tree, setting
-from jobs.finetune import check_folds, finetune
-from jobs.fleet import check_runs
-from jobs.mark import Mark, require_own
-from jobs.pretrain import pretrain
-from jobs.progress import FleetView, RunView, console, note
-from jobs.protocol import CrossValidation, load_cross_validation, untrained
+from erann_dist.storage.folder import open_folder
+from erann_dist.train.model_folder import ModelInfo, require_beginning
 from jobs.recipes import find_recipe
 from jobs.report.reading import read
 from jobs.report.report import REPORT
 from jobs.report.report_page import report_page
+from jobs.terminal.progress import FleetView, RunView, console, note
+from jobs.training.cross_validation import CrossValidation, load_cross_validation, untrained
+from jobs.training.finetune import check_folds, finetune
+from jobs.training.pretrain import pretrain
+from jobs.training.scheduler import check_runs
+from jobs.training.study_manifest import Mark, require_own
 
 
 class Stage(Section):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from erann_dist.audio import DecodeError, load
+from erann_dist.data.audio import DecodeError, load
 from erann_dist.errors import UsageError, UserError
 
 

@@ -21,12 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from erann_dist import strict_json, strict_parquet
-from erann_dist.audio import RESAMPLER
-from erann_dist.errors import UserError
-from erann_dist.folder import Folder
-from erann_dist.keyed import SHARD_DEAL, keyed_hash, permute
-from erann_dist.manifest import (
+from erann_dist.data.audio import RESAMPLER
+from erann_dist.data.manifest import (
     CLIP_SCHEMA,
     MANIFEST,
     REPORT_SCHEMA,
@@ -37,6 +33,10 @@ from erann_dist.manifest import (
     require_printable,
     write_shard_set_tables,
 )
+from erann_dist.data.permutations import SHARD_DEAL, keyed_hash, permute
+from erann_dist.errors import UserError
+from erann_dist.formats import strict_json, strict_parquet
+from erann_dist.storage.folder import Folder
 from erann_dist.words import count
 from shards.clip import Packing
 from shards.packer import RowsToPack, end_tar, pack_rows

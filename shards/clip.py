@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from erann_dist import SAMPLE_RATE
-from erann_dist.audio import Block, Codec, DecodeError, NoSamples, decode, encode, resample, to_pcm16
+from erann_dist.data.audio import Block, Codec, DecodeError, NoSamples, decode, encode, resample, to_pcm16
 from shards.sources.files import HDF5_SUFFIXES, open_pack
 from shards.sources.rows import SourceRow
 

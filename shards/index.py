@@ -11,11 +11,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from erann_dist import strict_json
-from erann_dist.audio import SUFFIXES, DecodeError, measure
-from erann_dist.errors import UserError
-from erann_dist.folder import Folder
-from erann_dist.manifest import (
+from erann_dist.data.audio import SUFFIXES, DecodeError, measure
+from erann_dist.data.manifest import (
     CLIP_SCHEMA,
     MANIFEST,
     MAX_LABELS,
@@ -27,6 +24,9 @@ from erann_dist.manifest import (
     require_printable,
     write_shard_set_tables,
 )
+from erann_dist.errors import UserError
+from erann_dist.formats import strict_json
+from erann_dist.storage.folder import Folder
 from shards.build import sha256
 from shards.sources.files import require_end
 from shards.sources.rows import safe_key

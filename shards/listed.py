@@ -7,8 +7,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist import SAMPLE_RATE
-from erann_dist.folder import LocalFolder
-from erann_dist.manifest import CLIP_SCHEMA, REPORT_SCHEMA, SHARD_SCHEMA, SetInfo, content_hash, write_shard_set_tables
+from erann_dist.data.manifest import (
+    CLIP_SCHEMA,
+    REPORT_SCHEMA,
+    SHARD_SCHEMA,
+    SetInfo,
+    content_hash,
+    write_shard_set_tables,
+)
+from erann_dist.storage.folder import LocalFolder
 from shards.sources.audioset import read_audioset
 
 CLIP_SECONDS = 10

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erann_dist import strict_json
+from erann_dist.data.manifest import MANIFEST, SHARDS, SetInfo, read_manifest, read_table
 from erann_dist.errors import UserError
-from erann_dist.folder import Folder
-from erann_dist.manifest import MANIFEST, SHARDS, SetInfo, read_manifest, read_table
+from erann_dist.formats import strict_json
+from erann_dist.storage.folder import Folder
 from shards.build import Plan, ShardTask, versions
 from shards.clip import Packing
 from shards.sources.rows import Source

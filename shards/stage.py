@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from erann_dist.data.manifest import MANIFEST, REPORT, SHARDS, content_hash, read_manifest, read_table
 from erann_dist.errors import UsageError, UserError
-from erann_dist.folder import Folder, LocalFolder
-from erann_dist.manifest import MANIFEST, REPORT, SHARDS, content_hash, read_manifest, read_table
+from erann_dist.storage.folder import Folder, LocalFolder
 from shards.build import sha256
 
 # Some are on their way while others are checked. They share the line, and S3 ends what comes at less than 1 MB/s each.

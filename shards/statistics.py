@@ -10,8 +10,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erann_dist.folder import Folder
-from erann_dist.manifest import REPORT, SHARDS, SetInfo, list_hash, read_manifest, read_table
+from erann_dist.data.manifest import REPORT, SHARDS, SetInfo, list_hash, read_manifest, read_table
+from erann_dist.storage.folder import Folder
 from shards.sources import esc50, ravdess, urbansound8k
 
 EXAMPLES = 16_000_000  # the AudioSet recipe's

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erann_dist import strict_json
-from erann_dist.audio import DecodeError, measure
+from erann_dist.data.audio import DecodeError, measure
+from erann_dist.data.manifest import MANIFEST, SHARDS, SetInfo, content_hash, read_manifest, read_table
 from erann_dist.environment import usable_cpus
 from erann_dist.errors import UserError
-from erann_dist.folder import Folder
-from erann_dist.manifest import MANIFEST, SHARDS, SetInfo, content_hash, read_manifest, read_table
+from erann_dist.formats import strict_json
+from erann_dist.storage.folder import Folder
 
 _MAX_TEXT_BYTES = 1_000_000  # of a clip's labels
 

@@ -35,8 +35,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from erann_dist.folder import LocalFolder
 from erann_dist.recipe import Recipe
+from erann_dist.storage.folder import LocalFolder
 from shards import build
 from shards.clip import Packing
 from shards.sources.audioset import read_audioset
@@ -44,7 +44,7 @@ from shards.sources.rows import Source
 
 # What worker processes are forked with. torch imports Dynamo when the first optimizer is made, and DeepSpeed its own
 # optimizers, which takes each process 3 s; with a GPU, what else they do then is left to the workers.
-PRELOAD = ["tests.workers", "jobs.fleet", "deepspeed"]
+PRELOAD = ["tests.support.workers", "jobs.training.scheduler", "deepspeed"]
 if "ERANN_TEST_GPU" not in os.environ:
     PRELOAD += ["torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"]
 

@@ -27,29 +27,33 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from erann_dist import checkpoint, evaluation, model_folder, run_log, shared_clips, strict_yaml
-from erann_dist.data import count_reported, load_source
+from erann_dist.data import shared_clips
+from erann_dist.data.manifest import MANIFEST, REPORT, SHARDS, load_manifest
+from erann_dist.data.sources import count_reported, load_source
 from erann_dist.errors import UserError
-from erann_dist.evaluation import Predictions
-from erann_dist.events import CheckpointSaved, Ended, Evaluated, Finished, Incident
-from erann_dist.folder import LocalFolder
-from erann_dist.manifest import MANIFEST, REPORT, SHARDS, load_manifest
-from erann_dist.model import ERANN
+from erann_dist.formats import strict_yaml
+from erann_dist.log import run_log
+from erann_dist.log.events import CheckpointSaved, Ended, Evaluated, Finished, Incident
+from erann_dist.log.run_log import RunLog, read_log
+from erann_dist.models.erann import ERANN
 from erann_dist.recipe import DataSource, check, load_recipe, read_tree
-from erann_dist.run_log import RunLog, read_log
-from jobs import finetune, pretrain, protocol, study
-from jobs.mark import MARK, Mark, require_own, require_unchanged, write_mark
-from jobs.pack import summary
+from erann_dist.storage.folder import LocalFolder
+from erann_dist.train import checkpoint, evaluation, model_folder
+from erann_dist.train.evaluation import Predictions
+from jobs.html import page
 from jobs.pipeline import Pipeline
-from jobs.report import page, run_part, study_part
+from jobs.report import run_part, study_part
 from jobs.report.reading import Study, read
 from jobs.report.report_page import report_page
-from jobs.report.stats_page import html_page
-from jobs.results import RESULTS
-from jobs.runs import list_runs, show_run
-from jobs.runs_page import run_page, runs_page
-from jobs.show import show
-from jobs.stats import stats_page
+from jobs.runs.page import run_page, runs_page
+from jobs.runs.summary import list_runs, show_run
+from jobs.shard_sets.pack import summary
+from jobs.shard_sets.stats import stats_page
+from jobs.shard_sets.stats_page import html_page
+from jobs.terminal.show import show
+from jobs.training import cross_validation, finetune, pretrain, study
+from jobs.training.results import RESULTS
+from jobs.training.study_manifest import MARK, Mark, require_own, require_unchanged, write_mark
 from shards import build, index
 from shards.clip import Packing
 from shards.repair import repair_tasks, why_different
@@ -58,8 +62,8 @@ from shards.stage import staging
 from shards.statistics import statistics
 from shards.verify import verify
 from tests.conftest import small_recipe
-from tests.folded import write_folded_set, write_protocol
-from tests.run_logs import started, step, write_log
+from tests.support.folded import write_folded_set, write_protocol
+from tests.support.run_logs import started, step, write_log
 
 DEFAULT, MANY = 5, 45  # forgeries of each file
 EXECUTION = {"os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class"}
@@ -312,12 +316,12 @@ def write_run(folder: Path, clips: Any) -> None:
 
 def write_study(root: Path, shards: Path, clips: Any) -> None:
     """A cross-validation whose folds are copies of the run, and a table of runs."""
-    validation = protocol.load_cross_validation(write_protocol(root / "t.yaml", shards), [], None)
+    validation = cross_validation.load_cross_validation(write_protocol(root / "t.yaml", shards), [], None)
     for fold in validation.recipes:
         shutil.copytree(root / "runs/one", root / f"runs/t/fold-{fold}")
     folder = validation.folder
     write_mark(folder, Mark("folds", "tones", {"protocol.shards": clips.info.content_hash}))
-    folder.write(RESULTS, json.dumps(protocol.results(validation, {3: "burned"})).encode())
+    folder.write(RESULTS, json.dumps(cross_validation.results(validation, {3: "burned"})).encode())
     table = LocalFolder(str(root / "runs/grid"))
     cells = {"run": "a", "variant": "ERANN-3-1", "params_M": 1.0, "GMACs": 2.0, "clips_per_s_1": 3.0, "accuracy": 0.5}
     rows = [{**cells, "paper": None, "comparable": True, "runs": ["one"]}]
@@ -357,7 +361,7 @@ def read_set(world: World) -> list[Callable[[], object]]:
         training,
         mapped,
         lambda: count_reported(DataSource(url=url, fold=[1])),
-        lambda: protocol.load_cross_validation(world.root / "t.yaml", [], None),
+        lambda: cross_validation.load_cross_validation(world.root / "t.yaml", [], None),
         lambda: list(verify(folder, quick=True)),
         lambda: list(verify(folder)),
         shown,
@@ -408,7 +412,7 @@ def read_run(world: World) -> list[Callable[[], object]]:
         lambda: page.svg is real_svg and show_run(runs, "one", None, world.root / "curves.png"),
         resumed,
         logged,
-        lambda: protocol._fold(1, {"accuracy": 0.5, "clips": 3}, read_log(run)),
+        lambda: cross_validation._fold(1, {"accuracy": 0.5, "clips": 3}, read_log(run)),
         lambda: pretrain.check_run(recipe, run, "auto"),
         lambda: pretrain.outcome(run),
         lambda: pretrain._device(recipe, run),
@@ -457,7 +461,7 @@ def read_recipes(world: World) -> list[Callable[[], object]]:
 
     return [
         lambda: load_recipe(world.root / "recipe.yaml", ["run.seed=1", "data.train.0.fold=[1]"]).hash(),
-        lambda: protocol.read_design(world.root / "t.yaml", ["optim.examples=64"], None),
+        lambda: cross_validation.read_design(world.root / "t.yaml", ["optim.examples=64"], None),
         pipeline,
     ]
 

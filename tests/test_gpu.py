@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from erann_dist.augment import draw_choices
-from erann_dist.events import Event, Started
-from erann_dist.features import LogMel
-from erann_dist.feed import Fed, feed
-from erann_dist.model import ERANN
+from erann_dist.log.events import Event, Started
+from erann_dist.models.erann import ERANN
+from erann_dist.models.log_mel import LogMel
 from erann_dist.recipe import AugmentSection, Recipe
+from erann_dist.train.augment import draw_choices
+from erann_dist.train.prefetch import Fed, feed
 from tests.conftest import small_recipe
-from tests.workers import losses, of_kind, run_workers, train_alone, train_events
+from tests.support.workers import losses, of_kind, run_workers, train_alone, train_events
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: make test-gpu")
 

@@ -18,16 +18,16 @@ ROOT = Path(__file__).parents[1]
 PRIVATE = {
     "torch": {
         "torch._C._distributed_c10d:FileStore": "cluster/torchrun.py",
-        "torch._C._distributed_c10d:HashStore": "erann_dist/distributed.py",
-        "torch._C._distributed_c10d:Store": "erann_dist/distributed.py",
+        "torch._C._distributed_c10d:HashStore": "erann_dist/train/distributed.py",
+        "torch._C._distributed_c10d:Store": "erann_dist/train/distributed.py",
         "torch._C._distributed_c10d:TCPStore": "cluster/preflight/collectives.py",
-        "torch:_foreach_copy_": "erann_dist/batchnorm.py",
+        "torch:_foreach_copy_": "erann_dist/train/batchnorm.py",
     },
-    "s3fs": {"s3fs:S3FileSystem._call_s3": "erann_dist/s3.py"},
+    "s3fs": {"s3fs:S3FileSystem._call_s3": "erann_dist/storage/s3.py"},
     "deepspeed": {
-        "deepspeed.ops:__compatible_ops__": "erann_dist/engine.py",
+        "deepspeed.ops:__compatible_ops__": "erann_dist/train/engine.py",
         "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state": (
-            "erann_dist/engine.py"
+            "erann_dist/train/engine.py"
         ),
     },
     "ray": {
@@ -44,7 +44,7 @@ PRIVATE = {
     },
 }
 # Set on an instance, so that a class does not show it: a test that uses it fails when it is gone.
-ON_INSTANCES = {"_server_ray_version": "cluster/submit.py"}
+ON_INSTANCES = {"_server_ray_version": "cluster/submit/ray_jobs.py"}
 SOURCES = [path for name in ("erann_dist", "shards", "cluster", "jobs") for path in (ROOT / name).rglob("*.py")]
 
 

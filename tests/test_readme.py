@@ -10,9 +10,9 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from jobs.cli import app
-from jobs.submit import COMMANDS, check_command
-from tests.commands import erann
+from jobs.cli.__main__ import app
+from jobs.submission.submit import COMMANDS, check_command
+from tests.support.commands import erann
 
 ROOT = Path(__file__).parents[1]
 DATA = "data.train=s3://bucket/train data.eval=s3://bucket/eval run.dir=s3://bucket/runs"

@@ -19,21 +19,21 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from erann_dist import checkpoint, model_folder
-from erann_dist.data import load_source
+from erann_dist.data.clip_reader import ClipReader
+from erann_dist.data.manifest import MANIFEST, SHARDS, load_manifest
+from erann_dist.data.sources import load_source
+from erann_dist.data.streaming import stream_clips
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder, open_folder
-from erann_dist.manifest import MANIFEST, SHARDS, load_manifest
-from erann_dist.model import ERANN
+from erann_dist.models.erann import ERANN
 from erann_dist.recipe import DataSource
-from erann_dist.storage import ClipReader
-from erann_dist.streaming import stream_clips
-from jobs.progress import PlainConsole
+from erann_dist.storage.folder import LocalFolder, open_folder
+from erann_dist.train import checkpoint, model_folder
+from jobs.terminal.progress import PlainConsole
 from shards import index
 from shards.sources.folder import read_folder
 from tests.conftest import copy_tree, pack_here
-from tests.erann_dist.test_checkpoint import save
-from tests.erann_dist.test_data import rewrite
+from tests.erann_dist.data.test_sources import rewrite
+from tests.erann_dist.train.test_checkpoint import save
 from tests.shards.test_stage import run as stage
 from tests.shards.test_verify import change_table, problems
 from tests.test_layers import FILES, ROOT
@@ -304,7 +304,7 @@ def test_a_sparse_file_is_not_blown_up(tmp_path: Path) -> None:
     script = """
 import resource, sys
 from pathlib import Path
-from erann_dist.folder import LocalFolder
+from erann_dist.storage.folder import LocalFolder
 from shards import index
 from tests.shards.test_verify import change_table, problems
 shards = Path(sys.argv[1])
@@ -390,7 +390,7 @@ def test_the_command_shows_no_control_characters(tone_shards: Path, tmp_path: Pa
 
 
 def test_an_endpoints_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erann_dist.s3.ATTEMPTS", 1)
+    monkeypatch.setattr("erann_dist.storage.s3.ATTEMPTS", 1)
     for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b")):
         monkeypatch.setenv(name, value)
     for endpoint in ("user:pa55word@127.0.0.1:1", "http://user:pa55word@127.0.0.1:1", "http://user:pa55word@[:1"):

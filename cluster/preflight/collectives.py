@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
-from erann_dist.distributed import process_group_backend
 from erann_dist.errors import UserError
+from erann_dist.train.distributed import process_group_backend
 
 _ROUNDS = 5
 _CONNECT_S = 5.0

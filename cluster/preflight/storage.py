@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from erann_dist import loader
-from erann_dist.data import load_train_and_eval
+from erann_dist.data import loader
+from erann_dist.data.loader import Crops, random_crops
+from erann_dist.data.manifest import Manifest
+from erann_dist.data.sources import load_train_and_eval
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder, open_folder
-from erann_dist.loader import Crops, random_crops
-from erann_dist.manifest import Manifest
 from erann_dist.recipe import DataSection
-from erann_dist.storage import SlowReads
+from erann_dist.storage.folder import LocalFolder, open_folder
+from erann_dist.storage.slow_reads import SlowReads
 
 _BATCH = 16
 _ATTEMPTS = 3  # of a request to S3: whoever waits for a verdict is not as patient as a run
@@ -172,6 +172,6 @@ def cache_disk(folder: str) -> Disk:
 def _be_impatient(url: str) -> None:
     """For this process."""
     if url.startswith("s3://"):
-        from erann_dist import s3
+        from erann_dist.storage import s3
 
         s3.ATTEMPTS = s3.PATIENT_ATTEMPTS = _ATTEMPTS

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from erann_dist import SAMPLE_RATE
 from erann_dist.errors import UsageError
-from erann_dist.features import LogMel
-from erann_dist.model import ERANN
-from erann_dist.pitch import shift_pitch
+from erann_dist.models.erann import ERANN
+from erann_dist.models.log_mel import LogMel
+from erann_dist.models.pitch import shift_pitch
 from erann_dist.versions import import_torchaudio
-from jobs.progress import console
+from jobs.terminal.progress import console
 
 torchaudio = import_torchaudio()
 

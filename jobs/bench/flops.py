@@ -6,9 +6,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from erann_dist.distributed import pick_device
-from erann_dist.features import padded_frames
-from erann_dist.model import Variant, count_macs
+from erann_dist.models.erann import Variant, count_macs
+from erann_dist.models.log_mel import padded_frames
+from erann_dist.train.distributed import pick_device
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

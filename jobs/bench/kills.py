@@ -23,14 +23,14 @@ from cluster.embedded import ray_cluster  # noqa: F401 - before Ray, whose envir
 # isort: split
 from ray.cluster_utils import Cluster
 
+from erann_dist.data.manifest import load_manifest
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder
-from erann_dist.manifest import load_manifest
-from erann_dist.run_log import LOG, Line, read_log
-from jobs.progress import console
-from jobs.show import console as page
-from jobs.show import facts_page
+from erann_dist.log.run_log import LOG, Line, read_log
+from erann_dist.storage.folder import LocalFolder
+from jobs.terminal.progress import console
+from jobs.terminal.show import console as page
+from jobs.terminal.show import facts_page
 
 What = Literal["worker", "workers", "driver", "node"]
 
@@ -175,7 +175,7 @@ class _Run:
             },
         }
         recipe.write_text(yaml.safe_dump(tree))
-        self._command = [sys.executable, "-m", "jobs.cli", "pretrain", str(recipe)]
+        self._command = [sys.executable, "-m", "jobs.cli.__main__", "pretrain", str(recipe)]
         self._output = self._place / "output"
 
     def train(self, faults: list[Fault], rng: random.Random) -> list[Killed]:

@@ -30,16 +30,16 @@ import numpy.typing as npt
 import soundfile
 import torch
 
-from erann_dist.audio import clip_buffer
-from erann_dist.cache import ClipCache
+from erann_dist.data.audio import clip_buffer
+from erann_dist.data.cache import ClipCache
+from erann_dist.data.loader import Crops, load, random_crops
+from erann_dist.data.manifest import Manifest, concatenate, load_manifest
+from erann_dist.data.sampling import BalancedSampler, class_lists
 from erann_dist.environment import KEEP_MEMORY, end_with_parent, usable_cpus
 from erann_dist.errors import UsageError, UserError
-from erann_dist.folder import LocalFolder, open_folder
-from erann_dist.loader import Crops, load, random_crops
-from erann_dist.manifest import Manifest, concatenate, load_manifest
-from erann_dist.sampling import BalancedSampler, class_lists
-from erann_dist.storage import S3_REQUESTS
-from jobs.progress import console
+from erann_dist.storage.folder import LocalFolder, open_folder
+from erann_dist.storage.s3_ranges import S3_REQUESTS
+from jobs.terminal.progress import console
 
 _BATCH = 32
 _BLOCK = 512
@@ -264,7 +264,7 @@ def _launch_operations(until: Any) -> None:
 
 def _bare_client(task: Task, client: str) -> Iterator[int]:
     """Ranged reads of the same clips, as many at once as the loader's, nothing decoded."""
-    from erann_dist.s3_ranges import S3Object
+    from erann_dist.storage.s3_ranges import S3Object
 
     clips = task.clips()
     stop = threading.Event()
@@ -387,7 +387,7 @@ def _s3(shards: str, scratch: Path) -> Iterator[tuple[str, str] | None]:
     endpoint = f"http://127.0.0.1:{port}"
     try:
         import boto3  # type: ignore[import-untyped]
-        from botocore.config import Config  # type: ignore[import-untyped]
+        from botocore.config import Config
 
         retries = Config(retries={"total_max_attempts": 20, "mode": "standard"})
         boto3.client("s3", endpoint_url=endpoint, config=retries).create_bucket(Bucket="bench")

@@ -21,13 +21,13 @@ import pyarrow.compute as pc
 
 from cluster.embedded import ray_cluster
 from erann_dist import SAMPLE_RATE
-from erann_dist.audio import load, to_pcm16
+from erann_dist.data.audio import load, to_pcm16
+from erann_dist.data.manifest import load_manifest
 from erann_dist.environment import KEEP_MEMORY, usable_cpus
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder
-from erann_dist.manifest import load_manifest
-from jobs.pack import build_all
-from jobs.progress import console
+from erann_dist.storage.folder import LocalFolder
+from jobs.shard_sets.pack import build_all
+from jobs.terminal.progress import console
 from shards import build
 from shards.build import Plan
 from shards.clip import Packing

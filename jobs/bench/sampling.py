@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from erann_dist.data.sampling import BalancedSampler, Sampler, SequentialSampler, UniformSampler, class_lists
+from erann_dist.data.shared_clips import shared_clips
 from erann_dist.recipe import DataSource
-from erann_dist.sampling import BalancedSampler, Sampler, SequentialSampler, UniformSampler, class_lists
-from erann_dist.shared_clips import shared_clips
-from jobs.progress import console
+from jobs.terminal.progress import console
 from shards.listed import write_listed_set
 
 _BLOCK = 512

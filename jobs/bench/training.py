@@ -40,33 +40,34 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.environment import WORKER_ENVIRONMENT, is_first_process
 from cluster.launch import launch
-from erann_dist import augment, loader
-from erann_dist.augment import clip_positions, draw_choices, make_inputs
-from erann_dist.batchnorm import RunningStatistics
-from erann_dist.data import load_sources, load_train_and_eval
-from erann_dist.distributed import Workers, pick_device, process_group
-from erann_dist.engine import autocast
+from erann_dist.data import loader
+from erann_dist.data.clip_reader import ClipReader
+from erann_dist.data.loader import Batch, Crops
+from erann_dist.data.manifest import Manifest
+from erann_dist.data.sampling import BalancedSampler, SequentialSampler, UniformSampler
+from erann_dist.data.sources import load_sources, load_train_and_eval
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import UserError
-from erann_dist.events import Emit, Event, Step
-from erann_dist.features import LogMel, padded_frames
-from erann_dist.feed import Fed
-from erann_dist.loader import Batch, Crops
-from erann_dist.manifest import Manifest
-from erann_dist.model import ERANN, MEL_BINS, Variant
-from erann_dist.outcomes import Outcomes
+from erann_dist.log.events import Emit, Event, Step
+from erann_dist.log.run_log import RunLog
+from erann_dist.models.erann import ERANN, MEL_BINS, Variant
+from erann_dist.models.log_mel import LogMel, padded_frames
 from erann_dist.recipe import Recipe
-from erann_dist.run_log import RunLog
-from erann_dist.sampling import BalancedSampler, SequentialSampler, UniformSampler
-from erann_dist.schedule import micro_batches_per_rank
-from erann_dist.storage import ClipReader
-from erann_dist.training import example_losses, train
-from erann_dist.watchdog import Watchdog
+from erann_dist.train import augment
+from erann_dist.train.augment import clip_positions, draw_choices, make_inputs
+from erann_dist.train.batchnorm import RunningStatistics
+from erann_dist.train.distributed import Workers, pick_device, process_group
+from erann_dist.train.engine import autocast
+from erann_dist.train.prefetch import Fed
+from erann_dist.train.step_results import Outcomes
+from erann_dist.train.trainer import example_losses, train
+from erann_dist.train.watchdog import Watchdog
+from erann_dist.train.work_plan import micro_batches_per_rank
 from jobs.bench.flops import peak_flops, training_flops
-from jobs.progress import console
-from jobs.show import console as out
-from jobs.show import facts_page
-from jobs.trial import changed, endless
+from jobs.terminal.progress import console
+from jobs.terminal.show import console as out
+from jobs.terminal.show import facts_page
+from jobs.training.probe_run import changed, endless
 
 _BARE = "bare"
 _STAGES = (0, 1, 2)

@@ -13,16 +13,16 @@ from unittest.mock import patch
 import torch
 from rich.table import Table
 
-from erann_dist.data import load_sources
-from erann_dist.distributed import pick_device, single_worker
+from erann_dist.data.sources import load_sources
 from erann_dist.errors import UsageError, UserError
 from erann_dist.recipe import Recipe
+from erann_dist.train.distributed import pick_device, single_worker
 from jobs.bench.flops import peak_flops, training_flops
 from jobs.bench.training import Turn, measure
-from jobs.progress import console
-from jobs.show import console as out
-from jobs.show import facts_page
-from jobs.trial import changed, endless
+from jobs.terminal.progress import console
+from jobs.terminal.show import console as out
+from jobs.terminal.show import facts_page
+from jobs.training.probe_run import changed, endless
 
 VARIANTS = ("ERANN-1-6", "ERANN-2-5")
 MICRO_BATCHES = (8, 16, 32, 64, 128)

@@ -17,14 +17,14 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from erann_dist import SAMPLE_RATE
-from erann_dist.audio import to_pcm16
-from erann_dist.augment import MIXES, Choices, draw_choices, make_inputs, spec_augment_mask
-from erann_dist.features import F_MAX, F_MIN, HOP, LogMel, mel, padded_frames
-from erann_dist.loader import crop_starts
-from erann_dist.model import MEL_BINS
-from erann_dist.pitch import shift_pitch
+from erann_dist.data.audio import to_pcm16
+from erann_dist.data.loader import crop_starts
+from erann_dist.models.erann import MEL_BINS
+from erann_dist.models.log_mel import F_MAX, F_MIN, HOP, LogMel, mel, padded_frames
+from erann_dist.models.pitch import shift_pitch
 from erann_dist.recipe import AugmentSection
-from jobs.report.figure import FILL, INK, new_figure, plain, save_figure, shortened
+from erann_dist.train.augment import MIXES, Choices, draw_choices, make_inputs, spec_augment_mask
+from jobs.html.figure import FILL, INK, new_figure, plain, save_figure, shortened
 from jobs.sounds import read_sound
 
 _ALL = AugmentSection(pitch_shift=2)

@@ -5,7 +5,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from jobs.report import page
+from jobs.html import page
 
 _LONG = 40  # rows from which on a table scrolls, so that the rest of the page is near
 _MATRIX = 60  # classes up to which a confusion matrix is drawn

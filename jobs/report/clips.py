@@ -14,15 +14,15 @@ from markupsafe import Markup
 from matplotlib import colormaps
 from PIL import Image
 
-from erann_dist.data import load_sources
+from erann_dist.data.clip_reader import ClipReader
+from erann_dist.data.manifest import Task
+from erann_dist.data.sources import load_sources
 from erann_dist.errors import UserError
-from erann_dist.evaluation import Predictions
-from erann_dist.features import F_MAX, F_MIN, HOP, LogMel, mel
-from erann_dist.manifest import Task
+from erann_dist.models.log_mel import F_MAX, F_MIN, HOP, LogMel, mel
 from erann_dist.recipe import DataSource
-from erann_dist.storage import ClipReader
-from jobs.report import page
-from jobs.report.page import percent
+from erann_dist.train.evaluation import Predictions
+from jobs.html import page
+from jobs.html.page import percent
 from jobs.report.reading import Run
 
 _SHOWN = 6  # clips at either end

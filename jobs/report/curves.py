@@ -7,11 +7,11 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from erann_dist.run_log import Line
-from jobs.report import page
-from jobs.report.figure import SOFT
-from jobs.report.run_plot import KINDS, draw_curve, draw_evaluations, mark_incidents, metric_name, metric_points
-from jobs.runs import evaluations
+from erann_dist.log.run_log import Line
+from jobs.html import page
+from jobs.html.figure import SOFT
+from jobs.runs.plot import KINDS, draw_curve, draw_evaluations, mark_incidents, metric_name, metric_points
+from jobs.runs.summary import evaluations
 
 # Of several runs, one each, from the first again when there are more; they are told apart in the light and in the dark.
 _COLOURS = "#3b7ea1 #d9822b #5d9a3a #c0504d #8a63b5 #b08d1e #c46aa0 #3fa39b #8c6d54 #7a8691".split()

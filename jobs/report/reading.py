@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from erann_dist import strict_yaml
 from erann_dist.errors import UsageError, UserError
-from erann_dist.evaluation import Predictions, read_detail, read_predictions
-from erann_dist.folder import Folder, LocalFolder, open_folder
+from erann_dist.formats import strict_yaml
+from erann_dist.log.run_log import LOG, Line, read_damaged_log
 from erann_dist.recipe import Recipe, parse_recipe
-from erann_dist.run_log import LOG, Line, read_damaged_log
-from jobs.mark import MARK
-from jobs.results import RESULTS, read_results
-from jobs.runs import standing
+from erann_dist.storage.folder import Folder, LocalFolder, open_folder
+from erann_dist.train.evaluation import Predictions, read_detail, read_predictions
+from jobs.runs.summary import standing
+from jobs.training.results import RESULTS, read_results
+from jobs.training.study_manifest import MARK
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Run:
     name: str
     url: str
     lines: list[Line]  # of its log
-    standing: dict[str, Any]  # see jobs.runs.standing
+    standing: dict[str, Any]  # see jobs.runs.summary.standing
     recipe_text: str | None
     recipe: Recipe | None
-    metrics: dict[str, Any] | None  # of model/, see erann_dist.evaluation.detail
+    metrics: dict[str, Any] | None  # of model/, see erann_dist.train.evaluation.detail
     averaged: dict[str, Any] | None  # of model-averaged/
     scored: Scored | None
     notes: list[str]  # what is missing or can't be read

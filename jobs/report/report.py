@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from erann_dist.folder import open_folder
-from erann_dist.storage import write_text
+from erann_dist.data.clip_reader import write_text
+from erann_dist.storage.folder import open_folder
 from jobs.outputs import check_output
 from jobs.report.reading import read, runs_of
 from jobs.report.report_page import report_page

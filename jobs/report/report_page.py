@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from jobs.report import page
+from jobs.html import page
+from jobs.html.page import percent
 from jobs.report.classes import score
 from jobs.report.curves import curves_of_several
-from jobs.report.page import percent
 from jobs.report.reading import Run, Study
 from jobs.report.run_part import METRICS, main_metric, run_part
 from jobs.report.study_part import study_part

@@ -6,15 +6,15 @@ from datetime import UTC, datetime
 
 from markupsafe import Markup
 
+from erann_dist.log.run_log import seconds_run
 from erann_dist.recipe import DataSource
-from erann_dist.run_log import seconds_run
-from jobs.progress import duration
-from jobs.report import page
+from jobs.html import page
+from jobs.html.page import percent
 from jobs.report.classes import class_table, confusion_matrix, score
 from jobs.report.clips import clips_section
 from jobs.report.curves import run_curves
-from jobs.report.page import percent
 from jobs.report.reading import Run
+from jobs.terminal.progress import duration
 
 METRICS = {"mAP": "mAP", "mAUC": "mAUC", "d_prime": "d′", "accuracy": "accuracy"}
 

@@ -5,14 +5,14 @@ from typing import Any
 
 from markupsafe import Markup
 
-from jobs.progress import duration
-from jobs.report import page
+from jobs.html import page
+from jobs.html.page import percent
 from jobs.report.classes import class_table, confusion_matrix, score
 from jobs.report.clips import clips_section
 from jobs.report.curves import curves_of_several
-from jobs.report.page import percent
 from jobs.report.reading import Run, Study
 from jobs.report.run_part import average, brief_run_part, hardware, notes, recipe
+from jobs.terminal.progress import duration
 
 
 def study_part(study: Study, name: str) -> Markup:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from erann_dist.errors import UsageError, UserError
-from erann_dist.plain_file import require_plain_file
+from erann_dist.storage.plain_file import require_plain_file
 
 
 def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, list[str]]]:

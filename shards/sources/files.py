@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erann_dist.audio import LOSSLESS_SUFFIXES, SUFFIXES
+from erann_dist.data.audio import LOSSLESS_SUFFIXES, SUFFIXES
 from erann_dist.errors import UsageError, UserError
 from shards.sources.rows import printable
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from erann_dist.data.manifest import Task
 from erann_dist.errors import UserError
-from erann_dist.manifest import Task
 from shards.sources.csvfile import fold_number, read_table
 from shards.sources.files import find_audio, report_duplicates, with_files
 from shards.sources.rows import Source, SourceRow, printable, rows_table, safe_key

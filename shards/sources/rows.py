@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 if TYPE_CHECKING:  # a decoder process starts in half the time without S3 and Parquet
-    from erann_dist.manifest import Task
+    from erann_dist.data.manifest import Task
 
 _SAFE = re.compile("[A-Za-z0-9_-]+")
 

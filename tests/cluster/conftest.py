@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.commands import Running
+from tests.support.commands import Running
 
 
 @pytest.fixture(scope="module")

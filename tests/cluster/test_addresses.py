@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster import embedded, submit
+from cluster import embedded
 from cluster.embedded import ray_cluster
+from cluster.submit import ray_jobs
 from erann_dist.errors import UserError
 
 SOON_S = 30
@@ -86,12 +87,12 @@ def test_a_dashboard_behind_a_proxy(monkeypatch: pytest.MonkeyPatch, other_servi
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", f"http://me:secret@127.0.0.1:{other_service}")
     with pytest.raises(UserError) as error:
-        submit.connect(f"http://127.0.0.1:{silent}")
+        ray_jobs.connect(f"http://127.0.0.1:{silent}")
     assert f"127.0.0.1:{other_service}" in str(error.value)
     assert "no_proxy=127.0.0.1" in str(error.value)
     assert "secret" not in str(error.value)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert submit._proxy_hint(f"http://127.0.0.1:{silent}") == ""
+    assert ray_jobs._proxy_hint(f"http://127.0.0.1:{silent}") == ""
 
 
 START = """

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from erann_dist.batchnorm import RunningStatistics
-from erann_dist.distributed import Workers, single_worker
 from erann_dist.errors import UserError
-from erann_dist.model import ERANN, Variant, count_macs
+from erann_dist.models.erann import ERANN, Variant, count_macs
+from erann_dist.train.batchnorm import RunningStatistics
+from erann_dist.train.distributed import Workers, single_worker
 from jobs.bench import training
 from jobs.bench.training import Groups, NullModel, Turn, _speeds, measure, with_engine
 from jobs.bench.training_table import Setting, bench_table, settings
-from jobs.trial import endless
+from jobs.training.probe_run import endless
 from shards.sources.audioset import read_audioset
-from tests.commands import erann
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
+from tests.support.commands import erann
 
 
 def test_bench_sampler(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from erann_dist import engine as engines
-from erann_dist.distributed import Workers, single_worker
-from erann_dist.engine import Engine, State, make_engine
-from erann_dist.model import ERANN
+from erann_dist.models.erann import ERANN
 from erann_dist.recipe import OptimSection
-from erann_dist.schedule import deal
-from tests.workers import CPU, run_workers
+from erann_dist.train import engine as engines
+from erann_dist.train.distributed import Workers, single_worker
+from erann_dist.train.engine import Engine, State, make_engine
+from erann_dist.train.work_plan import deal
+from tests.support.workers import CPU, run_workers
 
 STAGES = (0, 1, 2)
 

@@ -9,13 +9,13 @@ from unittest.mock import AsyncMock
 import numpy as np
 import pytest
 
-from erann_dist import s3, s3_clients, storage
 from erann_dist.errors import UserError
-from erann_dist.folder import open_folder
-from erann_dist.s3 import S3Folder, connection
-from erann_dist.s3_ranges import S3Object
-from erann_dist.storage import SlowReads
-from tests.s3 import EXPIRED, Fault, Request, Server, forget_clients, s3_server
+from erann_dist.storage import s3, s3_clients, slow_reads
+from erann_dist.storage.folder import open_folder
+from erann_dist.storage.s3 import S3Folder, connection
+from erann_dist.storage.s3_ranges import S3Object
+from erann_dist.storage.slow_reads import SlowReads
+from tests.support.s3 import EXPIRED, Fault, Request, Server, forget_clients, s3_server
 
 DATA = np.random.default_rng(0).bytes(5000)
 
@@ -136,7 +136,7 @@ def test_no_credentials_at_all_is_one_line(server: Server, monkeypatch: pytest.M
 def test_the_requester_pays(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrow's client can't ask so: s3fs reads, and after some reads that is told."""
     monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
-    monkeypatch.setattr(storage, "_SLOW_AT_LEAST", 10)
+    monkeypatch.setattr(slow_reads, "_SLOW_AT_LEAST", 10)
     forget_clients()
     slow = SlowReads()
     tar = the_object("s3://sounds/set", server.endpoint, slow)
@@ -192,7 +192,7 @@ def test_expired_keys_that_nobody_renews_are_one_line(server: Server) -> None:
 def test_a_fast_client_that_always_fails_is_told_and_not_waited_for(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_SLOW_AT_LEAST", 10)
+    monkeypatch.setattr(slow_reads, "_SLOW_AT_LEAST", 10)
     slow = SlowReads()
     tar = the_object("s3://sounds/set", server.endpoint, slow)
     server.faults = lambda request: (
@@ -201,7 +201,7 @@ def test_a_fast_client_that_always_fails_is_told_and_not_waited_for(
     for start in range(20):
         assert tar.read(start, 100) == DATA[start : start + 100]
     tried = sum("aws-sdk-cpp" in request.headers["user-agent"] for request in server.requests)
-    assert tried <= 2 * storage._GIVE_UP_AFTER
+    assert tried <= 2 * slow_reads._GIVE_UP_AFTER
     assert slow.problem
     assert "during" in slow.problem  # Arrow's own code and operation
 

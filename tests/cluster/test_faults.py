@@ -22,10 +22,10 @@ from safetensors.torch import load_file
 
 from erann_dist.recipe import Recipe
 from shards.sources.audioset import read_audioset
-from tests.commands import Running
 from tests.conftest import pack_here, small_recipe, write_tone_set
-from tests.counting import SECONDS, gone, running
-from tests.workers import train_on
+from tests.support.commands import Running
+from tests.support.counting import SECONDS, gone, running
+from tests.support.workers import train_on
 
 STEPS = 60  # of the real training
 

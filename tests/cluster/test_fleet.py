@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from erann_dist import checkpoint
-from erann_dist.folder import LocalFolder
-from erann_dist.run_log import read_log
-from tests.commands import Running, erann
-from tests.folded import write_folded_set, write_protocol
+from erann_dist.log.run_log import read_log
+from erann_dist.storage.folder import LocalFolder
+from erann_dist.train import checkpoint
+from tests.support.commands import Running, erann
+from tests.support.folded import write_folded_set, write_protocol
 
 RUN = {"launcher": "ray", "engine": "torch", "wait_for_workers": 120}
 

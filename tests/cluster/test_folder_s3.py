@@ -15,10 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from erann_dist.errors import UserError
-from erann_dist.folder import Folder, open_folder
-from erann_dist.s3 import S3Folder
-from tests.erann_dist.test_folder import MOVES, Failure, fail_while_writing, play
-from tests.s3 import (
+from erann_dist.storage.folder import Folder, open_folder
+from erann_dist.storage.s3 import S3Folder
+from tests.erann_dist.storage.test_folder import MOVES, Failure, fail_while_writing, play
+from tests.support.s3 import (
     DENIED,
     DROP,
     EXPIRED,
@@ -58,11 +58,11 @@ def running() -> Iterator[Server]:
 @pytest.fixture
 def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """The server, empty, and limits that suit small files and short waits."""
-    monkeypatch.setattr("erann_dist.s3.ATTEMPTS", ATTEMPTS)
-    monkeypatch.setattr("erann_dist.s3.PAUSE_S", 0.001)
-    monkeypatch.setattr("erann_dist.s3.SILENCE_S", 0.3)
-    monkeypatch.setattr("erann_dist.s3.RANGE", 100_000)
-    monkeypatch.setattr("erann_dist.s3.PART", 150_000)
+    monkeypatch.setattr("erann_dist.storage.s3.ATTEMPTS", ATTEMPTS)
+    monkeypatch.setattr("erann_dist.storage.s3.PAUSE_S", 0.001)
+    monkeypatch.setattr("erann_dist.storage.s3.SILENCE_S", 0.3)
+    monkeypatch.setattr("erann_dist.storage.s3.RANGE", 100_000)
+    monkeypatch.setattr("erann_dist.storage.s3.PART", 150_000)
     monkeypatch.setattr("moto.s3.models.S3_UPLOAD_PART_MIN_SIZE", 1)
     running.empty()
     yield running
@@ -244,7 +244,7 @@ def forget_lost_starts(server: Server, folder: Folder, fault: Fault, operation: 
 
 def test_the_deadline_ends_what_drips(server: Server, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     folder.write("x", SMALL)
-    monkeypatch.setattr("erann_dist.s3.REQUEST_S", 0.5)
+    monkeypatch.setattr("erann_dist.storage.s3.REQUEST_S", 0.5)
     server.faults = always(trickle(0.1), "GetObject")  # never silent for SILENCE_S
     assert "no answer within 0.5 s" in refusal(lambda: folder.read("x"))
     server.faults = always(trickle(0.1), "ListObjectsV2")
@@ -252,8 +252,8 @@ def test_the_deadline_ends_what_drips(server: Server, folder: Folder, monkeypatc
 
 
 def test_the_deadline_aborts_an_upload(server: Server, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erann_dist.s3.REQUEST_S", 3)  # a busy machine begins the upload in that
-    monkeypatch.setattr("erann_dist.s3.SILENCE_S", 60)
+    monkeypatch.setattr("erann_dist.storage.s3.REQUEST_S", 3)  # a busy machine begins the upload in that
+    monkeypatch.setattr("erann_dist.storage.s3.SILENCE_S", 60)
     server.faults = lambda request: slow(60) if request.query.get("partNumber") == "2" else None
     assert "no answer within " in refusal(lambda: write_by_name(folder, LARGE))
     assert server.stored("set/x") is None

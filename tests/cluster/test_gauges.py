@@ -4,8 +4,8 @@ import re
 import time
 import urllib.request
 
-from erann_dist.events import Evaluated, Event, Incident
-from tests.run_logs import started, step
+from erann_dist.log.events import Evaluated, Event, Incident
+from tests.support.run_logs import started, step
 
 
 def read_metrics(address: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A run on several hosts, whose network is cut: tests.hosts is the machine room.
+"""A run on several hosts, whose network is cut: tests.support.hosts is the machine room.
 
 Each test starts a Ray head and two worker hosts of one CPU each and submits the run from a fourth host. All hosts see
 the run's folder, a host that is cut off too: what it still writes comes there.
@@ -24,9 +24,9 @@ import yaml
 from safetensors.numpy import load_file
 
 from shards.sources.audioset import read_audioset
-from tests.commands import erann
 from tests.conftest import pack_here, small_recipe, write_tone_set
-from tests.hosts import Host, Network, hosts
+from tests.support.commands import erann
+from tests.support.hosts import Host, Network, hosts
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 
 from cluster.render.kubernetes import render_kubernetes
 from cluster.spot import read_notice
-from tests.manifests import kubernetes_cluster, pods
+from tests.support.manifests import kubernetes_cluster, pods
 
 BIN = Path(sys.executable).parent
 

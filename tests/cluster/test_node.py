@@ -18,25 +18,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from erann_dist.cache import ClipCache
-from erann_dist.checkpoint import committed
-from erann_dist.distributed import Workers, single_worker
+from erann_dist.data.cache import ClipCache
+from erann_dist.data.shared_clips import shared_clips
 from erann_dist.errors import UserError
-from erann_dist.events import Event, Incident, Step
-from erann_dist.folder import LocalFolder
+from erann_dist.log.events import Event, Incident, Step
+from erann_dist.log.run_log import read_log
 from erann_dist.recipe import DataSource, Recipe
-from erann_dist.run_log import read_log
-from erann_dist.shared_clips import shared_clips
-from erann_dist.training import train
+from erann_dist.storage.folder import LocalFolder
+from erann_dist.train.checkpoint import committed
+from erann_dist.train.distributed import Workers, single_worker
+from erann_dist.train.trainer import train
 from tests.conftest import small_recipe
-from tests.erann_dist.test_cache import MB, clip, hits
-from tests.workers import CPU, run_workers, train_alone, train_events
+from tests.erann_dist.data.test_cache import MB, clip, hits
+from tests.support.workers import CPU, run_workers, train_alone, train_events
 
 CLIPS = 400
 WRITER = """
 import random, sys
 from pathlib import Path
-from tests.erann_dist.test_cache import ClipCache, clip, MB
+from tests.erann_dist.data.test_cache import ClipCache, clip, MB
 cache = ClipCache(Path(sys.argv[1]), 64 * MB)
 print("ready", flush=True)
 while True:

@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from erann_dist.folder import open_folder
+from erann_dist.storage.folder import open_folder
 from shards.build import Plan
 from shards.clip import Packing
 from shards.sources.audioset import read_audioset
-from tests.commands import ERANN, Running, erann
 from tests.conftest import pack_here, write_tone_set
-from tests.s3 import (
+from tests.support.commands import ERANN, Running, erann
+from tests.support.s3 import (
     DROP,
     EXPIRED,
     FLIP_STORED,
@@ -167,7 +167,7 @@ def test_repair_by_the_command(place: Path) -> None:
     assert not tar.exists()
 
 
-# S3: the bucket is on a server of its own behind a proxy that injects faults (tests/s3.py).
+# S3: the bucket is on a server of its own behind a proxy that injects faults (tests/support/s3.py).
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
-from erann_dist.folder import open_folder
-from tests.commands import ERANN, Running
+from erann_dist.storage.folder import open_folder
 from tests.conftest import small_recipe
-from tests.s3 import Server, put_set, s3_server
+from tests.support.commands import ERANN, Running
+from tests.support.s3 import Server, put_set, s3_server
 
 ROOT = Path(__file__).parents[2]
 BAD = "127.0.0.9"  # address of the node that is not well

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from erann_dist import checkpoint
-from erann_dist.folder import LocalFolder
-from erann_dist.run_log import read_log
-from tests.commands import Running, erann
+from erann_dist.log.run_log import read_log
+from erann_dist.storage.folder import LocalFolder
+from erann_dist.train import checkpoint
 from tests.conftest import small_recipe, write_tone_set
+from tests.support.commands import Running, erann
 
 
 @pytest.fixture(scope="module")

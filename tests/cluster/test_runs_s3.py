@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from erann_dist.errors import UsageError, UserError
-from erann_dist.events import CheckpointSaved
-from erann_dist.folder import Folder, open_folder
-from erann_dist.run_log import RunLog, read_log
-from jobs.runs import find_run, list_runs, show_run
-from tests.run_logs import started, step, write_log
-from tests.s3 import DENIED, DROP, INTERNAL_ERROR, LOSE, Server, always, once, s3_server
+from erann_dist.log.events import CheckpointSaved
+from erann_dist.log.run_log import RunLog, read_log
+from erann_dist.storage.folder import Folder, open_folder
+from jobs.runs.summary import find_run, list_runs, show_run
+from tests.support.run_logs import started, step, write_log
+from tests.support.s3 import DENIED, DROP, INTERNAL_ERROR, LOSE, Server, always, once, s3_server
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +25,10 @@ def running() -> Iterator[Server]:
 @pytest.fixture
 def server(running: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """The server, empty; uploads only when asked for, and short pauses."""
-    monkeypatch.setattr("erann_dist.s3.ATTEMPTS", 2)
-    monkeypatch.setattr("erann_dist.s3.PATIENT_ATTEMPTS", 2)
-    monkeypatch.setattr("erann_dist.s3.PAUSE_S", 0.001)
-    monkeypatch.setattr("erann_dist.run_log.UPLOAD_S", 3600.0)
+    monkeypatch.setattr("erann_dist.storage.s3.ATTEMPTS", 2)
+    monkeypatch.setattr("erann_dist.storage.s3.PATIENT_ATTEMPTS", 2)
+    monkeypatch.setattr("erann_dist.storage.s3.PAUSE_S", 0.001)
+    monkeypatch.setattr("erann_dist.log.run_log.UPLOAD_S", 3600.0)
     running.empty()
     yield running
     running.empty()
@@ -72,7 +72,7 @@ def test_the_log_is_uploaded_when_asked_for_and_at_the_end(server: Server, folde
 
 
 def test_the_log_is_uploaded_now_and_then(server: Server, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("erann_dist.run_log.UPLOAD_S", 0.1)
+    monkeypatch.setattr("erann_dist.log.run_log.UPLOAD_S", 0.1)
     log = RunLog(folder, 0)
     log.log(step(1))
     wait_until(lambda: steps(folder) == [1])

@@ -29,21 +29,21 @@ from moto import settings
 from moto.core.authorization import ActionAuthenticatorMixin
 from ray._private.services import get_node_ip_address
 
-from erann_dist import s3
 from erann_dist.errors import UserError
-from erann_dist.events import Incident
-from erann_dist.folder import LocalFolder, open_folder
-from jobs.pretrain import pretrain
-from jobs.runs import list_runs
+from erann_dist.log.events import Incident
+from erann_dist.storage import s3
+from erann_dist.storage.folder import LocalFolder, open_folder
+from jobs.runs.summary import list_runs
+from jobs.training.pretrain import pretrain
 from shards import build
 from shards.clip import Packing
 from shards.sources.audioset import read_audioset
 from shards.stage import copy, staging
-from tests.commands import ERANN, Running
 from tests.conftest import pack_here, small_recipe, write_tone_set
-from tests.s3 import Server, forget_clients, s3_server
+from tests.support.commands import ERANN, Running
+from tests.support.s3 import Server, forget_clients, s3_server
+from tests.support.workers import of_kind
 from tests.test_security import PAGE
-from tests.workers import of_kind
 
 RAY = str(Path(sys.executable).parent / "ray")
 PING = """

@@ -16,10 +16,10 @@ import yaml
 from safetensors.numpy import load_file
 
 from shards.sources.audioset import read_audioset
-from tests.commands import ERANN, erann
 from tests.conftest import pack_here, small_recipe, write_tone_set
-from tests.hosts import Host
-from tests.slurm import Slurm, slurm
+from tests.support.commands import ERANN, erann
+from tests.support.hosts import Host
+from tests.support.slurm import Slurm, slurm
 
 STEPS = 100
 

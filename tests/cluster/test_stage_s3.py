@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from erann_dist import s3
+from erann_dist.data.manifest import load_manifest
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder, open_folder
-from erann_dist.manifest import load_manifest
+from erann_dist.storage import s3
+from erann_dist.storage.folder import LocalFolder, open_folder
 from shards.sources.audioset import read_audioset
 from shards.stage import copy, staging
 from tests.cluster.test_storage_s3 import samples
-from tests.commands import Running, erann
 from tests.conftest import pack_here, write_tone_set
-from tests.s3 import (
+from tests.shards.test_stage import contents
+from tests.support.commands import Running, erann
+from tests.support.s3 import (
     DENIED,
     DROP,
     FLIP_ANSWER,
@@ -31,7 +32,6 @@ from tests.s3 import (
     s3_server,
     slow,
 )
-from tests.shards.test_stage import contents
 
 LAST = "audioset-000004.tar"
 

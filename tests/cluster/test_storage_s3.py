@@ -14,20 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from erann_dist import loader, s3, s3_ranges, storage
-from erann_dist.cache import ClipCache
+from erann_dist.data import loader
+from erann_dist.data.cache import ClipCache
+from erann_dist.data.loader import BadClips, Crops, load, random_crops
+from erann_dist.data.manifest import Manifest, load_manifest
+from erann_dist.data.sampling import BalancedSampler, class_lists
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder
-from erann_dist.loader import BadClips, Crops, load, random_crops
-from erann_dist.manifest import Manifest, load_manifest
+from erann_dist.log.run_log import read_log
 from erann_dist.recipe import Recipe
-from erann_dist.run_log import read_log
-from erann_dist.s3 import S3Folder
-from erann_dist.sampling import BalancedSampler, class_lists
-from erann_dist.storage import S3_REQUESTS
+from erann_dist.storage import s3, s3_ranges, slow_reads
+from erann_dist.storage.folder import LocalFolder
+from erann_dist.storage.s3 import S3Folder
+from erann_dist.storage.s3_ranges import S3_REQUESTS
 from shards.sources.audioset import read_audioset
 from tests.conftest import pack_here, small_recipe, write_tone_set
-from tests.s3 import (
+from tests.support.s3 import (
     DENIED,
     DROP,
     FLIP_ANSWER,
@@ -43,7 +44,7 @@ from tests.s3 import (
     s3_server,
     slow,
 )
-from tests.workers import train_alone
+from tests.support.workers import train_alone
 
 CROP = 22_050
 
@@ -252,7 +253,7 @@ def test_training_ends_in_a_line_when_the_outage_lasts_and_goes_on_afterwards(
 def test_that_s3_is_read_the_slow_way_is_told_once(
     server: Server, run: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "_SLOW_AT_LEAST", 10)
+    monkeypatch.setattr(slow_reads, "_SLOW_AT_LEAST", 10)
     server.faults = lambda request: DENIED if "aws-sdk-cpp" in request.headers["user-agent"] else None
     train_alone(run)
     incidents = [line for line in read_log(LocalFolder(run.run_url)) if line["event"] == "Incident"]

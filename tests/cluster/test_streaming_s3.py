@@ -10,18 +10,18 @@ import pytest
 import torch
 import webdataset
 
-from erann_dist import s3
+from erann_dist.data.manifest import Manifest, load_manifest
+from erann_dist.data.streaming import register_s3_opener, stream_clips
 from erann_dist.errors import UserError
-from erann_dist.folder import Folder, open_folder
-from erann_dist.manifest import Manifest, load_manifest
-from erann_dist.model import ERANN
-from erann_dist.model_folder import ModelInfo, save_model
-from erann_dist.streaming import register_s3_opener, stream_clips
-from jobs.evaluate import tag_set
+from erann_dist.models.erann import ERANN
+from erann_dist.storage import s3
+from erann_dist.storage.folder import Folder, open_folder
+from erann_dist.train.model_folder import ModelInfo, save_model
+from jobs.training.evaluate import tag_set
 from shards.sources.audioset import read_audioset
 from shards.verify import verify
 from tests.conftest import pack_here, write_tone_set
-from tests.s3 import (
+from tests.support.s3 import (
     DENIED,
     DROP,
     INTERNAL_ERROR,

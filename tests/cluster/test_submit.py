@@ -21,12 +21,12 @@ import pytest
 import yaml
 
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder
-from erann_dist.run_log import read_log
-from tests.commands import Running, erann
+from erann_dist.log.run_log import read_log
+from erann_dist.storage.folder import LocalFolder
 from tests.conftest import small_recipe
-from tests.folded import write_folded_set, write_protocol
 from tests.jobs.test_pipeline import write_pipeline
+from tests.support.commands import Running, erann
+from tests.support.folded import write_folded_set, write_protocol
 
 SECRET = "wJalrXUtnFEMI-not-to-be-seen"
 
@@ -119,7 +119,7 @@ def test_submitted_and_submitted_again(place: Path, tone_shards: Path, ray: Node
     listed = erann(place, "jobs", "list", "--address", ray.address)["jobs"]
     assert [job["job"] for job in listed if job["run"] == str(place / "runs" / "tones")] == [first["job"], again["job"]]
 
-    from cluster.submit import connect, find, logs
+    from cluster.submit.ray_jobs import connect, find, logs
 
     cluster = connect(ray.address)
     seen = [json.dumps(find(cluster, first["job"]).dict()), logs(cluster, first["job"])]
@@ -179,7 +179,9 @@ def is_command(process: psutil.Process, place: Path) -> bool:
     """Whether it is the command that a job runs, on a run below the place."""
     with suppress(psutil.Error):
         lock = str(place / "runs" / "tones" / ".lock")
-        return "jobs.cli" in process.info["cmdline"] and any(file.path == lock for file in process.open_files())
+        return "jobs.cli.__main__" in process.info["cmdline"] and any(
+            file.path == lock for file in process.open_files()
+        )
     return False
 
 
@@ -214,19 +216,19 @@ def test_preflight_by_a_job(place: Path, tone_shards: Path, ray: Nodes) -> None:
 
 
 def test_another_version(place: Path, tone_shards: Path, ray: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster import submit
-    from cluster.package import make_package, versions
+    from cluster.submit import ray_jobs
+    from cluster.submit.package import make_package, versions
 
     monkeypatch.chdir(place)
     recipe = write_recipe(place, tone_shards, 4)
-    monkeypatch.setattr(submit, "versions", lambda: versions() | {"torch": "2.9.0"})
-    cluster = submit.connect(ray.address)
+    monkeypatch.setattr(ray_jobs, "versions", lambda: versions() | {"torch": "2.9.0"})
+    cluster = ray_jobs.connect(ray.address)
     package = make_package({str(recipe): recipe})
-    job, _ = submit.submit(
-        cluster, submit.Submission(["pretrain", str(recipe)], str(place / "runs"), True, package, "image")
+    job, _ = ray_jobs.submit(
+        cluster, ray_jobs.Submission(["pretrain", str(recipe)], str(place / "runs"), True, package, "image")
     )
     text: list[str] = []
-    assert submit.follow(cluster, job, text.append, text.append) == "FAILED"
+    assert ray_jobs.follow(cluster, job, text.append, text.append) == "FAILED"
     assert "erann: the cluster has other versions" in "".join(text)
     assert f"torch {versions()['torch']} here, 2.9.0 there" in "".join(text)
     assert not (place / "runs").exists()
@@ -316,10 +318,10 @@ def test_a_job_of_an_odd_name(place: Path, ray: Nodes) -> None:
 
 def test_a_job_that_the_cluster_no_longer_knows(ray: Nodes) -> None:
     """As after its head was replaced: nothing to wait for."""
-    from cluster import submit
+    from cluster.submit import ray_jobs
 
     with pytest.raises(UserError, match=f"pretrain-tones-9: gone from {ray.address}"):
-        submit.follow(submit.connect(ray.address), "pretrain-tones-9", print, print)
+        ray_jobs.follow(ray_jobs.connect(ray.address), "pretrain-tones-9", print, print)
 
 
 def test_a_command_that_never_begins(place: Path, ray: Nodes) -> None:
@@ -396,20 +398,20 @@ def test_the_head_is_gone(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While a job is followed. It says how to come back."""
     from ray.job_submission import JobSubmissionClient
 
-    from cluster import submit
+    from cluster.submit import ray_jobs
 
-    monkeypatch.setattr(submit, "_PATIENCE_S", 5.0)
+    monkeypatch.setattr(ray_jobs, "_PATIENCE_S", 5.0)
     said: list[str] = []
     with nodes() as own:
         job = JobSubmissionClient(own.address).submit_job(entrypoint="echo hello; sleep 600")
-        cluster = submit.connect(own.address)
+        cluster = ray_jobs.connect(own.address)
 
         def shut(text: str) -> None:
             if "hello" in text:
                 threading.Thread(target=own.cluster.shutdown).start()
 
         with pytest.raises(UserError, match=f"erann jobs logs {job} --address {own.address} --follow"):
-            submit.follow(cluster, job, shut, said.append)
+            ray_jobs.follow(cluster, job, shut, said.append)
     assert any("lost" in line for line in said)
 
 

@@ -18,9 +18,9 @@ import yaml
 from safetensors.torch import load_file
 
 from shards.sources.audioset import read_audioset
-from tests.commands import ERANN, Running
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
-from tests.counting import gone, running
+from tests.support.commands import ERANN, Running
+from tests.support.counting import gone, running
 
 AGAIN = "run the same command again to go on from the last checkpoint"
 TORCHRUN = {"launcher": "torchrun", "num_workers": 2}
@@ -185,7 +185,7 @@ def test_a_torchrun_of_the_users_own(place: Path, undisturbed: Any) -> None:
     """As on several machines: each of its workers is the whole command, the first one alone answers."""
     recipe = write_recipe(place, "own")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "jobs.cli", "pretrain", str(recipe), "--json"]
+    command = [*torchrun, "-m", "jobs.cli.__main__", "pretrain", str(recipe), "--json"]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["clips"] == 40

@@ -11,16 +11,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from erann_dist import checkpoint, s3, training
 from erann_dist.errors import UserError
-from erann_dist.events import CheckpointSaved, Event, Finished, Incident, Phase, Started, Step
-from erann_dist.folder import Folder, open_folder
+from erann_dist.log.events import CheckpointSaved, Event, Finished, Incident, Phase, Started, Step
+from erann_dist.log.run_log import read_log
 from erann_dist.recipe import Recipe
-from erann_dist.run_log import read_log
-from jobs.pretrain import pretrain
+from erann_dist.storage import s3
+from erann_dist.storage.folder import Folder, open_folder
+from erann_dist.train import checkpoint, trainer
+from jobs.training.pretrain import pretrain
 from tests.conftest import small_recipe
-from tests.s3 import DENIED, FLIP_STORED, INTERNAL_ERROR, Fault, Request, Server, s3_server
-from tests.workers import of_kind, train_alone
+from tests.support.s3 import DENIED, FLIP_STORED, INTERNAL_ERROR, Fault, Request, Server, s3_server
+from tests.support.workers import of_kind, train_alone
 
 PARTS = ("checkpoints/step-00000002", "checkpoints/step-00000003")
 
@@ -69,14 +70,14 @@ def test_a_run_in_s3_is_the_run_on_a_disk(server: Server, tone_shards: Path, tmp
 
 def lose_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The process is lost in a step, as seen from the run's folder."""
-    compute = training._Training._compute
+    compute = trainer._Training._compute
 
-    def lost(self: training._Training, number: int) -> None:
+    def lost(self: trainer._Training, number: int) -> None:
         if number == step:
             raise ConnectionResetError("the process is gone")
         compute(self, number)
 
-    monkeypatch.setattr(training._Training, "_compute", lost)
+    monkeypatch.setattr(trainer._Training, "_compute", lost)
 
 
 def test_resumed_from_s3_with_a_spoiled_checkpoint(

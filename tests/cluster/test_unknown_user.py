@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import ERANN
+from tests.support.commands import ERANN
 
 USER_ID = 54_321
 # It may read all files, for the interpreter can lie in a folder of root's.

@@ -7,10 +7,10 @@ import pytest
 
 from erann_dist import clock
 from erann_dist.clock import Anchor, anchor, follow, set_time, steady_time
-from erann_dist.events import Event, Finished, Incident, Step
-from erann_dist.folder import LocalFolder
-from erann_dist.run_log import read_log
-from jobs.pretrain import pretrain
+from erann_dist.log.events import Event, Finished, Incident, Step
+from erann_dist.log.run_log import read_log
+from erann_dist.storage.folder import LocalFolder
+from jobs.training.pretrain import pretrain
 from tests.conftest import small_recipe
 
 

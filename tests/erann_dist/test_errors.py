@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from erann_dist.engine import require_compiler
+from erann_dist.data.clip_reader import write_text
 from erann_dist.errors import UsageError, in_one_line, naming, without_credentials
-from erann_dist.folder import LocalFolder
-from erann_dist.storage import write_text
+from erann_dist.storage.folder import LocalFolder
+from erann_dist.train.engine import require_compiler
 
 
 def test_the_files_name() -> None:
@@ -24,7 +24,7 @@ def test_without_a_file_it_is_what_was_attempted() -> None:
     """The innermost function of this program, and what that called."""
     with open("/dev/full", "r+b", buffering=0) as full, pytest.raises(OSError, match="Invalid argument") as error:
         LocalFolder("/etc").fetch("passwd", full)  # which can't be truncated
-    assert in_one_line(error.value).startswith("erann_dist.folder, LocalFolder.fetch")
+    assert in_one_line(error.value).startswith("erann_dist.storage.folder, LocalFolder.fetch")
     elsewhere = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
     assert in_one_line(elsewhere) == "the system: Cannot allocate memory"
     assert in_one_line(TimeoutError()) == "the system: TimeoutError"

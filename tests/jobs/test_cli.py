@@ -21,15 +21,16 @@ import typer
 import yaml
 from matplotlib.image import imread
 
-from erann_dist import training
-from erann_dist.folder import LocalFolder
-from erann_dist.manifest import MANIFEST
-from erann_dist.run_log import read_log
-from jobs import cli, study
+from erann_dist.data.manifest import MANIFEST
+from erann_dist.log.run_log import read_log
+from erann_dist.storage.folder import LocalFolder
+from erann_dist.train import trainer
+from jobs.cli import __main__
+from jobs.training import study
 from shards.sources.audioset import read_audioset
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
-from tests.folded import write_folded_set, write_protocol
-from tests.run_logs import started, write_log
+from tests.support.folded import write_folded_set, write_protocol
+from tests.support.run_logs import started, write_log
 
 COMMANDS = [
     "pack",
@@ -81,7 +82,7 @@ def erann(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
         monkeypatch.setattr(sys, "argv", ["erann", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            __main__.main()
         return Outcome(int(stop.value.code or 0), *capfd.readouterr())
 
     return run
@@ -107,7 +108,7 @@ def recipe(tone_shards: Path, tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def trained(tone_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps on the tones."""
-    from tests.workers import train_alone
+    from tests.support.workers import train_alone
 
     folder = tmp_path_factory.mktemp("trained") / "run"
     train_alone(small_recipe(tone_shards, folder, optim={"examples": 32}))
@@ -124,7 +125,7 @@ def test_the_examples_arguments_are_understood(erann, command: str) -> None:
     assert examples
     for example in examples:
         words = example.split()
-        node, context = typer.main.get_command(cli.app), None
+        node, context = typer.main.get_command(__main__.app), None
         while hasattr(node, "commands"):
             context = typer.Context(node, info_name=words[0], parent=context)
             node = node.commands[words.pop(0)]
@@ -239,14 +240,14 @@ def test_what_ended_a_run_is_in_its_log(erann, recipe: Path, tmp_path: Path, mon
         return [line for line in read_log(LocalFolder(str(run))) if line["event"] == "Ended"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "example_losses", lambda logits, *_: logits.sum(dim=1) * float("nan"))
+        patch.setattr(trainer, "example_losses", lambda logits, *_: logits.sum(dim=1) * float("nan"))
         assert_refused(erann(*arguments), 1, "step 1: the loss is nan")
     (why,) = ended()
     assert why["text"].startswith("step 1: the loss is nan")
     assert (why["step"], why["told"]) == (0, False)
     assert launched <= why["launched"] <= why["time"] <= time.time()
 
-    compute = training._Training._compute
+    compute = trainer._Training._compute
 
     def interrupted(self: Any, step: int) -> None:
         if step == 1:
@@ -254,7 +255,7 @@ def test_what_ended_a_run_is_in_its_log(erann, recipe: Path, tmp_path: Path, mon
         compute(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Training, "_compute", interrupted)
+        patch.setattr(trainer._Training, "_compute", interrupted)
         assert_refused(erann(*arguments), 143, "told to stop by SIGTERM: stopped at step 2 of")
     assert [(line["step"], line["told"]) for line in ended()] == [(0, False), (2, True)]
     shown = erann("runs", tmp_path / "runs", "mine").out

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cluster.environment import HEALTH_CHECKS
 from cluster.render.instances import INSTANCES
-from jobs.cli import app
+from jobs.cli.__main__ import app
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {page.name: page.read_text() for page in sorted(DOCS.glob("*.md"))}

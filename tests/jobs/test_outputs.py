@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from erann_dist.errors import UsageError, UserError
-from erann_dist.folder import LocalFolder
+from erann_dist.storage.folder import LocalFolder
 from jobs.outputs import check_output, packing_into
 
 

@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder
-from erann_dist.run_log import read_log
+from erann_dist.log.run_log import read_log
+from erann_dist.storage.folder import LocalFolder
 from jobs import pipeline
 from jobs.pipeline import Stage, load_pipeline
-from tests.commands import Running, erann
-from tests.folded import write_folded_set, write_protocol
-from tests.jobs.test_study import write_pretraining
+from tests.jobs.training.test_study import write_pretraining
+from tests.support.commands import Running, erann
+from tests.support.folded import write_folded_set, write_protocol
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import yaml
 from cluster.environment import HEALTH_CHECKS
 from cluster.render.kubernetes import render_kubernetes
 from erann_dist.errors import UsageError
-from jobs.cli import app
-from tests.manifests import cluster_spec, kubernetes_cluster, pods
+from jobs.cli.__main__ import app
+from tests.support.manifests import cluster_spec, kubernetes_cluster, pods
 
 
 def rendered(**options: Any) -> dict[str, Any]:

@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from erann_dist.audio import DecodeError, decode
+from erann_dist.data.audio import DecodeError, decode
+from erann_dist.data.manifest import MANIFEST, REPORT
 from erann_dist.errors import UserError
-from erann_dist.manifest import MANIFEST, REPORT
 from shards import packer
 from shards.clip import REASONS, Packing, Rejected, pack_clip
 from shards.packer import RowsToPack, end_tar, pack_rows

@@ -20,9 +20,9 @@ import pytest
 import soundfile
 import webdataset
 
+from erann_dist.data.manifest import MANIFEST, REPORT, SHARDS, content_hash, load_manifest
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder
-from erann_dist.manifest import MANIFEST, REPORT, SHARDS, content_hash, load_manifest
+from erann_dist.storage.folder import LocalFolder
 from shards import build
 from shards.build import Plan, Progress
 from shards.clip import REASONS, Packing
@@ -233,7 +233,7 @@ def test_sigkill_at_any_moment_costs_nothing(tone_shards: Path, tmp_path: Path) 
     write_tone_set(set_, 40)
     script = f"""
 from pathlib import Path
-from erann_dist.folder import LocalFolder
+from erann_dist.storage.folder import LocalFolder
 from shards import build
 from shards.clip import Packing
 from shards.sources.audioset import read_audioset

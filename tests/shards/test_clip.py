@@ -11,7 +11,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from erann_dist.audio import decode, load, resample
+from erann_dist.data.audio import decode, load, resample
 from shards.clip import PackedSound, Packing, Rejected, cut_segment, pack_clip
 from shards.sources.rows import SourceRow
 
@@ -61,7 +61,7 @@ def test_any_number_of_channels_in_any_container(tmp_path: Path, channels: int, 
 
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
 def test_both_decoders_scale_alike(tmp_path: Path, subtype: str) -> None:
-    from erann_dist.audio import _ffmpeg_blocks, _libsndfile_blocks
+    from erann_dist.data.audio import _ffmpeg_blocks, _libsndfile_blocks
 
     path = tmp_path / "x.wav"
     soundfile.write(path, np.sin(np.arange(5000)) * 0.7, RATE, subtype=subtype)

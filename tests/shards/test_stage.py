@@ -16,10 +16,10 @@ from typing import BinaryIO
 import pyarrow.parquet as pq
 import pytest
 
-from erann_dist import folder as folders
+from erann_dist.data.manifest import MANIFEST, REPORT, SHARDS
 from erann_dist.errors import UsageError, UserError
-from erann_dist.folder import LocalFolder
-from erann_dist.manifest import MANIFEST, REPORT, SHARDS
+from erann_dist.storage import folder as folders
+from erann_dist.storage.folder import LocalFolder
 from shards import stage
 from shards.sources.audioset import read_audioset
 from shards.stage import Staging, copy, staging
@@ -317,7 +317,7 @@ def test_a_disk_that_is_full_on_the_way(tone_shards: Path, tmp_path: Path) -> No
 HANGING = """
 import sys, time
 from dataclasses import dataclass
-from erann_dist.folder import LocalFolder
+from erann_dist.storage.folder import LocalFolder
 from shards import stage
 
 @dataclass(frozen=True)

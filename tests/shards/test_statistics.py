@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from erann_dist import evaluation
-from erann_dist.folder import open_folder
-from erann_dist.manifest import (
+from erann_dist.data.manifest import (
     CLIP_SCHEMA,
     REPORT_SCHEMA,
     SHARD_SCHEMA,
@@ -22,7 +20,9 @@ from erann_dist.manifest import (
     load_manifest,
     write_shard_set_tables,
 )
-from erann_dist.sampling import BalancedSampler, class_lists
+from erann_dist.data.sampling import BalancedSampler, class_lists
+from erann_dist.storage.folder import open_folder
+from erann_dist.train import evaluation
 from shards.sources.ravdess import read_ravdess
 from shards.statistics import shared_recordings, statistics
 

@@ -12,9 +12,9 @@ import pytest
 import soundfile
 import webdataset
 
+from erann_dist.data.manifest import MANIFEST, REPORT, SHARDS, content_hash, load_manifest
 from erann_dist.errors import UserError
-from erann_dist.folder import LocalFolder
-from erann_dist.manifest import MANIFEST, REPORT, SHARDS, content_hash, load_manifest
+from erann_dist.storage.folder import LocalFolder
 from shards import build
 from shards.index import index
 from shards.repair import repair_tasks, why_different

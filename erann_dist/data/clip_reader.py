@@ -1,0 +1,224 @@
+"""A clip's sound by its row: from the node's cache, or from its tar on a disk or in S3, checked either way."""
+
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+
+from erann_dist.data.audio import DecodeError, clip_buffer
+from erann_dist.data.cache import ClipCache, ClipId
+from erann_dist.data.manifest import Manifest, Tar
+from erann_dist.errors import UserError, naming
+from erann_dist.recipe import CacheForm
+from erann_dist.storage.folder import LocalFolder
+from erann_dist.storage.open_files import OpenFile, OpenFiles
+from erann_dist.storage.s3_ranges import S3Object
+from erann_dist.storage.slow_reads import SlowReads
+
+
+class BadClip(UserError):
+    """A clip that is damaged where it comes from, or does not decode."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(key, message)
+        self.key = key
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+def bad_clip(manifest: Manifest, row: int, problem: str) -> BadClip:
+    """The error for a clip that "is ..." something, or that a decoder finds fault with."""
+    tar, key = manifest.tars[manifest.shards[row]], manifest.keys[row].as_py()
+    problem = problem if problem.startswith("is ") else f"does not decode: {problem}"
+    return BadClip(key, f"{tar}: clip {key} {problem}; check the set with erann verify {tar.folder}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that appears under its name, or replaces the one there, only when it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    with naming(path):
+        part.write_text(text)
+        part.replace(path)
+
+
+class ClipReader:
+    """Reads clips of a manifest, from any number of threads. Close it when done.
+
+    read: counts the clips and bytes that were read, as clips_cache, bytes_cache, clips_origin and bytes_origin.
+    slow: counts those that came from S3 the slow way.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        cache: ClipCache | None = None,
+        cache_form: CacheForm = "flac",
+        read: Counter[str] | None = None,
+        slow: SlowReads | None = None,
+    ) -> None:
+        self._manifest = manifest
+        self._cache = cache
+        self._form = cache_form
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._s3_tars: dict[int, _S3Tar] = {}
+        self._files = OpenFiles[int]()  # of tars on a disk, by number
+        self._slow = SlowReads() if slow is None else slow
+        self._counts = Counter() if read is None else read
+
+    def must_fetch(self, row: int) -> bool:
+        """Whether the clip lies in S3, and not in the cache as it seems."""
+        m = self._manifest
+        if isinstance(m.tars[m.shards[row]].folder, LocalFolder):
+            return False
+        return not (self._cache and self._cache.has(self._clip_id(row)))
+
+    def fetch(self, row: int, careful: bool = False) -> bytes:
+        """A clip as it is in S3, unchecked. Raises UserError when its tar is not there or not as the manifest says."""
+        m = self._manifest
+        with self._named(row):
+            return self._s3_tar(row).read(int(m.offsets[row]), int(m.sizes[row]), careful)
+
+    def crop(self, row: int, start: int, out: npt.NDArray[np.int16], fetched: Future[bytes] | None = None) -> None:
+        """Write samples start .. start + count of clip `row` to out, (count,).
+
+        fetched: what becomes of fetch(row), if that was begun.
+
+        Raises BadClip, which names key and tar, for a clip that is damaged or does not decode, also when it is read
+        again from its tar; UserError when its tar is not there or not as the manifest says.
+        """
+        if self._cache and fetched is None and self._cached(self._cache, row, start, out):
+            return
+        for careful in (False, True):
+            try:
+                self._read_origin(row, careful, None if careful else fetched)
+                clip_buffer().crop(start, len(out), out)
+                # A clip that was asked for twice before it came is kept once; a spoiled record must be replaced.
+                if self._cache and self._cache.keeping and not (fetched and self._cache.has(self._clip_id(row))):
+                    self._keep(self._cache, row)
+                return
+            except DecodeError as error:
+                problem = str(error)
+        raise bad_clip(self._manifest, row, problem)
+
+    def stop(self) -> None:
+        """Try nothing in S3 again that fails from now on: nobody waits for it any more."""
+        self._stop.set()
+
+    def close(self) -> None:
+        self._files.close()
+        with self._lock:
+            for tar in self._s3_tars.values():
+                tar.close()
+            self._s3_tars.clear()
+
+    def _cached(self, cache: ClipCache, row: int, start: int, out: npt.NDArray[np.int16]) -> bool:
+        """Whether the crop was to be had from the cache."""
+        clip = self._clip_id(row)
+        data = clip_buffer().room(clip.size)
+        if not cache.get(clip, data):
+            return False
+        if clip.form == "pcm":
+            out[:] = np.frombuffer(data, "<i2")[start : start + len(out)]
+        else:
+            try:
+                clip_buffer().crop(start, len(out), out)
+            except DecodeError:
+                return False
+        self._count("cache", clip.size)
+        return True
+
+    def _keep(self, cache: ClipCache, row: int) -> None:
+        """Cache the clip that the thread's buffer holds."""
+        m = self._manifest
+        if self._form == "pcm":
+            pcm = np.empty(m.samples[row], np.int16)
+            clip_buffer().crop(0, len(pcm), pcm)
+            cache.put(self._clip_id(row), pcm.astype("<i2").tobytes())
+        else:
+            cache.put(self._clip_id(row), clip_buffer().held())
+
+    def _read_origin(self, row: int, careful: bool, fetched: Future[bytes] | None) -> None:
+        """The clip as it is in its tar, into the thread's buffer.
+
+        Raises UserError, and DecodeError when it is not what was packed.
+        """
+        m = self._manifest
+        data = clip_buffer().room(int(m.sizes[row]))
+        tar = m.tars[m.shards[row]]
+        if isinstance(tar.folder, LocalFolder):
+            with self._named(row):
+                file = self._files.get(int(m.shards[row]), lambda: _opened(tar))
+                size = os.preadv(file.descriptor, [data], int(m.offsets[row]))
+            if size != len(data):
+                raise DecodeError("is cut short")
+        else:
+            data[:] = fetched.result() if fetched else self.fetch(row, careful)
+        self._count("origin", len(data))
+        if isal_zlib.crc32(data) != m.crc32s[row]:
+            raise DecodeError("is damaged")
+
+    @contextmanager
+    def _named(self, row: int) -> Iterator[None]:
+        """An error of the disk, or that there is no such object, in words."""
+        m = self._manifest
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{m.tars[m.shards[row]]}: {error.strerror} (clip {m.keys[row]})") from error
+
+    def _s3_tar(self, row: int) -> "_S3Tar":
+        number = int(self._manifest.shards[row])
+        with self._lock:
+            if number not in self._s3_tars:
+                self._s3_tars[number] = _S3Tar(self._manifest.tars[number], self._stop, self._slow)
+            return self._s3_tars[number]
+
+    def _clip_id(self, row: int) -> ClipId:
+        m = self._manifest
+        size = m.sizes[row] if self._form == "flac" else 2 * m.samples[row]
+        return ClipId(m.tars[m.shards[row]].set_hash, int(m.rows[row]), self._form, int(size))
+
+    def _count(self, source: str, size: int) -> None:
+        with self._lock:
+            self._counts[f"clips_{source}"] += 1
+            self._counts[f"bytes_{source}"] += size
+
+
+def _opened(tar: Tar) -> OpenFile:
+    """A tar on a disk. Raises OSError, and UserError when it is not of the set's size."""
+    file = OpenFile(str(tar), os.O_RDONLY)
+    size = os.fstat(file.descriptor).st_size
+    if size != tar.size:
+        raise _other_size(tar, size)
+    return file
+
+
+class _S3Tar:
+    def __init__(self, tar: Tar, stop: threading.Event, slow: SlowReads) -> None:
+        assert not isinstance(tar.folder, LocalFolder)
+        self._tar = tar
+        self._object = S3Object(tar.folder, tar.name, stop, slow)
+
+    def read(self, start: int, size: int, careful: bool) -> bytes:
+        if self._object.size != self._tar.size:
+            raise _other_size(self._tar, self._object.size)
+        return self._object.read_carefully(start, size) if careful else self._object.read(start, size)
+
+    def close(self) -> None:
+        self._object.close()
+
+
+def _other_size(tar: Tar, size: int) -> UserError:
+    return UserError(
+        f"{tar}: {size} bytes, the set's tables say {tar.size}: it was cut or replaced; "
+        f"check the set with erann verify {tar.folder}"
+    )

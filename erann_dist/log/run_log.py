@@ -1,0 +1,358 @@
+"""A run's log: metrics.jsonl, the same for TensorBoard, and what they say of the time that counted.
+
+One JSON object a line, {"event": a class of events.py, "time": unix time, ...its fields}. A start of the run that goes
+on from a checkpoint takes the lines of later steps out, for it writes them anew. What happened stays: starts,
+incidents, the end. So the log reads as that of one undisturbed run, with its incidents, and tells what time they cost.
+
+A command is what the user started; its workers may start several times. Time between commands is nobody's loss.
+"""
+
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import MISSING, asdict, dataclass, fields
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, BinaryIO, get_type_hints
+
+from pydantic import create_model
+
+from erann_dist.clock import steady_time
+from erann_dist.errors import UserError
+from erann_dist.formats import strict_json
+from erann_dist.log.events import (
+    CheckpointSaved,
+    Discarded,
+    Ended,
+    Evaluated,
+    EvaluationProgress,
+    Event,
+    Finished,
+    Incident,
+    Phase,
+    Started,
+    Step,
+)
+from erann_dist.log.sinks.tensorboard import TensorBoardLog
+from erann_dist.storage.folder import Folder, LocalFolder
+
+LOG, TENSORBOARD = "metrics.jsonl", "tensorboard"
+_REACHED = ".step"  # a file beside it on a disk: the last step that was done, in decimal digits
+UPLOAD_S = 30.0  # between uploads to S3
+
+Line = dict[str, Any]
+
+_WORK, _HISTORY = (Step, Evaluated, CheckpointSaved), (Started, Incident, Finished, Ended, Discarded)
+
+
+def _line_model(kind: type[Any]) -> type[strict_json.Record]:
+    """What a line of this event holds: its fields, and when it was logged."""
+    hints = get_type_hints(kind, include_extras=True)
+    keys: dict[str, Any] = {
+        field.name: (hints[field.name], ... if field.default is MISSING and field.default_factory is MISSING else None)
+        for field in fields(kind)
+    }
+    return create_model(kind.__name__, __base__=strict_json.Record, time=(strict_json.Seconds, ...), **keys)
+
+
+_LINES = {kind.__name__: _line_model(kind) for kind in (*_WORK, *_HISTORY)}
+_IS_WORK = {kind.__name__ for kind in _WORK}
+_FOUND_AGAIN = {"bad_clip", "bad_step"}  # kinds of incidents, which are told again when their steps are computed
+_ACCOUNTED = ("event", "time", "step", "steps", "seconds", "launched", "seconds_lost")
+
+
+@dataclass(frozen=True)
+class Lost:
+    """What a start of the run does again, and what it cost."""
+
+    steps: int  # that were computed before
+    seconds: float  # that commands ran since the last step that counts was done
+    last_step: int  # that was computed before
+
+
+class RunLog:
+    """The log of a run that goes on from a step: metrics.jsonl and TensorBoard's files. Close it at the end.
+
+    In a folder on a disk it is complete at every moment; lines for which the disk has no room follow when it has some.
+    To S3 it is uploaded in the background; an upload that fails is tried again at the next one. A start of the run that
+    another one has replaced no longer changes the log.
+
+    found: the lines that were there, and reached: the last step that was done then, for `lost`.
+    lines: those of them that count and what was logged since, for `goodput`: the keys that it needs.
+    """
+
+    def __init__(self, folder: Folder, from_step: int) -> None:
+        self.found = read_log(folder)
+        self.reached = _reached(folder)
+        kept = continued(self.found, from_step)
+        # Also when nothing changes: a process that was replaced holds the old file open, and writes there.
+        text = "".join(strict_json.dumps(line) + "\n" for line in kept)
+        folder.write(LOG, text.encode())
+        self.lines = [_accounted(line) for line in kept]
+        self._copy: _Copy | None = None
+        self._step: BinaryIO | None = None
+        directory = Path(folder.url)
+        if isinstance(folder, LocalFolder):
+            folder.write(_REACHED, b"")
+            self._step = (directory / _REACHED).open("wb", buffering=0)
+        else:
+            self._scratch = tempfile.TemporaryDirectory(prefix="erann-log-", ignore_cleanup_errors=True)
+            directory = Path(self._scratch.name)
+            (directory / LOG).write_text(text, encoding="utf-8")
+            self._copy = _Copy(directory, folder, self.lines)
+        self._file = (directory / LOG).open("ab", buffering=0)
+        self._unwritten = b""
+        self._tensorboard = TensorBoardLog(directory / TENSORBOARD, from_step + 1)
+
+    def log(self, event: Event) -> None:
+        if isinstance(event, EvaluationProgress | Phase):
+            return
+        line = as_line(event, steady_time())
+        self._unwritten += f"{strict_json.dumps(line)}\n".encode()
+        self._write()
+        self.lines.append(_accounted(line))
+        self._log_scalars(event)
+        if isinstance(event, Started | CheckpointSaved):
+            self.flush()
+
+    def reach(self, step: int) -> None:
+        """This step is done. The log says so only every now and then; on a disk it is written down all the same."""
+        if self._step:
+            with suppress(OSError):
+                os.pwrite(self._step.fileno(), str(step).encode(), 0)
+
+    def _write(self) -> None:
+        with suppress(OSError):
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+
+    def _log_scalars(self, event: Event) -> None:
+        if isinstance(event, Step):
+            for name, value in asdict(event).items():
+                if name not in ("step", "steps", "seconds") and value is not None:
+                    self._tensorboard.add_scalar(f"train/{name}", value, event.step)
+        elif isinstance(event, Evaluated):
+            for name, value in event.metrics.items():
+                self._tensorboard.add_scalar(f"eval{'_averaged' * bool(event.averaged)}/{name}", value, event.step)
+        elif isinstance(event, Incident):
+            self._tensorboard.add_text("incidents", f"{event.kind}: {event.text}", event.step)
+        else:
+            return
+        self._tensorboard.flush()
+
+    @property
+    def problem(self) -> str | None:
+        """Why the last upload failed, if it did, or why TensorBoard's file could not be written at some time."""
+        return (self._copy.problem if self._copy else None) or self._tensorboard.problem
+
+    def flush(self) -> None:
+        """Upload now; it does not wait for that."""
+        if self._copy:
+            self._copy.ask()
+
+    def close(self) -> None:
+        """Waits for the last upload."""
+        self._write()
+        self._file.close()
+        if self._step:
+            self._step.close()
+        self._tensorboard.close()
+        if self._copy:
+            self._copy.close()
+            self._scratch.cleanup()
+
+
+class _Copy:
+    """Uploads the log's files that changed, in a thread."""
+
+    def __init__(self, directory: Path, folder: Folder, lines: Sequence[Line]) -> None:
+        self.problem: str | None = None
+        self._directory = directory
+        self._folder = folder
+        self._lines = lines
+        self._sizes: dict[str, int] = {}  # of what was uploaded
+        self._version = folder.version(LOG)
+        self._replaced = False
+        self._asked = threading.Event()
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="run-log", daemon=True)
+        self._thread.start()
+
+    def ask(self) -> None:
+        self._asked.set()
+
+    def close(self) -> None:
+        self._closing = True
+        self._asked.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            self._asked.wait(UPLOAD_S)
+            self._asked.clear()
+            closing = self._closing
+            try:
+                self._upload()
+                self.problem = None
+            except (UserError, OSError) as error:
+                self.problem = str(error)
+
+    def _upload(self) -> None:
+        for path in sorted(path for path in self._directory.rglob("*") if path.is_file()):
+            name = path.relative_to(self._directory).as_posix()
+            data = path.read_bytes()
+            if self._sizes.get(name) == len(data) or (name == LOG and not self._is_ours()):
+                continue
+            self._folder.write(name, data)
+            self._sizes[name] = len(data)
+            if name == LOG:
+                self._version = self._folder.version(LOG)
+
+    def _is_ours(self) -> bool:
+        """Whether the stored log is this start's, or one that this start went on from.
+
+        Its version tells, unless S3 stored it and its answer was lost.
+        """
+        if not self._replaced and self._folder.version(LOG) != self._version:
+            known = [line for line in self._lines if line["event"] == "Started"]
+            stored = [_accounted(line) for line in read_log(self._folder) if line["event"] == "Started"]
+            self._replaced = any(line not in known for line in stored)
+        return not self._replaced
+
+
+def as_line(event: Event, now: float) -> Line:
+    return {"event": type(event).__name__, "time": now, **asdict(event)}
+
+
+def read_log(folder: Folder) -> list[Line]:
+    """The lines of a run's log, none when it has none yet. Those that are damaged are left out."""
+    return read_damaged_log(folder)[0]
+
+
+def read_damaged_log(folder: Folder) -> tuple[list[Line], int]:
+    """The same, and how many lines were left out; the last one, which is being written, is not counted."""
+    try:
+        texts = folder.read(LOG).split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    found = [_parse(text) for text in texts]
+    skipped = sum(line is None and bool(text.strip()) for line, text in zip(found[:-1], texts[:-1], strict=True))
+    return [line for line in found if line], skipped
+
+
+def end(folder: Folder, ended: Ended) -> None:
+    """Add the end of a command to the run's log, if it has one. Nothing else may be writing there."""
+    with suppress(FileNotFoundError):
+        text = folder.read(LOG)
+        cut = b"" if text.endswith(b"\n") else b"\n"  # a line that was cut short
+        folder.write(LOG, text + cut + f"{strict_json.dumps(as_line(ended, steady_time()))}\n".encode())
+
+
+def last_step(folder: Folder) -> int:
+    """The last step of a run that is known to be done."""
+    return max([_reached(folder), *(line["step"] for line in read_log(folder) if line["event"] == "Step")])
+
+
+def _reached(folder: Folder) -> int:
+    try:
+        return strict_json.validate(strict_json.Count, folder.read(_REACHED))
+    except (FileNotFoundError, ValueError):
+        return 0
+
+
+def _parse(text: bytes) -> Line | None:
+    """A line, unless it was cut short or does not have what such an event has."""
+    try:
+        line = strict_json.loads(text)
+        _LINES[line["event"]].model_validate(line)
+    except (ValueError, KeyError, TypeError):
+        return None
+    return line
+
+
+def _accounted(line: Line) -> Line:
+    return {key: line[key] for key in _ACCOUNTED if key in line}
+
+
+def continued(lines: Sequence[Line], from_step: int) -> list[Line]:
+    """The lines that count when the run goes on from a step."""
+    kept = []
+    for line, following in zip_longest(lines, lines[1:]):
+        if line["step"] <= from_step or not (line["event"] in _IS_WORK or line.get("kind") in _FOUND_AGAIN):
+            kept.append(line)
+        elif following is None or following["event"] == "Started":
+            # How long a command ran is told by its last line.
+            kept.append(as_line(Discarded(line["step"]), line["time"]))
+    return kept
+
+
+def lost(lines: Sequence[Line], from_step: int, launched: float, now: float, reached: int = 0) -> Lost:
+    """What the start of the run that goes on from a step does again; `lines` are those that it found.
+
+    launched: when its command was. reached: the last step that is known to be done, beside what the lines say. Seconds
+    that an earlier incident has counted are not counted again.
+    """
+    if not lines:
+        return Lost(0, 0.0, from_step)
+    before = [line for line in lines if line["event"] in _IS_WORK and line["step"] <= from_step]
+    done = max([lines[0]["time"], *map(_done_at, before)])
+    commands = _commands([*lines, {"event": "Started", "time": now, "launched": launched}])
+    running = sum(max(0.0, end - max(start, done)) for start, end in commands)
+    counted = sum(line.get("seconds_lost", 0.0) for line in lines if line["time"] > done)
+    last = max([from_step, reached, *(line["step"] for line in lines if line["event"] == "Step")])
+    return Lost(last - from_step, max(0.0, running - counted), last)
+
+
+def goodput(lines: Sequence[Line], now: float) -> float:
+    """Share of the time that commands ran which steps that count took. The last command runs, or ran until now."""
+    running = sum(end - start for start, end in _commands([*lines, {"event": "", "time": now}]))
+    counted: float = sum(line["seconds"] for line in lines if line["event"] == "Step")
+    return min(1.0, counted / running) if running else 0.0  # clocks of several hosts may disagree
+
+
+def seconds_run(lines: Sequence[Line]) -> float:
+    """How long commands ran, without the pauses between them."""
+    return sum(end - start for start, end in _commands(lines))
+
+
+class CommandGoodput:
+    """The goodput of a command from its events, for those that watch it; the log knows of the commands before too."""
+
+    def __init__(self) -> None:
+        self._launched = 0.0
+        self._counted: list[Step] = []
+        self._seconds = 0.0
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Started):
+            self._launched = event.launched
+            while self._counted and self._counted[-1].step > event.step:
+                self._seconds -= self._counted.pop().seconds
+        elif isinstance(event, Step):
+            self._counted.append(event)
+            self._seconds += event.seconds
+
+    def at(self, now: float) -> float:
+        return min(1.0, self._seconds / (now - self._launched)) if now > self._launched else 0.0
+
+
+def _done_at(line: Line) -> float:
+    """When the step of a line was done: before a checkpoint of it was begun."""
+    return line["time"] - line["seconds"] if line["event"] == "CheckpointSaved" else line["time"]
+
+
+def _commands(lines: Sequence[Line]) -> list[tuple[float, float]]:
+    """When each command was started, and when it ended, as far as is known: with its last line."""
+    spans: list[tuple[float, float]] = []
+    launched = None
+    for line in lines:
+        if not spans or line.get("launched", launched) != launched:
+            launched = line.get("launched")
+            start = launched if launched is not None else line["time"]
+            spans.append((max(start, spans[-1][1]) if spans else start, start))
+        start, end = spans[-1]
+        spans[-1] = start, max(start, end, line["time"])
+    return spans

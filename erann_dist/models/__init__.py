@@ -1,0 +1,1 @@
+"""What is computed: the front end and the networks."""

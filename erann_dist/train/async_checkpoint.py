@@ -1,0 +1,113 @@
+"""Checkpoints written beside the training."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from erann_dist.errors import UserError
+from erann_dist.log.events import CheckpointSaved, Event, Incident
+from erann_dist.recipe import CheckpointSection
+from erann_dist.train import checkpoint
+from erann_dist.train.checkpoint import Facts, Start, Superseded
+from erann_dist.train.engine import State
+
+# Seconds before the last checkpoint is tried again, by how many failed in a row.
+_PAUSES_S = (0.0, 2.0, 5.0, 15.0, 30.0)
+
+
+class Saver:
+    """Writes the checkpoints of one start of a run, one at a time, in a thread of its own."""
+
+    def __init__(self, start: Start, settings: CheckpointSection, due: Callable[[int], bool]) -> None:
+        """due: at which steps there is a checkpoint whatever happens."""
+        self.start = start
+        self.state: State = {}  # the copy that is written; not to be changed before `finish` has told of it
+        self.saved_step: int | None = None
+        self.last: str | None = None  # the name of the checkpoint of that step
+        self._settings = settings
+        self._due = due
+        self._failed = 0  # in a row
+        self._reported: set[str] = set()  # what is wrong with checkpoints that are kept or could not be deleted
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[list[Event]] | None = None
+
+    def begin(self, facts: Facts, stall_s: float, pause_s: float = 0.0) -> None:
+        """Write `state`, after a pause. stall_s: how long the training was held up for the copy."""
+        self._facts, self._stall_s = facts, stall_s
+        self._writing = self._thread.submit(self._write, facts, stall_s, pause_s)
+
+    def begin_again(self) -> None:
+        """Write what could not be written, after a while."""
+        self.begin(self._facts, self._stall_s, _PAUSES_S[min(self._failed, len(_PAUSES_S) - 1)])
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether what was begun last is known not to be written."""
+        return self._writing is None and self._failed > 0
+
+    def is_done(self, seconds: float) -> bool:
+        """Whether nothing is being written any more; waits so long for it."""
+        return self._writing is None or bool(wait([self._writing], timeout=seconds).done)
+
+    def finish(self) -> list[Event]:
+        """What came of the checkpoint that was begun, once it is done and only once.
+
+        Raises UserError when one too many failed, and Superseded.
+        """
+        if self._writing is None or not self._writing.done():
+            return []
+        writing, self._writing = self._writing, None
+        try:
+            events = writing.result()
+        except Superseded:
+            raise
+        except (OSError, UserError) as error:
+            return [self._failure(error)]
+        self._failed = 0
+        return events
+
+    def record(self, step: int, metrics: dict[str, float]) -> list[Event]:
+        """Write the evaluation of the last checkpoint beside it, if it is this step's. Raises Superseded."""
+        try:
+            if self.saved_step == step and self.last:
+                checkpoint.record(self.start, self.last, metrics)
+        except Superseded:
+            raise
+        except (OSError, UserError) as error:
+            text = f"{self.start.run}: the evaluation of step {step} could not be written beside its checkpoint"
+            return [Incident(step, "checkpoint", f"{text} ({_reason(error)})")]
+        return []
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._thread.shutdown()
+
+    def _write(self, facts: Facts, stall_s: float, pause_s: float) -> list[Event]:
+        time.sleep(pause_s)
+        began = time.perf_counter()
+        self.last = checkpoint.save(self.start, facts, self.state)
+        self.saved_step = facts.step
+        saved = CheckpointSaved(facts.step, f"{self.start.run}/{self.last}", time.perf_counter() - began, stall_s)
+        try:
+            keep_last, keep_best = self._settings.keep_last, self._settings.keep_best
+            problems = checkpoint.delete_others(self.start, self.last, self._due, keep_last, keep_best)
+        except Superseded:
+            raise
+        except (OSError, UserError) as error:
+            text = f"{self.start.run}: old checkpoints could not be deleted ({_reason(error)})"
+            problems = [text]
+        new = [problem for problem in problems if problem not in self._reported]
+        self._reported.update(new)
+        return [saved, *(Incident(facts.step, "checkpoint", problem) for problem in new)]
+
+    def _failure(self, error: OSError | UserError) -> Incident:
+        step, allowed = self._facts.step, self._settings.max_failed
+        text = f"{self.start.run}: the checkpoint of step {step} could not be written ({_reason(error)})"
+        self._failed += 1
+        if self._failed > allowed:
+            raise UserError(f"{text}; {self._failed} in a row, checkpoint.max_failed is {allowed}")
+        return Incident(step, "checkpoint", f"{text}; the next one is tried")
+
+
+def _reason(error: OSError | UserError) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)

@@ -1,0 +1,163 @@
+"""From int16 crops to the model's input, on the device: pitch shift, mixup of waveforms or spectrograms, SpecAugment.
+
+Every random choice is keyed by (seed, position): of the example, or of the clip for its pitch. So it is the same on any
+number of workers and after every restart.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from erann_dist.data.permutations import FREQUENCY_MASK, MIXUP, PITCH, TIME_MASK, keyed_integer, keyed_uniform
+from erann_dist.models.erann import MEL_BINS
+from erann_dist.models.log_mel import LogMel, decibels
+from erann_dist.models.pitch import shift_pitch
+from erann_dist.recipe import AugmentSection, Mixup, MixupOn, Partner
+
+_SILENCE_RMS = 1e-5  # −100 dB: the level of a silent clip, so that levels can be compared
+_TIME_MASKS = _FREQUENCY_MASKS = 2
+_FREQUENCY_MASK_BINS = 16
+_TIME_MASK_SHARE = 16  # a time mask covers up to 1/16 of the frames: 8·t_c of 128·t_c
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The random choices for one micro-batch."""
+
+    share: Tensor  # (M,) float32, of the first clip in a mixup
+    time_masks: Tensor  # (M, 2, masks) int64: first frames and numbers of frames
+    frequency_masks: Tensor  # (M, 2, masks) int64: the same of mel bins
+    shifted: dict[int, Tensor]  # (k,) int64 for each shift in semitones but 0: the crops of the micro-batch to shift so
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Choices":
+        return Choices(
+            function(self.share),
+            function(self.time_masks),
+            function(self.frequency_masks),
+            {semitones: function(crops) for semitones, crops in self.shifted.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the model is trained on: one micro-batch."""
+
+    log_mel: Tensor  # (M, 1, 128, T) float32, dB
+    mask: Tensor | None  # (M, 1, 128, T) bool, SpecAugment's
+    targets: Tensor  # (M, N) float32
+
+
+def clip_positions(examples: npt.NDArray[np.int64], mixup: Mixup, partner: Partner) -> npt.NDArray[np.int64]:
+    """The sampler's positions that the examples need: two for each with fresh partners, else one.
+
+    PANNs' way is a fresh partner: example e mixes positions 2e and 2e + 1.
+    """
+    if mixup != "none" and partner == "fresh":
+        return np.stack([2 * examples, 2 * examples + 1], axis=1).reshape(-1)
+    return examples
+
+
+def draw_choices(examples: npt.NDArray[np.int64], frames: int, seed: int, augment: AugmentSection) -> Choices:
+    """The choices for the examples at these positions (M,) of the run, with crops of so many frames; on the CPU.
+
+    SpecAugment's are two time masks of up to 1/16 of the frames and two frequency masks of up to 16 bins.
+    """
+    positions = clip_positions(examples, augment.mixup, augment.partner)
+    shifts = keyed_integer(-augment.pitch_shift, augment.pitch_shift, seed, PITCH, positions)
+    return Choices(
+        torch.from_numpy(keyed_uniform(seed, MIXUP, examples)).float(),
+        _bands(TIME_MASK, examples, _TIME_MASKS, frames // _TIME_MASK_SHARE, frames, seed),
+        _bands(FREQUENCY_MASK, examples, _FREQUENCY_MASKS, _FREQUENCY_MASK_BINS, MEL_BINS, seed),
+        {int(shift): torch.from_numpy(np.flatnonzero(shifts == shift)) for shift in np.unique(shifts) if shift},
+    )
+
+
+def make_inputs(pcm: Tensor, targets: Tensor, choices: Choices, log_mel: LogMel, augment: AugmentSection) -> Inputs:
+    """One micro-batch, augmented; everything is on the device.
+
+    pcm: (n, samples) int16 crops and targets: (n, N) float32, of clip_positions(examples).
+    """
+    waveform = pcm.float() / 32768
+    for semitones, crops in choices.shifted.items():
+        waveform[crops] = shift_pitch(waveform[crops], semitones)
+    if augment.mixup == "none":
+        spectrogram = log_mel(waveform)
+    else:
+        mix = MIXES[augment.mixup_on, augment.mixup]
+        if augment.mixup_on == "waveform":
+            spectrogram = log_mel(mix(*_pairs(waveform, augment.partner), choices.share))
+        else:
+            spectrogram = mix(*_pairs(log_mel.power(waveform), augment.partner), choices.share)
+        targets = interpolate(*_pairs(targets, augment.partner), choices.share)
+    mask = spec_augment_mask(choices, spectrogram.shape[-1]) if augment.specaugment else None
+    return Inputs(spectrogram, mask, targets)
+
+
+def _pairs(clips: Tensor, partner: Partner) -> tuple[Tensor, Tensor]:
+    """The first and the second clip of each example: (M, ...) both."""
+    if partner == "fresh":
+        return clips[0::2], clips[1::2]
+    return clips, clips[torch.arange(len(clips), device=clips.device) ^ 1]
+
+
+def interpolate(x1: Tensor, x2: Tensor, share: Tensor) -> Tensor:
+    """share·x1 + (1 − share)·x2 (Zhang et al. 2018). x1, x2: (M, ...); share: (M,)."""
+    share = share.view(-1, *[1] * (x1.dim() - 1))
+    return share * x1 + (1 - share) * x2
+
+
+def mix_modified(x1: Tensor, x2: Tensor, share: Tensor) -> Tensor:
+    """Between-class mixing (Tokozume et al. 2018): the share is one of loudness, and the sum keeps its energy.
+
+    p = 1 / (1 + 10^((G1 − G2) / 20) · (1 − r) / r) for the levels G in dB, x = (p·x1 + (1 − p)·x2) / √(p² + (1 − p)²).
+    The paper's own rule for "modified mixup" is not published; this is the default for it. Levels are plain RMS.
+    """
+    rms1, rms2 = (x.square().mean(dim=1).sqrt().clamp(min=_SILENCE_RMS) for x in (x1, x2))
+    p = (1 / (1 + rms1 / rms2 * (1 - share) / share))[:, None]
+    return (p * x1 + (1 - p) * x2) / (p.square() + (1 - p).square()).sqrt()
+
+
+def mix_decibels(power1: Tensor, power2: Tensor, share: Tensor) -> Tensor:
+    """The shares are of the log-mels, as in PANNs."""
+    return interpolate(decibels(power1), decibels(power2), share)
+
+
+def mix_power(power1: Tensor, power2: Tensor, share: Tensor) -> Tensor:
+    """The shares are of the mel power, which adds up where sounds do; the paper's rule is not published here either."""
+    return decibels(interpolate(power1, power2, share))
+
+
+# From the examples' two clips and the first one's shares (M,): waveforms (M, samples) to the mixed one, mel power
+# (M, 1, 128, T) to the mixed log-mel. Another rule is another function here.
+MIXES: dict[tuple[MixupOn, Mixup], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    ("waveform", "standard"): interpolate,
+    ("waveform", "modified"): mix_modified,
+    ("log_mel", "standard"): mix_decibels,
+    ("log_mel", "modified"): mix_power,
+}
+
+
+def spec_augment_mask(choices: Choices, frames: int) -> Tensor:
+    """What the masks cover: (M, 1, 128, T) bool."""
+    time, frequency = _covered(choices.time_masks, frames), _covered(choices.frequency_masks, MEL_BINS)
+    return frequency[:, None, :, None] | time[:, None, None, :]
+
+
+def _bands(purpose: int, examples: npt.NDArray[np.int64], masks: int, widest: int, length: int, seed: int) -> Tensor:
+    """`masks` bands of 0 to `widest` cells anywhere in `length`: (M, 2, masks) int64, their first cells and widths."""
+    bands = np.empty((len(examples), 2, masks), np.int64)
+    for number in range(masks):
+        width = bands[:, 1, number] = keyed_integer(0, widest, seed, purpose, number, 0, examples)
+        bands[:, 0, number] = keyed_integer(0, length - width, seed, purpose, number, 1, examples)
+    return torch.from_numpy(bands)
+
+
+def _covered(bands: Tensor, length: int) -> Tensor:
+    """(M, length) bool"""
+    cells = torch.arange(length, device=bands.device)[:, None]
+    first, width = bands[:, 0, None], bands[:, 1, None]
+    return ((cells >= first) & (cells < first + width)).any(dim=-1)

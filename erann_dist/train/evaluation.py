@@ -1,0 +1,284 @@
+"""Every clip of a shard set scored exactly once, on any number of workers, with the same result."""
+
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field, model_validator
+
+from erann_dist.data import loader
+from erann_dist.data.manifest import Manifest, Task, list_hash
+from erann_dist.data.streaming import decode_clips, stream_clips, worker_rows
+from erann_dist.errors import UserError
+from erann_dist.formats import strict_json, strict_parquet
+from erann_dist.models.erann import ERANN
+from erann_dist.models.log_mel import LogMel, padded_samples
+from erann_dist.storage.slow_reads import SlowReads
+from erann_dist.train.distributed import Workers
+from erann_dist.train.metrics import classification_metrics, tagging_metrics
+
+MICRO_BATCH = 16
+PREDICTIONS_SCHEMA = pa.schema(
+    [("key", pa.string()), ("scores", pa.list_(pa.float32())), ("targets", pa.list_(pa.int16()))]
+)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The scores of a manifest's clips, in its order."""
+
+    scores: npt.NDArray[np.float32]  # (n, N) probabilities
+    targets: npt.NDArray[np.float32]  # (n, N) of 0 and 1
+
+
+class NotFinite(UserError):
+    """A model's scores are NaN or infinite, as after a training that diverged."""
+
+
+def require_finite(scores: npt.NDArray[np.floating], keys: pa.ChunkedArray, of: str) -> None:
+    """Raise NotFinite when any of the scores (n, N) is NaN or infinite: how many clips' are, and the first one's key.
+
+    of: what has scored them, or the file that holds the scores.
+    """
+    bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
+    if len(bad):
+        raise NotFinite(
+            f"{of}: the scores of {len(bad)} of {len(scores)} clips are not finite, the first is {keys[int(bad[0])]}; "
+            "the training diverged: take an earlier checkpoint's model, or train again with a lower optim.lr"
+        )
+
+
+def evaluation_batches(manifest: Manifest, pad_samples: int = 0) -> list[tuple[int, npt.NDArray[np.int64]]]:
+    """Whole micro-batches of clips that pad to the same length, and that: (samples, rows), fixed by the manifest alone.
+
+    So each clip is scored at its own full length, whoever scores it; a shorter one at `pad_samples`.
+    """
+    padded = padded_samples(np.maximum(manifest.samples, pad_samples))
+    order = np.argsort(padded, kind="stable")
+    bounds = np.flatnonzero(np.diff(padded[order])) + 1
+    return [
+        (int(padded[group[0]]), group[start : start + MICRO_BATCH])
+        for group in np.split(order, bounds)
+        for start in range(0, len(group), MICRO_BATCH)
+    ]
+
+
+def score(
+    model: ERANN,
+    manifest: Manifest,
+    workers: Workers,
+    *,
+    loader_threads: int,
+    pad_samples: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    slow: SlowReads | None = None,
+) -> Predictions | None:
+    """Full-length clips through the model. The answer is the first worker's; the others get None.
+
+    pad_samples: the length that shorter clips are zero-padded to.
+    progress is told how many clips are done, of how many, judged by this worker's share. slow: counts the clips that
+    this worker read from S3 the slow way. Raises UserError for a clip that can't be read or decoded, and NotFinite on
+    the first worker.
+    """
+    batches = evaluation_batches(manifest, pad_samples)
+    mine = batches[workers.rank :: workers.world_size]  # dealt one by one, for they are in the order of their length
+    crops = [loader.whole_clips(manifest, rows, length) for length, rows in mine]
+    total = sum(len(rows) for _, rows in mine)
+    with closing(loader.load(manifest, crops, threads=loader_threads, slow=slow)) as loaded:
+        scores = _scores(model, manifest.info.task, manifest.keys, loaded, total, workers, progress)
+    return None if scores is None else Predictions(scores, manifest.targets(np.arange(len(manifest))))
+
+
+def score_stream(
+    model: ERANN,
+    task: Task,
+    manifest: Manifest,
+    workers: Workers,
+    *,
+    threads: int,
+    pad_samples: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> npt.NDArray[np.float32] | None:
+    """The scores of full-length clips as in `score`, (n, N), in one pass over their tars and whatever their labels.
+
+    Which clips share a micro-batch depends on the number of workers. In evaluation no clip sees the others of its
+    batch, so its scores differ by no more than the order in which floats are summed. Raises as `score` does.
+    """
+    total = len(worker_rows(manifest, workers.rank, workers.world_size))
+    with (
+        closing(stream_clips(manifest, workers.rank, workers.world_size)) as clips,
+        closing(decode_clips(manifest, clips, threads, MICRO_BATCH, pad_samples)) as batches,
+    ):
+        return _scores(model, task, manifest.keys, batches, total, workers, progress)
+
+
+@torch.inference_mode()
+def _scores(
+    model: ERANN,
+    task: Task,
+    keys: pa.ChunkedArray,
+    batches: Iterable[loader.Batch],
+    total: int,
+    workers: Workers,
+    progress: Callable[[int, int], None],
+) -> npt.NDArray[np.float32] | None:
+    """On the first worker the scores of all clips, by row. `batches` hold this worker's share, `total` clips.
+
+    keys: of all clips. Raises NotFinite.
+    """
+    was_training = model.training
+    model.eval()
+    log_mel = LogMel().to(workers.device)
+    rows = np.zeros(total, np.int64)
+    scores = np.zeros((total, model.num_classes), np.float32)
+    done = 0
+    for batch in batches:
+        logits = model(log_mel(batch.pcm.to(workers.device).float() / 32768)).float()
+        probabilities = probabilities_of(logits, task)
+        end = done + len(probabilities)
+        rows[done:end], scores[done:end] = batch.crops.rows, probabilities.cpu().numpy()
+        done = end
+        progress(done * len(keys) // total, len(keys))
+    model.train(was_training)
+    parts = workers.gather((rows, scores))
+    if not workers.is_first:
+        return None
+    all_scores = np.full((len(keys), model.num_classes), np.nan, np.float32)
+    for part_rows, part_scores in parts:
+        all_scores[part_rows] = part_scores
+    require_finite(all_scores, keys, "the model")
+    return all_scores
+
+
+def probabilities_of(logits: torch.Tensor, task: Task) -> torch.Tensor:
+    """What a model's outputs (B, N) mean: independent probabilities, or those of one class; NaN for infinite logits."""
+    probabilities = logits.sigmoid() if task == "tagging" else logits.softmax(dim=1)
+    return probabilities.where(logits.isfinite(), torch.nan)
+
+
+def summarise(predictions: Predictions, task: Task) -> dict[str, float]:
+    """The few numbers that stand for an evaluation."""
+    if task == "tagging":
+        tagging = tagging_metrics(predictions.scores, predictions.targets)
+        return {"mAP": tagging.mean_ap, "mAUC": tagging.mean_auc, "d_prime": tagging.d_prime}
+    return {"accuracy": classification_metrics(predictions.scores, predictions.targets).accuracy}
+
+
+def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[str, Any]:
+    """All metrics, per class too, with what they were measured on.
+
+    listed: source rows of the evaluated list, those that could not be packed included.
+    """
+    info = manifest.info
+    result: dict[str, Any] = {
+        "task": info.task,
+        **summarise(predictions, info.task),
+        "clips": len(manifest),
+        "listed": listed,
+        "coverage": len(manifest) / listed,
+        "list_hash": list_hash(manifest.keys),
+    }
+    positives = predictions.targets.sum(axis=0).astype(int).tolist()
+    if info.task == "tagging":
+        tagging = tagging_metrics(predictions.scores, predictions.targets)
+        # What scores that know nothing of the clips would reach: each class's share of positives.
+        result["chance_mAP"] = float(np.mean([p / len(manifest) for p in positives if p]))
+        result["left_out"] = [info.label_names[c] for c in tagging.left_out]
+        columns = {"ap": tagging.ap, "auc": tagging.auc}
+    else:
+        classification = classification_metrics(predictions.scores, predictions.targets)
+        result["chance_accuracy"] = max(positives) / len(manifest)
+        result["confusion"] = classification.confusion.tolist()
+        columns = {"accuracy": classification.class_accuracy}
+    result["per_class"] = [
+        {"id": id_, "name": name, "positives": positives[c], **{k: float(v[c]) for k, v in columns.items()}}
+        for c, (id_, name) in enumerate(zip(info.label_ids, info.label_names, strict=True))
+    ]
+    return result
+
+
+class _OfClass(strict_json.Record):
+    id: str
+    name: str
+    positives: strict_json.Count
+    ap: strict_json.Number | None = None
+    auc: strict_json.Number | None = None
+    accuracy: strict_json.Number | None = None
+
+
+class _Detail(strict_json.Record):
+    """What `detail` gives."""
+
+    task: Task
+    mAP: strict_json.Number | None = None
+    mAUC: strict_json.Number | None = None
+    d_prime: strict_json.Number | None = None
+    accuracy: strict_json.Number | None = None
+    clips: strict_json.Count
+    listed: strict_json.Count
+    coverage: strict_json.Number
+    list_hash: str
+    chance_mAP: strict_json.Number | None = None
+    chance_accuracy: strict_json.Number | None = None
+    left_out: list[str] = Field(default_factory=list)
+    confusion: list[list[strict_json.Count]] | None = None
+    per_class: list[_OfClass] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "_Detail":
+        metric, of_class = ("mAP", "ap") if self.task == "tagging" else ("accuracy", "accuracy")
+        if metric not in self.model_fields_set or any(of_class not in each.model_fields_set for each in self.per_class):
+            raise ValueError(f"without {metric} or a class's {of_class}")
+        lengths = {len(self.confusion or []), *map(len, self.confusion or [])}
+        if self.task == "classification" and lengths != {len(self.per_class)}:
+            raise ValueError(f"the confusion matrix is not one of {len(self.per_class)} classes")
+        return self
+
+
+def read_detail(data: bytes) -> dict[str, Any]:
+    """What `detail` gave, from a metrics.json. Raises ValueError, in one line, for anything else."""
+    return strict_json.validate(_Detail, data).model_dump(exclude_unset=True)
+
+
+def write_predictions(file: BinaryIO, predictions: Predictions, manifest: Manifest) -> None:
+    """One row per clip: key, scores (list of float, label order), targets (list of label indices)."""
+    targets = [np.flatnonzero(row).astype(np.int16) for row in predictions.targets]
+    columns = {"targets": pa.array(targets, pa.list_(pa.int16()))}
+    write_scores(file, manifest.keys, predictions.scores, manifest.info.label_ids, columns)
+
+
+def read_predictions(file: BinaryIO, where: str = "predictions.parquet") -> tuple[list[str], list[str], Predictions]:
+    """What write_predictions wrote: keys, label ids, predictions. Raises UserError, which begins with `where`."""
+    advice = "evaluate the model again to write it again"
+    table = strict_parquet.read(file, where, PREDICTIONS_SCHEMA, PREDICTIONS_SCHEMA.names, advice)
+    try:
+        labels = (table.schema.metadata or {})[b"labels"].decode().split("\n")
+    except (KeyError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: damaged, its metadata have no labels; {advice}") from error
+    scores, targets = (table[name].combine_chunks() for name in ("scores", "targets"))
+    indices, counts = targets.flatten().to_numpy(), targets.value_lengths().to_numpy()
+    if (scores.value_lengths().to_numpy() != len(labels)).any() or (indices >= len(labels)).any():
+        raise UserError(f"{where}: damaged, its scores or targets are not those of its {len(labels)} labels; {advice}")
+    found = scores.flatten().to_numpy().reshape(len(table), len(labels))
+    require_finite(found, table["key"], where)
+    one_hot = np.zeros(found.shape, np.float32)
+    one_hot[np.repeat(np.arange(len(table)), counts), indices] = 1
+    return table["key"].to_pylist(), labels, Predictions(found, one_hot)
+
+
+def write_scores(
+    file: BinaryIO,
+    keys: pa.ChunkedArray,
+    scores: npt.NDArray[np.float32],
+    label_ids: list[str],
+    columns: dict[str, pa.Array] | None = None,
+) -> None:
+    """One row per clip: key, scores (list of float, in the order of the labels in the metadata), and other columns."""
+    table = pa.table({"key": keys, "scores": pa.array(list(scores), pa.list_(pa.float32())), **(columns or {})})
+    pq.write_table(table.replace_schema_metadata({"labels": "\n".join(label_ids)}), file)

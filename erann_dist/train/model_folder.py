@@ -1,0 +1,223 @@
+"""A trained model as a folder: weights, what they mean, how good they are, and a card for people.
+
+model.safetensors   the weights
+config.json         variant, task, label ids and names in order, sample rate, front end
+metrics.json        the evaluation at the end of training
+README.md           the model card
+"""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import safetensors.torch
+import torch
+from pydantic import ConfigDict, Field
+from safetensors import SafetensorError
+
+from erann_dist import SAMPLE_RATE
+from erann_dist.data.manifest import Labels, SampleRate, SetInfo, Task, require_printable
+from erann_dist.errors import UsageError, UserError
+from erann_dist.formats import strict_json, strict_yaml
+from erann_dist.models import log_mel
+from erann_dist.models.erann import ERANN, MEL_BINS, Variant
+from erann_dist.recipe import Recipe
+from erann_dist.storage.folder import Folder, open_folder
+from erann_dist.train import checkpoint
+
+FORMAT = 1
+_WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+FRONT_END: dict[str, strict_json.Scalar] = {
+    "window": log_mel.WINDOW,
+    "hop": log_mel.HOP,
+    "mel_bins": MEL_BINS,
+    "f_min": log_mel.F_MIN,
+    "f_max": log_mel.F_MAX,
+    "mel_scale": "htk",
+    "power_floor": log_mel.FLOOR,
+}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model's outputs and inputs are."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = {**strict_json.STRICT, "extra": "forbid"}  # of a config.json
+
+    variant: str
+    task: Task
+    label_ids: Labels
+    label_names: Labels
+    sample_rate: SampleRate
+    pad_samples: Annotated[int, Field(ge=0, le=600 * SAMPLE_RATE)] = 0  # to which a shorter clip is zero-padded
+    front_end: dict[str, strict_json.Scalar] = dataclasses.field(default_factory=lambda: dict(FRONT_END))
+    format: strict_json.Count = FORMAT
+    weights_sha256: str | None = None  # of model.safetensors; save_model and load_model fill it in
+
+
+def save_model(folder: Folder, model: ERANN, info: ModelInfo, metrics: dict[str, Any], card: str) -> None:
+    """Write a model folder; its config.json comes last, and one that stood there goes first."""
+    folder.delete(_CONFIG)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    data = safetensors.torch.save(weights)
+    folder.write(_WEIGHTS, data)
+    folder.write("metrics.json", strict_json.dumps(metrics, indent=1).encode())
+    folder.write("README.md", card.encode())
+    info = dataclasses.replace(info, weights_sha256=hashlib.sha256(data).hexdigest())
+    folder.write(_CONFIG, strict_json.dumps(dataclasses.asdict(info), indent=1).encode())
+
+
+def weights_problem(folder: Folder) -> str | None:
+    """What is wrong with the weights of a finished model folder, one line: missing, or not those of its config.json."""
+    try:
+        info = _read_info(folder)
+        found = hashlib.sha256(folder.read(_WEIGHTS)).hexdigest()
+    except FileNotFoundError as error:
+        return f"{error.filename or folder}: is missing"
+    except UserError as error:
+        return str(error)
+    if info.weights_sha256 not in (None, found):
+        return f"{folder}/{_WEIGHTS}: is damaged, or not the weights that {_CONFIG} was written with"
+    return None
+
+
+def unfinish(folder: Folder) -> None:
+    """Let a model folder be one that has to be written again: without its config.json it is not finished."""
+    folder.delete(_CONFIG)
+
+
+def find_model(url: str) -> Folder:
+    """The model folder there, or that of the run there. Raises UsageError when there is none."""
+    for found in (open_folder(url), open_folder(f"{url.rstrip('/')}/model")):
+        if found.exists(_CONFIG):
+            return found
+    raise UsageError(f"{url}: no model here: neither a model folder, with its config.json, nor a run that is finished")
+
+
+def load_model(folder: Folder) -> tuple[ERANN, ModelInfo]:
+    """The model of a folder, in evaluation mode. Raises UserError: which file, what is wrong."""
+    info = _read_info(folder)
+    path = f"{folder}/{_WEIGHTS}"
+    try:
+        data = folder.read(_WEIGHTS)
+        weights = safetensors.torch.load(data)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
+    found = hashlib.sha256(data).hexdigest()
+    if info.weights_sha256 not in (None, found):
+        raise UserError(f"{path}: damaged, or not the weights that {_CONFIG} was written with")
+    model = ERANN.from_name(info.variant, len(info.label_ids))
+    checkpoint.require_shapes(path, weights, dict(model.state_dict()))
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: {name} is not finite; the training that made it failed")
+    model.load_state_dict(weights)
+    return model.eval(), dataclasses.replace(info, weights_sha256=found)
+
+
+def _read_info(folder: Folder) -> ModelInfo:
+    path = f"{folder}/{_CONFIG}"
+    try:
+        info = strict_json.validate(ModelInfo, folder.read(_CONFIG))
+        Variant.parse(info.variant)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not a model's configuration ({error}); restore it, or train the model again"
+        ) from error
+    require_printable(path, [*info.label_ids, *info.label_names])
+    if info.format != FORMAT or info.front_end != FRONT_END:
+        raise UserError(f"{path}: made for another front end or format than this program's")
+    if len(info.label_names) != len(info.label_ids):
+        raise UserError(f"{path}: has {len(info.label_ids)} label_ids, but {len(info.label_names)} label_names")
+    return info
+
+
+def initialise(model: ERANN, url: str, fresh: list[str]) -> ModelInfo:
+    """Give the model the weights and running statistics of another one of its variant, but for the layers `fresh`.
+
+    What that one is. Raises UserError when they do not fit, UsageError when the model has no such layer.
+    """
+    folder = find_model(url)
+    pretrained, info = load_model(folder)
+    require_beginning(model, str(folder), info, fresh)
+    begins_anew = tuple(f"{layer}." for layer in fresh)
+    kept = {name: value for name, value in pretrained.state_dict().items() if not name.startswith(begins_anew)}
+    model.load_state_dict(kept, strict=False)
+    return info
+
+
+def require_beginning(model: ERANN, name: str, pretrained: ModelInfo, fresh: list[str]) -> None:
+    """Raise UserError unless the model can begin with the weights of the pretrained one but for the layers `fresh`.
+
+    name: what the pretrained one is called.
+    """
+    require_layers(model, fresh)
+    if pretrained.variant != str(model.variant):
+        raise UserError(f"{name}: is an {pretrained.variant}, model.variant is {model.variant}; they must be the same")
+    if pretrained.sample_rate != SAMPLE_RATE:
+        raise UserError(f"{name}: takes {pretrained.sample_rate} Hz, ERANN is trained at {SAMPLE_RATE} Hz")
+    labels = len(pretrained.label_ids)
+    if "fc2" not in fresh and labels != model.num_classes:
+        raise UserError(f"{name}: has {labels} labels, the clips have {model.num_classes}; add fc2 to model.fresh")
+
+
+def require_layers(model: ERANN, fresh: list[str]) -> None:
+    """Raise UsageError when the model has not all of these layers."""
+    layers = [name for name, _ in model.named_modules()]
+    for layer in fresh:
+        if layer not in layers:
+            raise UsageError(f"model.fresh: ERANN has no layer {layer}; its last ones are fc1 and fc2")
+
+
+def require_rate(model_folder: Folder, model: ModelInfo, shards: str, info: SetInfo) -> None:
+    """Raise UserError unless the model takes the shard set's sample rate."""
+    if model.sample_rate != info.sample_rate:
+        raise UserError(f"{shards} holds {info.sample_rate} Hz, the model {model_folder} takes {model.sample_rate} Hz")
+
+
+def require_fit(model_folder: Folder, model: ModelInfo, shards: str, info: SetInfo) -> None:
+    """Raise UserError unless the model's labels, task and sample rate are those of the shard set."""
+    require_rate(model_folder, model, shards, info)
+    if model.task != info.task:
+        raise UserError(f"{shards} is for {info.task}, the model {model_folder} for {model.task}")
+    if model.label_ids != info.label_ids:
+        differing = [i for i, (a, b) in enumerate(zip(model.label_ids, info.label_ids, strict=False)) if a != b]
+        where = f"; label {differing[0]} is {info.label_ids[differing[0]]} there" if differing else ""
+        raise UserError(
+            f"{shards} has {len(info.label_ids)} labels that are not the {len(model.label_ids)} of the model "
+            f"{model_folder}{where}"
+        )
+
+
+def model_card(info: ModelInfo, metrics: dict[str, Any], recipe: Recipe) -> str:
+    """The README of a model folder, in Markdown."""
+    names = ("mAP", "mAUC", "d_prime", "chance_mAP", "accuracy", "chance_accuracy")
+    figures = "\n".join(f"| {name} | {metrics[name]:.4f} |" for name in names if name in metrics)
+    left_out = ", ".join(metrics.get("left_out", []))
+    return f"""# {info.variant} for {info.task}, {len(info.label_ids)} classes
+
+An ERANN (arXiv 2106.01621) trained by erann-dist: {info.sample_rate} Hz mono sound in, {len(info.label_ids)}
+{"independent probabilities (sigmoid)" if info.task == "tagging" else "probabilities (softmax)"} out, in the order of
+config.json's labels.
+
+    erann tag MODEL sound.wav
+    erann evaluate MODEL SHARDS
+
+## How good it is
+
+On {metrics["clips"]} clips of {", ".join(s.url for s in recipe.data.eval)} ({metrics["coverage"]:.1%} of the
+{metrics["listed"]} listed; hash of the list {metrics["list_hash"][:16]}), full length, weights of the last step:
+
+| metric | value |
+| --- | --- |
+{figures}
+{f"Classes without positives, left out of the means: {left_out}." if left_out else ""}
+Each class's figure is in metrics.json.
+
+## How it was made
+
+```yaml
+{strict_yaml.dump(recipe.model_dump(mode="json", exclude_none=True)).strip()}
+```
+"""

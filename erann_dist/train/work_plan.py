@@ -1,0 +1,118 @@
+"""What each step of a run computes: a pure function of the recipe, the training clips and the step.
+
+The global batch B and the micro-batch M are the recipe's. Micro-batch m of step s holds the examples
+[s·B + m·M, s·B + (m + 1)·M), whichever worker computes it.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from erann_dist.data import loader
+from erann_dist.data.manifest import Manifest
+from erann_dist.data.permutations import SUBSTITUTE, keyed_integer
+from erann_dist.data.sampling import BalancedSampler, Sampler, SequentialSampler, UniformSampler, class_lists
+from erann_dist.errors import UserError
+from erann_dist.recipe import OptimSection, Recipe
+from erann_dist.train.augment import clip_positions
+
+_DRAW_AHEAD = 16  # micro-batches
+SUBSTITUTE_POSITIONS = 2**40  # where substitutes for bad clips are drawn from
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A rank's piece of a step's work."""
+
+    examples: npt.NDArray[np.int64]  # (M,) positions of the examples in the run
+    weight: float  # 1, or 0 for the repetition that keeps a rank in step with the others
+
+
+def deal(step: int, optim: OptimSection, rank: int, world_size: int) -> list[MicroBatch]:
+    """The micro-batches of a step that are this rank's: a contiguous run, as many on every rank.
+
+    A rank that is one short repeats its last with weight 0, for the engines want equal counts.
+    """
+    count = optim.global_batch // optim.micro_batch
+    mine = np.array_split(np.arange(count), world_size)[rank]
+    starts = step * optim.global_batch + mine * optim.micro_batch
+    dealt = [MicroBatch(np.arange(s, s + optim.micro_batch), 1.0) for s in starts]
+    missing = micro_batches_per_rank(optim, world_size) - len(dealt)
+    return dealt + [MicroBatch(dealt[-1].examples, 0.0)] * missing
+
+
+def micro_batches_per_rank(optim: OptimSection, world_size: int) -> int:
+    return -(-optim.global_batch // optim.micro_batch // world_size)
+
+
+def learning_rate(step: int, steps: int, optim: OptimSection) -> float:
+    """The rate of step 0..steps−1: constant, or that of torch's OneCycleLR(max_lr, total_steps=steps, …)."""
+    if optim.schedule == "constant":
+        return optim.lr
+    rise_end = optim.pct_start * steps - 1
+    start, peak = optim.lr / optim.div_factor, optim.lr
+    end = start / optim.final_div_factor
+    if step < rise_end:
+        return _cosine(start, peak, step / rise_end)
+    return _cosine(peak, end, (step - rise_end) / (steps - 1 - rise_end))
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) / 2 * (1 + math.cos(math.pi * share))
+
+
+def make_sampler(recipe: Recipe, clips: Manifest) -> Sampler:
+    if recipe.data.sampling == "uniform":
+        return UniformSampler(len(clips), recipe.run.seed)
+    if recipe.data.sampling == "sequential":
+        return SequentialSampler(len(clips))
+    if not len(clips.label_values):
+        raise UserError(f"{recipe.data.train[0].url}: no clip has a label, which data.sampling=balanced needs")
+    lists = class_lists(clips.label_values, clips.label_offsets, clips.num_classes)
+    return BalancedSampler(lists, recipe.run.seed)
+
+
+class Draws:
+    """Which crops of which clips the examples of a run are made of."""
+
+    def __init__(self, recipe: Recipe, clips: Manifest) -> None:
+        self._recipe = recipe
+        self._clips = clips
+        self._sampler = make_sampler(recipe, clips)
+
+    def _positions(self, examples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return clip_positions(examples, self._recipe.augment.mixup, self._recipe.augment.partner)
+
+    @property
+    def clips_per_example(self) -> int:
+        return len(self._positions(np.arange(1)))
+
+    def crops(self, micro_batches: Iterable[MicroBatch]) -> Iterator[loader.Crops]:
+        """For each micro-batch the crops it needs; drawn in blocks, which is faster."""
+        micro_batches = iter(micro_batches)
+        while block := list(islice(micro_batches, _DRAW_AHEAD)):
+            needed = [self._positions(micro_batch.examples) for micro_batch in block]
+            drawn = np.split(self._sampler.draw(np.concatenate(needed)), np.cumsum([len(each) for each in needed])[:-1])
+            for positions, rows in zip(needed, drawn, strict=True):
+                yield self._crop(rows, positions)
+
+    def substitute(self, position: int, attempt: int) -> loader.Crops:
+        """Another draw for a position whose clip is bad: the same on whatever worker it falls."""
+        seed, positions = self._recipe.run.seed, np.array([position])
+        others = keyed_integer(0, SUBSTITUTE_POSITIONS, seed, SUBSTITUTE, attempt, positions)
+        return self._crop(self._sampler.draw(others), positions)
+
+    def keys(self, step: int) -> list[str]:
+        """The keys of a step's clips, as they were drawn."""
+        batch = self._recipe.optim.global_batch
+        rows = self._sampler.draw(self._positions(np.arange(step * batch, (step + 1) * batch)))
+        keys: list[str] = self._clips.keys.take(np.unique(rows)).to_pylist()
+        return keys
+
+    def _crop(self, rows: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> loader.Crops:
+        data = self._recipe.data
+        return loader.random_crops(self._clips, rows, positions, self._recipe.run.seed, data.crop_samples)

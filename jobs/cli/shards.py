@@ -1,0 +1,255 @@
+"""The commands that make and check shard sets."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from erann_dist.errors import UsageError, UserError
+from jobs.cli.options import Address, Endpoint, Json, Shards, examples
+from jobs.terminal.progress import console
+from jobs.terminal.show import facts_page, packed_page, repaired_page, show, verified_page
+from shards.sources.rows import Source
+
+Kind = Literal["audioset", "esc50", "urbansound8k", "ravdess", "folder"]
+
+_AUDIOSET = "audioset"
+_OTHERS = "esc50, urbansound8k, ravdess, folder"
+Segments = Annotated[
+    Path | None,
+    typer.Option(help="Segment list, such as balanced_train_segments.csv[.gz].", rich_help_panel=_AUDIOSET),
+]
+Audio = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of clips, of tars of clips or of PANNs' HDF5 packs, in any mix; or one archive.",
+        rich_help_panel=_AUDIOSET,
+    ),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(help="class_labels_indices.csv; AudioSet's 527 classes if not given.", rich_help_panel=_AUDIOSET),
+]
+Root = Annotated[Path | None, typer.Option(help="The data set's folder.", rich_help_panel=_OTHERS)]
+Esc10 = Annotated[bool, typer.Option("--esc10", help="esc50: only ESC-10's ten classes.", rich_help_panel=_OTHERS)]
+Labels = Annotated[
+    Path | None,
+    typer.Option(
+        help="folder: CSV with path,labels[,split][,fold]; without it each sub-folder is a class.",
+        rich_help_panel=_OTHERS,
+    ),
+]
+_PACKING = "how to pack"
+Quick = Annotated[bool, typer.Option("--quick", help="Compare sizes and tables only; read nothing of the tars.")]
+
+
+def read_source(
+    kind: str,
+    segments: Path | None,
+    audio: Path | None,
+    classes: Path | None,
+    root: Path | None,
+    esc10: bool,
+    labels: Path | None,
+) -> Source:
+    """A data set's rows. Raises UsageError when an option that it needs is not there; UserError."""
+    from shards.sources.audioset import CLASSES, read_audioset
+    from shards.sources.esc50 import read_esc50
+    from shards.sources.folder import read_folder, read_listed_folder
+    from shards.sources.ravdess import read_ravdess
+    from shards.sources.urbansound8k import read_urbansound8k
+
+    with console.status("reading the source"):
+        if kind == "audioset":
+            if segments is None or audio is None:
+                raise UsageError("audioset needs --segments and --audio")
+            return read_audioset(segments, audio, classes or CLASSES)
+        if root is None:
+            raise UsageError(f"{kind} needs --root")
+        match kind:
+            case "esc50":
+                return read_esc50(root, esc10)
+            case "urbansound8k":
+                return read_urbansound8k(root)
+            case "ravdess":
+                return read_ravdess(root)
+            case _:
+                return read_listed_folder(root, labels) if labels else read_folder(root)
+
+
+def pack(
+    kind: Annotated[Kind, typer.Argument(metavar="|".join(Kind.__args__), help="The data set.", show_default=False)],
+    out: Annotated[str, typer.Option(metavar="URL", help="The shard set: a folder or s3://bucket/prefix.")],
+    segments: Segments = None,
+    audio: Audio = None,
+    classes: Classes = None,
+    root: Root = None,
+    esc10: Esc10 = False,
+    labels: Labels = None,
+    clips_per_shard: Annotated[
+        int, typer.Option(min=1, help="Clips in a tar; 2500 of 10 s are about 1 GB.", rich_help_panel=_PACKING)
+    ] = 2500,
+    codec: Annotated[
+        Literal["flac", "wav"],
+        typer.Option(help="WAV decodes faster and takes twice the space.", rich_help_panel=_PACKING),
+    ] = "flac",
+    order: Annotated[
+        Literal["shuffled", "source"], typer.Option(help="How clips are dealt to tars.", rich_help_panel=_PACKING)
+    ] = "shuffled",
+    sample_rate: Annotated[
+        int, typer.Option(min=1000, help="Hz. ERANN takes no other rate than 44100.", rich_help_panel=_PACKING)
+    ] = 44_100,
+    min_seconds: Annotated[
+        float, typer.Option(min=0, help="Shorter clips are left out, and reported.", rich_help_panel=_PACKING)
+    ] = 0.02,
+    skip_silent: Annotated[
+        bool,
+        typer.Option("--skip-silent", help="Clips below -80 dB are left out, and reported.", rich_help_panel=_PACKING),
+    ] = False,
+    max_missing: Annotated[
+        float, typer.Option(min=0, max=1, help="Exit code 1 when a larger share of the listed clips is not packed.")
+    ] = 1.0,
+    endpoint: Endpoint = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    from erann_dist.storage.folder import LocalFolder, open_folder
+    from jobs.shard_sets.pack import pack as run
+    from jobs.shard_sets.pack import require_coverage
+    from shards.clip import Packing
+
+    folder = open_folder(out, endpoint)
+    for place in (audio, root):
+        if place and isinstance(folder, LocalFolder) and Path(folder.url).absolute().is_relative_to(place.absolute()):
+            raise UsageError(f"--out {out}: lies in {place}, whose sound is packed; choose another place")
+    source = read_source(kind, segments, audio, classes, root, esc10, labels)
+    packing = Packing(sample_rate, codec, clips_per_shard, order, min_seconds, skip_silent)
+    try:
+        result = run(source, folder, packing, address)
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to go on with the shards that are not there yet")
+        raise
+    show(result, as_json, packed_page)
+    require_coverage(result, max_missing)
+
+
+def verify(shards: Shards, quick: Quick = False, endpoint: Endpoint = None, as_json: Json = False) -> None:
+    from erann_dist.storage.folder import open_folder
+    from jobs.shard_sets.maintenance import verify as run
+
+    show(run(open_folder(shards, endpoint), quick), as_json, verified_page)
+
+
+def repair(
+    shards: Shards,
+    segments: Segments = None,
+    audio: Audio = None,
+    classes: Classes = None,
+    root: Root = None,
+    labels: Labels = None,
+    quick: Quick = False,
+    endpoint: Endpoint = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    from erann_dist.data.manifest import read_info
+    from erann_dist.storage.folder import open_folder
+    from jobs.shard_sets.maintenance import repair as run
+
+    folder = open_folder(shards, endpoint)
+    info = read_info(folder)
+    if not info.packing:
+        raise UserError(f"{folder}: its tars were not made by erann pack, which alone could rebuild them")
+    name = info.name
+    kind = "esc50" if name == "esc10" else name
+    source = read_source(kind, segments, audio, classes, root, name == "esc10", labels)
+    show(run(folder, source, quick, address), as_json, repaired_page)
+
+
+def index(shards: Shards, classes: Classes = None, endpoint: Endpoint = None, as_json: Json = False) -> None:
+    from erann_dist.storage.folder import open_folder
+    from jobs.shard_sets.maintenance import index as run
+    from shards.sources.audioset import read_classes
+
+    folder = open_folder(shards, endpoint)
+    show(run(folder, read_classes(classes) if classes else None), as_json, packed_page)
+
+
+def stage(
+    shards: Shards,
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The copy: a folder on a disk of this machine.")],
+    endpoint: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    from erann_dist.storage.folder import LocalFolder, open_folder
+    from jobs.shard_sets.maintenance import stage as run
+
+    folder = open_folder(directory)
+    if not isinstance(folder, LocalFolder):
+        raise UsageError(f"{directory}: a set is copied to a folder on a disk, not to S3")
+    try:
+        result = run(open_folder(shards, endpoint), folder)
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to go on")
+        raise
+    show(result, as_json, facts_page)
+
+
+def stats(
+    shards: Shards,
+    html: Annotated[Path | None, typer.Option(help="Also write a page with plots.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Draws of balanced sampling to reckon with.")] = 16_000_000,
+    endpoint: Endpoint = None,
+    as_json: Json = False,
+) -> None:
+    from erann_dist.storage.folder import open_folder
+    from jobs.shard_sets.stats import stats as run
+    from jobs.shard_sets.stats import stats_page
+
+    show(run(open_folder(shards, endpoint), examples, html), as_json, stats_page)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put the commands into the app."""
+    app.command(
+        help="Pack a data set into a shard set: tars and a manifest, in a folder or in S3. Stopped, it goes on."
+        + examples(
+            "erann pack audioset --segments eval_segments.csv --audio AUDIO --out s3://bucket/eval",
+            "erann pack esc50 --root ../shared/data/esc10 --esc10 --out shard-sets/esc10",
+            "erann pack urbansound8k --root ../shared/data/urbansound8k --out shard-sets/urbansound8k",
+            "erann pack ravdess --root ../shared/data/ravdess --out shard-sets/ravdess",
+            "erann pack folder --root ../shared/data/formats --out shard-sets/formats",
+        )
+    )(pack)
+    app.command(
+        help="Check a shard set against its manifest: every tar is read, every clip decoded."
+        + examples(
+            "erann verify shard-sets/esc10",
+        )
+    )(verify)
+    app.command(
+        help="Verify a shard set and rebuild just the shards that are damaged or missing from their source, to the "
+        "bytes they had."
+        + examples(
+            "erann repair shard-sets/esc10 --root ../shared/data/esc10",
+        )
+    )(repair)
+    app.command(
+        help="Write the manifest for WebDataset tars that are there, without repacking them."
+        + examples(
+            "erann index shard-sets/theirs",
+        )
+    )(index)
+    app.command(
+        help="Copy a whole shard set, from S3 or a shared disk, to a disk of this machine. Every tar is checked; "
+        "stopped, it goes on."
+        + examples(
+            "erann stage s3://bucket/audioset/balanced_train /local/balanced_train",
+        )
+    )(stage)
+    app.command(
+        help="What is in a shard set: coverage, classes, durations, formats, reasons, balanced sampling."
+        + examples(
+            "erann stats shard-sets/esc10 --html esc10.html",
+        )
+    )(stats)

@@ -1,0 +1,1 @@
+"""What HTML pages and images have in common."""

@@ -1,0 +1,1 @@
+"""Commands made ready for a cluster."""

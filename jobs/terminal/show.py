@@ -1,0 +1,199 @@
+"""Results on stdout: for a person, or as one JSON object."""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, TextIO
+
+from rich.table import Table
+
+from erann_dist.words import count
+from jobs.terminal.progress import PlainConsole, duration
+
+# In a pipe or a file no table is cut to a terminal's width.
+_width = None if sys.stdout.isatty() else 10_000
+console = PlainConsole(width=_width, highlight=False, soft_wrap=True, markup=False)
+
+
+def console_on(file: TextIO) -> PlainConsole:
+    """The same for a file: stdout's own, say, while what libraries write there is sent elsewhere."""
+    return PlainConsole(file=file, width=_width, highlight=False, soft_wrap=True, markup=False)
+
+
+def show(result: Any, as_json: bool, page: Callable[[Any], None]) -> None:
+    """A command's result on stdout, as a page for a person or as JSON."""
+    if as_json:
+        print(json.dumps(result))
+    else:
+        page(result)
+
+
+def size(value: float) -> str:
+    """Bytes in MB, GB or TB."""
+    power, unit = next((p, u) for p, u in ((12, "TB"), (9, "GB"), (6, "MB")) if value >= 10**p or p == 6)
+    return f"{value / 10**power:,.1f} {unit}"
+
+
+def facts_page(result: dict[str, Any]) -> None:
+    """The plain facts of a result, a line each."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in result.items():
+        if not isinstance(value, list | dict):
+            table.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    console.print(table)
+
+
+def run_result_page(result: dict[str, Any]) -> None:
+    """The result of a run, and what to do with it next."""
+    facts_page(result)
+    console.print(f"curves, classes and clips on one page: erann report {shlex.quote(result['run'])}")
+
+
+def packed_page(result: dict[str, Any]) -> None:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in result["not_packed"].items())
+    if result["missing_share"]:
+        reasons += f" ({result['missing_share']:.1%} of the listed clips)"
+    console.print(
+        f"{result['shards']}: {count(result['clips'], 'clip')}, {result['hours']:.2f} h, in "
+        f"{count(result['tars'], 'tar')} of "
+        f"{result['bytes'] / 1e6:.1f} MB together; not packed: {reasons or 'none'}"
+    )
+
+
+def verified_page(result: dict[str, Any]) -> None:
+    what = "sizes and tables agree" if result["quick"] else "every tar and every clip is as the manifest says"
+    found = f"{count(result['clips'], 'clip')} in {count(result['tars'], 'tar')}"
+    console.print(f"{result['shards']}: {found}, {what}")
+
+
+def repaired_page(result: dict[str, Any]) -> None:
+    names = ", ".join(result["rebuilt"])
+    console.print(f"{result['shards']}: " + (f"rebuilt {names}" if names else "nothing to repair"))
+
+
+def folds_page(result: dict[str, Any]) -> None:
+    """The folds, their mean beside the paper's, then the classes that went worst."""
+    how = "from scratch" if result["init"] == "none" else f"from {result['init']}"
+    console.print(f"{result['variant']} on {result['data_set']}, {how}")
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("fold", "accuracy", "best step's *", "clips", "trained on", "took"):
+        table.add_column(title, justify="left" if title == "fold" else "right")
+    for fold in result["folds"]:
+        is_logged = fold["seconds"] is not None and fold["best_step"] is not None  # else its log is lost
+        best = f"{fold['best_accuracy']:.4f} at {fold['best_step']:,}" if is_logged else "–"
+        trained_on, took = (f"{fold['train_clips']:,}", duration(fold["seconds"])) if is_logged else ("–", "–")
+        table.add_row(str(fold["fold"]), f"{fold['accuracy']:.4f}", best, f"{fold['clips']:,}", trained_on, took)
+    if result["folds"]:
+        deviation = f" ± {result['std']:.4f}" if result["std"] is not None else ""
+        best_mean = f"{result['best_mean']:.4f}" if result["best_mean"] is not None else "–"
+        table.add_row("mean", f"{result['mean']:.4f}{deviation}", best_mean)
+    if result["paper"]:
+        table.add_row("paper", f"{result['paper']['accuracy']:.3f}", "", "", "", result["paper"]["what"])
+    console.print(table)
+    console.print("* chosen on the fold that it is measured on; the accuracy is the last step's")
+    if result["why_not_comparable"]:
+        console.print(f"not comparable with the paper's: {result['why_not_comparable']}")
+    if result["missing_clips"]:
+        console.print(f"{result['missing_clips']} of the data set's clips are not in the shard set")
+    for each in result["failed"]:
+        console.print(f"fold {each['fold']} failed: {each['why']}")
+    worst = sorted((c for c in result["per_class"] if c["accuracy"] is not None), key=lambda c: c["accuracy"])[:5]
+    if worst:
+        console.print("hardest: " + ", ".join(f"{c['name']} {c['accuracy']:.2f}" for c in worst))
+
+
+def study_page(result: dict[str, Any]) -> None:
+    """The table, the paper's figure beside ours."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in result["columns"]:
+        justify: Literal["left", "right"] = "left" if column in ("data_set", "variant", "init") else "right"
+        table.add_column(column.replace("_", " "), justify=justify, overflow="fold")
+    for row in result["rows"]:
+        table.add_row(*(_cell(row[column]) for column in result["columns"]))
+    console.print(table)
+    for each in result["failed"]:
+        console.print(f"{each['run']} failed: {each['why']}")
+    for note in result["notes"]:
+        console.print(note)
+    console.print(f"clips/s measured on {result['measured_on']}")
+    console.print(f"written to {result['folder']}/table.csv")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def pipeline_page(result: dict[str, Any]) -> None:
+    facts_page(result["pretrained"])
+    for each in result["finetuned"]:
+        console.print()
+        folds_page(each)
+    console.print(f"\nthe report: {result['report']}")
+
+
+def tags_page(result: dict[str, list[dict[str, Any]]]) -> None:
+    for file, tags in result.items():
+        console.print(file)
+        for tag in tags:
+            console.print(f"  {tag['score']:.3f}  {tag['name']}")
+
+
+def tagged_page(result: dict[str, Any]) -> None:
+    console.print(f"{result['shards']}: {count(result['clips'], 'clip')} tagged, written to {result['out']}")
+
+
+def evaluation_page(metrics: dict[str, Any]) -> None:
+    """The facts, then the classes that went best and worst, those left out, and the hash of the list."""
+    facts_page({name: value for name, value in metrics.items() if name != "list_hash"})
+    column = "ap" if metrics["task"] == "tagging" else "accuracy"
+    ranked = sorted((c for c in metrics["per_class"] if c[column] is not None), key=lambda c: -c[column])
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("class" if len(ranked) <= 12 else "class (best 6, worst 6)")
+    table.add_column(column, justify="right")
+    table.add_column("positives", justify="right")
+    for c in ranked if len(ranked) <= 12 else [*ranked[:6], *ranked[-6:]]:
+        table.add_row(c["name"], f"{c[column]:.3f}", str(c["positives"]))
+    console.print(table)
+    if metrics.get("left_out"):
+        console.print(f"left out of the means, without positives: {', '.join(metrics['left_out'])}")
+    if "list_hash" in metrics:
+        console.print(f"hash of the list of clips: {metrics['list_hash']}")
+
+
+def report_page(result: dict[str, Any]) -> None:
+    for note in result["notes"]:
+        console.print(note)
+    console.print(f"{result['report']}: {size(result['bytes'])}")
+
+
+def demo_page(result: dict[str, Any]) -> None:
+    """The demo's last page: what was done, where it is, what to run next."""
+    folder, erann = result["folder"], os.path.relpath(sys.argv[0])
+    for packed in result["packed"].values():
+        packed_page(packed)
+    console.print(
+        f"mAP {result['mAP']:.3f} on {result['clips']} held-out clips (chance: {result['chance_mAP']:.3f}), "
+        f"mAUC {result['mAUC']:.3f}"
+    )
+    console.print(f"\ntagged, a clip that is labelled {' + '.join(result['clip_labels'])}:")
+    tags_page({result["clip"]: result["tags"]})
+    console.print(
+        f"""
+took {result["minutes"]:.1f} minutes; everything is in {folder}/
+  {folder}/audioset        clips and segment lists, as AudioSet's lie on disk
+  {folder}/shards          the shard sets: tars, manifest.parquet, report.parquet
+  {result["run"]}       recipe, checkpoints, metrics.jsonl, TensorBoard, predictions.parquet
+  {result["model"]} the model: weights, config, metrics, card
+
+on real data:
+  {erann} pack audioset --segments balanced_train_segments.csv --audio AUDIO --out shard-sets/audioset/balanced_train
+  {erann} pack audioset --segments eval_segments.csv --audio AUDIO --out shard-sets/audioset/eval
+  {erann} pretrain audioset.yaml data.train=shard-sets/audioset/balanced_train run.workers=1
+  {erann} tag {result["model"]} YOUR.wav"""
+    )

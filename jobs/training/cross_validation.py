@@ -1,0 +1,265 @@
+"""A cross-validation by a recipe: one run for each fold of a shard set, and what they come to together.
+
+The recipe has the sections of any other, and `protocol` in place of `data.train` and `data.eval`. Each fold is a run of
+its own, below the folder of the whole, trained on the other folds and evaluated on its own.
+"""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from erann_dist.data.manifest import Manifest, load_manifest
+from erann_dist.data.sources import load_source
+from erann_dist.errors import UsageError, UserError
+from erann_dist.log.run_log import Line, read_log, seconds_run
+from erann_dist.models.erann import ERANN
+from erann_dist.recipe import PathText, Real, Recipe, RunSection, Section, check, parse_recipe, read_section, read_tree
+from erann_dist.storage.folder import Folder, open_folder
+from erann_dist.train.model_folder import initialise, require_layers
+from jobs.runs.summary import evaluations
+from jobs.training import paper
+from jobs.training.pretrain import metrics_of
+
+_ENOUGH = 0.99  # of a data set's clips: some can't be had or decoded any more
+Folds = Literal["official", "present", "actors"]
+# By the name of the shard set: folds, clips.
+_OFFICIAL = {"esc50": (5, 2000), "esc10": (5, 400), "urbansound8k": (10, 8732), "ravdess": (4, 1440)}
+
+
+class Rates(Section):
+    """Adam's constant learning rates."""
+
+    scratch: Real = Field(gt=0, le=1000)
+    finetune: Real = Field(gt=0, le=1000)
+
+
+class Protocol(Section):
+    """How a data set is divided and trained on."""
+
+    shards: PathText  # the shard set
+    # official: all folds of the data set, else refused. present: those that the set has. actors: RAVDESS's by actor,
+    # (actor − 1) // 2 mod 4 + 1, those that the set has.
+    folds: Folds = "official"
+    lr: Rates  # which of them optim.lr is, unless that is given
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a shard set is divided, and what it lacks of the data set."""
+
+    folds: list[int]
+    missing_clips: int
+    not_comparable: str | None  # why the result can't be held against the paper's
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """The runs, and what is known of them before they begin."""
+
+    name: str
+    folder: Folder
+    clips: Manifest
+    protocol: Protocol
+    division: Division
+    recipes: dict[int, Recipe]  # by fold
+
+    @property
+    def data_set(self) -> str:
+        return self.clips.info.name
+
+    @property
+    def init(self) -> str:
+        return self.any_recipe.model.init
+
+    @property
+    def variant(self) -> str:
+        return self.any_recipe.model.variant
+
+    @property
+    def any_recipe(self) -> Recipe:
+        """They differ in their folds alone."""
+        return next(iter(self.recipes.values()))
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a cross-validation's recipe says, before its data is looked at."""
+
+    protocol: Protocol
+    run: RunSection
+    recipe: Callable[[int, list[int]], Recipe]  # of the run on a fold, trained on others
+
+
+def read_design(path: Path, overrides: list[str], init: str | None) -> Design:
+    """Read a cross-validation's recipe. init: in place of its model.init. Raises UsageError for what is wrong in it."""
+    tree = read_tree(path, overrides)
+    if "protocol" not in tree:
+        raise UsageError(f"{path}: no cross-validation: it has no section protocol; erann pretrain runs it as it is")
+    protocol = check(Protocol, tree.pop("protocol"), f"{path}: protocol")
+    model, data, optim = (read_section(tree, name, str(path)) for name in ("model", "data", "optim"))
+    for key in ("train", "eval"):
+        if key in data:
+            raise UsageError(
+                f"{path}: data.{key}: a cross-validation's clips are those of protocol.shards; remove this key"
+            )
+    run = check(RunSection, tree["run"], f"{path}: run")
+    if init is not None:
+        model = model | {"init": init}
+    from_scratch = model.get("init", "none") == "none"
+    optim = {"lr": protocol.lr.scratch if from_scratch else protocol.lr.finetune} | optim
+
+    def recipe(fold: int, others: list[int]) -> Recipe:
+        sources = {"train": {"url": protocol.shards, "fold": others}, "eval": {"url": protocol.shards, "fold": [fold]}}
+        of_fold = {"dir": run.url, "name": f"fold-{fold}"}
+        sections = {"model": model, "data": data | sources, "optim": optim, "run": tree["run"] | of_fold}
+        return parse_recipe(tree | sections, str(path))
+
+    recipe(1, [2])  # what is wrong in it shows here
+    return Design(protocol, run, recipe)
+
+
+def load_cross_validation(path: Path, overrides: list[str], init: str | None) -> CrossValidation:
+    """Read its recipe and divide its shard set. init: in place of the recipe's model.init.
+
+    Raises UsageError and UserError for all that is wrong, but for the pretrained model, which need not be there yet.
+    """
+    design = read_design(path, overrides, init)
+    protocol, run = design.protocol, design.run
+    clips = load_manifest(protocol.shards)
+    division = _divide(clips, protocol)
+    recipes = {
+        fold: design.recipe(fold, [other for other in division.folds if other != fold]) for fold in division.folds
+    }
+    validation = CrossValidation(run.name, open_folder(run.url), clips, protocol, division, recipes)
+    load_source(validation.any_recipe.data.eval[0])
+    require_layers(untrained(validation), validation.any_recipe.model.fresh)
+    return validation
+
+
+def untrained(validation: CrossValidation) -> ERANN:
+    """Its model, without weights."""
+    with torch.device("meta"):
+        return ERANN.from_name(validation.variant, validation.clips.num_classes)
+
+
+def begin_with(validation: CrossValidation) -> str | None:
+    """The sha256 of the weights that its runs begin with; None from scratch. Raises as initialise."""
+    if validation.init == "none":
+        return None
+    model = ERANN.from_name(validation.variant, validation.clips.num_classes)
+    return initialise(model, validation.init, validation.any_recipe.model.fresh).weights_sha256
+
+
+def _divide(clips: Manifest, protocol: Protocol) -> Division:
+    """Raises UsageError, UserError for a set that can't be divided, or not as it is asked for."""
+    url, info = protocol.shards, clips.info
+    if info.task != "classification":
+        raise UserError(f"{url}: is for {info.task}; a cross-validation needs clips of one label each")
+    folded: dict[str, str] = {}
+    for name in info.label_names:
+        if (other := folded.setdefault(name.casefold(), name)) != name:
+            raise UserError(f"{url}: the labels {other} and {name} differ only in case; pack it with one of them")
+    in_fold = clips.folds >= 0
+    folds, size = sorted(set(clips.folds[in_fold].tolist())), int(in_fold.sum())
+    if len(folds) < 2:
+        raise UserError(
+            f"{url}: has {len(folds)} folds, and a cross-validation needs two; its list of clips names them"
+        )
+    # A set of the user's own has the folds and clips that it has.
+    number, full_size = _OFFICIAL.get(info.name, (None, size))
+    missing = sorted(set(range(1, number + 1)) - set(folds)) if number else []
+    if protocol.folds == "actors" and info.name != "ravdess":
+        raise UsageError(f"protocol.folds is actors, which is for ravdess; {url} is {info.name}")
+    if protocol.folds == "official" and missing:
+        raise UserError(
+            f"{url}: without {info.name}'s fold {', '.join(map(str, missing))}; protocol.folds=present runs those that "
+            "are there"
+        )
+    labels = clips.targets(np.arange(len(clips))) > 0
+    for fold in folds:
+        counts = labels[in_fold & (clips.folds != fold)].sum(axis=0)
+        if not counts.all():
+            without = info.label_names[int(np.argmin(counts))]
+            raise UserError(f"{url}: no clip of {without} outside fold {fold}, to train on when that is held out")
+    why = None
+    if missing:
+        why = f"folds {', '.join(map(str, folds))} of {number}, {size} clips of {full_size}"
+    elif size < _ENOUGH * full_size:
+        why = f"{size} clips of {full_size}"
+    return Division(folds, max(0, full_size - size), why)
+
+
+def results(validation: CrossValidation, failed: dict[int, str]) -> dict[str, Any]:
+    """What the finished runs come to. failed: why those that are not did not.
+
+    One whose metrics can't be read counts as failed.
+    """
+    failed, metrics = dict(failed), dict[int, dict[str, Any]]()
+    for fold in [fold for fold in validation.recipes if fold not in failed]:
+        try:
+            metrics[fold] = metrics_of(_run(validation, fold))
+        except UserError as error:
+            failed[fold] = str(error)
+    folds = [_fold(fold, each, read_log(_run(validation, fold))) for fold, each in metrics.items()]
+    confusion = np.sum([each["confusion"] for each in metrics.values()], axis=0) if metrics else np.zeros((0, 0), int)
+    accuracies = [fold["accuracy"] for fold in folds]
+    best = [fold["best_accuracy"] for fold in folds if fold["best_accuracy"] is not None]
+    labels = [each["name"] for each in next(iter(metrics.values()))["per_class"]] if metrics else []
+    division, recipe, finetuned = validation.division, validation.any_recipe, validation.init != "none"
+    published = paper.accuracy(validation.data_set, validation.variant, finetuned, recipe.augment.pitch_shift > 0)
+    how = "fine-tuned" if finetuned else "from scratch"
+    return {
+        "kind": "folds",
+        "name": validation.name,
+        "data_set": validation.data_set,
+        "variant": validation.variant,
+        "init": validation.init,
+        "folds_asked": validation.protocol.folds,
+        "missing_clips": division.missing_clips,
+        "comparable": division.not_comparable is None and not failed,
+        "why_not_comparable": division.not_comparable or ("a fold failed" if failed else None),
+        "folds": folds,
+        "failed": [{"fold": fold, "why": why} for fold, why in failed.items()],
+        "mean": statistics.fmean(accuracies) if folds else None,
+        "std": statistics.stdev(accuracies) if len(folds) > 1 else None,
+        "best_mean": statistics.fmean(best) if best else None,
+        "labels": labels,
+        "confusion": confusion.tolist(),
+        "per_class": [
+            {"name": name, "clips": int(row.sum()), "accuracy": row[number] / row.sum() if row.sum() else None}
+            for number, (name, row) in enumerate(zip(labels, confusion, strict=True))
+        ],
+        "paper": published and {"accuracy": published, "what": f"{validation.variant} {how}"},
+    }
+
+
+def _run(validation: CrossValidation, fold: int) -> Folder:
+    return open_folder(f"{validation.folder}/fold-{fold}")
+
+
+def _fold(fold: int, metrics: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
+    """What its log tells is None when that is lost."""
+    scored = [
+        line
+        for line in evaluations(lines)
+        if line.get("averaged") is None and line["metrics"].get("accuracy") is not None
+    ]
+    best = max(scored, key=lambda line: (line["metrics"]["accuracy"], -line["step"]), default=None)
+    started = next((line for line in lines if line["event"] == "Started"), None)
+    return {
+        "fold": fold,
+        "run": f"fold-{fold}",
+        "accuracy": metrics["accuracy"],
+        # Of the evaluations on the way: chosen on the fold that it is measured on.
+        "best_accuracy": best and best["metrics"]["accuracy"],
+        "best_step": best and best["step"],
+        "clips": metrics["clips"],
+        "train_clips": started and started["train_clips"],
+        "seconds": seconds_run(lines) if lines else None,
+    }

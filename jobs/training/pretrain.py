@@ -1,0 +1,191 @@
+"""A training run: check that it can be started or resumed, launch its workers, say what came of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.environment import is_first_process
+from cluster.launch import launch
+from erann_dist.clock import steady_time
+from erann_dist.data.shared_clips import remove_unused
+from erann_dist.data.sources import load_train_and_eval
+from erann_dist.errors import Stopped, UsageError, UserError
+from erann_dist.formats import strict_yaml
+from erann_dist.log import run_log
+from erann_dist.log.events import Emit, Ended, Phase
+from erann_dist.recipe import Recipe, differences, parse_recipe
+from erann_dist.storage.folder import Folder, LocalFolder, open_folder
+from erann_dist.train import checkpoint, watchdog
+from erann_dist.train.checkpoint import Superseded
+from erann_dist.train.distributed import Workers
+from erann_dist.train.evaluation import read_detail
+from erann_dist.train.model_folder import unfinish, weights_problem
+from erann_dist.train.trainer import train
+from jobs.outputs import exclusive
+from jobs.training.study_manifest import MARK
+
+Resume = Literal["auto", "never", "must"]
+_RECIPE, _PREDICTIONS = "recipe.yaml", "predictions.parquet"
+
+
+def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit) -> dict[str, Any]:
+    """Train by a recipe, from the last checkpoint if there is one. A run that is finished is not run again.
+
+    resume: never refuses to touch a run that exists, must refuses to start one. Raises UserError.
+    """
+    run = open_folder(recipe.run_url)
+    if is_first_process():
+        check_run(recipe, run, resume)
+    finished = is_finished(run)
+    # Under a torchrun of the user's, each process finds out by itself, and all come to the same answer.
+    problem = _results_problem(run) if finished else None
+    if problem and not checkpoint.committed(run):
+        raise UserError(f"{problem}; no checkpoint is left to make it from: remove {run} to run it again")
+    if problem and is_first_process():
+        unfinish(open_folder(f"{run}/model"))
+    if finished and not problem and is_first_process():
+        on_event(Phase(0, f"{run}: is finished already, this is its result"))
+    if problem or not finished:
+        incident = f"{problem}; the results are made again from the last checkpoint" if problem else None
+        with _prepared(recipe, run, on_event) if is_first_process() else nullcontext(), _end_is_logged(run):
+            launch(
+                train_worker,
+                {"recipe": recipe.model_dump(mode="json"), "incident": incident},
+                launcher=recipe.run.launcher,
+                num_workers=recipe.run.max_workers,
+                min_workers=recipe.run.min_workers,
+                device=_device(recipe, run),
+                on_event=on_event,
+                address=address,
+                heeds_notice=True,
+                max_failures=recipe.run.max_failures,
+                wait_for_workers=recipe.run.wait_for_workers,
+                hang_timeout=recipe.run.hang_timeout,
+                run=recipe.run.name,
+            )
+    return outcome(run)
+
+
+def _results_problem(run: Folder) -> str | None:
+    """What is wrong with the results of a finished run, one line, if anything is."""
+    for name in ("model", *(["model-averaged"] if run.exists("model-averaged/config.json") else [])):
+        if problem := weights_problem(open_folder(f"{run}/{name}")):
+            return problem
+    try:
+        read_detail(run.read("model/metrics.json"))
+    except FileNotFoundError:
+        return f"{run}/model/metrics.json: is missing"
+    except ValueError as error:
+        return f"{run}/model/metrics.json: is damaged ({error})"
+    # Without a checkpoint they can't be made again; the model of a run that was cleaned up to save space is whole.
+    if not run.exists(_PREDICTIONS) and checkpoint.committed(run):
+        return f"{run}/{_PREDICTIONS}: is missing"
+    return None
+
+
+@contextmanager
+def _prepared(recipe: Recipe, run: Folder, on_event: Emit) -> Iterator[None]:
+    """The run's folder, with its recipe, held for this command."""
+    on_event(Phase(0, "reading the manifests of the shard sets"))
+    load_train_and_eval(recipe.data)  # what is wrong shows here, before a cluster is started or a folder made
+    with only_one(run):
+        settings = recipe.model_dump(mode="json", exclude_none=True)
+        run.write(_RECIPE, strict_yaml.dump(settings).encode())
+        try:
+            yield
+        finally:  # workers that are killed leave files
+            watchdog.remove_empty(recipe.run_url)
+            remove_unused(recipe.data.train)
+
+
+@contextmanager
+def only_one(run: Folder) -> Iterator[None]:
+    """Hold the local folder of a run or a study for this command.
+
+    Elsewhere, only the fencing of the checkpoints keeps two apart.
+    """
+    if not isinstance(run, LocalFolder):
+        yield
+        return
+    Path(run.url).mkdir(parents=True, exist_ok=True)
+    with exclusive(Path(run.url, ".lock"), f"{run}: is being trained by another process; stop that first"):
+        yield
+
+
+@contextmanager
+def _end_is_logged(run: Folder) -> Iterator[None]:
+    """Why the command gives up a run, or was told to stop, is in the run's log."""
+    launched = steady_time()
+    try:
+        yield
+    except BaseException as error:
+        if is_first_process() and not isinstance(error, Superseded):  # then the log is another's
+            told = isinstance(error, Stopped | KeyboardInterrupt)
+            text = "interrupted by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
+            if not isinstance(error, UserError | KeyboardInterrupt | OSError):
+                text = f"{type(error).__name__}: {text}"
+            with suppress(UserError, OSError):  # the disk may be full, or S3 away
+                run_log.end(run, Ended(run_log.last_step(run), text, told, launched))
+        raise
+
+
+def _device(recipe: Recipe, run: Folder) -> str:
+    """A run that began on GPUs does not go on without because a cluster is only half there."""
+    started = [line for line in run_log.read_log(run) if line["event"] == "Started"]
+    if recipe.run.device == "auto" and started and started[-1]["device"].startswith("cuda"):
+        return "cuda"
+    return recipe.run.device
+
+
+def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
+    """What each worker does."""
+    train(parse_recipe(config["recipe"], "recipe"), workers, emit, config["incident"])
+
+
+def outcome(run: Folder) -> dict[str, Any]:
+    """What a finished run came to. Raises as metrics_of."""
+    metrics = metrics_of(run)
+    names = ("mAP", "mAUC", "d_prime", "chance_mAP", "accuracy", "chance_accuracy", "clips", "listed", "coverage")
+    return {"run": str(run), "model": f"{run}/model"} | {k: metrics[k] for k in names if k in metrics}
+
+
+def metrics_of(run: Folder) -> dict[str, Any]:
+    """The metrics of a finished run. Raises UserError when they can't be read."""
+    try:
+        return read_detail(run.read("model/metrics.json"))
+    except FileNotFoundError as error:
+        raise UserError(f"{run}/model/metrics.json: is missing; remove {run} to run it again") from error
+    except ValueError as error:
+        raise UserError(f"{run}/model/metrics.json: damaged ({error}); remove {run} to run it again") from error
+
+
+def is_finished(run: Folder) -> bool:
+    return run.exists("model/config.json")
+
+
+def check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
+    """Raise UserError unless the run may begin, or go on, in this folder by this recipe."""
+    if run.exists(MARK):
+        raise UsageError(f"{run}: is the folder of a study; give this run another run.name")
+    # A start that failed before its first checkpoint does not claim the name.
+    begun = bool(checkpoint.committed(run))
+    exists = begun or is_finished(run)
+    if exists and resume == "never":
+        raise UsageError(f"{run}: this run exists, and --resume never was asked for; give another run.name")
+    if resume == "must" and not begun:
+        raise UsageError(f"{run}: no checkpoint to resume from, and --resume must was asked for")
+    if exists and (changes := differences(_recipe_of(run), recipe)):
+        raise UsageError(
+            f"{run}: made with another recipe ({'; '.join(changes)}); give another run.name or the old recipe"
+        )
+
+
+def _recipe_of(run: Folder) -> Recipe:
+    path = f"{run}/{_RECIPE}"
+    try:
+        tree = strict_yaml.load_dumped(run.read(_RECIPE))
+    except (FileNotFoundError, ValueError) as error:
+        state = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        raise UserError(f"{path}: {state}, so it is not known what the run is; give another run.name") from error
+    return parse_recipe(tree, path)

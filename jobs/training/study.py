@@ -1,0 +1,367 @@
+"""The paper's tables: grids of runs on one cluster, each row beside the paper's own figure.
+
+augmentation and hyperparameters take a recipe as `erann pretrain` does, transfer takes those of `erann finetune`. Keys
+of the command line hold for all rows, and none of them may be one that a row of the table is about.
+"""
+
+import csv
+import io
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from erann_dist.data.manifest import Manifest, SetInfo
+from erann_dist.data.sources import load_train_and_eval
+from erann_dist.errors import UsageError, UserError
+from erann_dist.formats import strict_json
+from erann_dist.models.erann import ERANN, MEL_BINS, count_macs, count_parameters
+from erann_dist.models.log_mel import padded_frames, padded_samples
+from erann_dist.recipe import RunSection, check, load_recipe, read_tree, setting
+from erann_dist.storage.folder import Folder, open_folder
+from erann_dist.train.distributed import device_name
+from erann_dist.train.model_folder import initialise
+from jobs.terminal.progress import bar, note
+from jobs.training import paper
+from jobs.training.cross_validation import CrossValidation, load_cross_validation
+from jobs.training.finetune import check_all, finetune, has_begun
+from jobs.training.pretrain import only_one
+from jobs.training.results import RESULTS, read_results
+from jobs.training.scheduler import Ended, Tell, check_runs, run_all
+from jobs.training.study_manifest import Mark, require_own, require_unchanged, write_mark
+
+Grid = Literal["augmentation", "hyperparameters"]
+TABLE = "table.csv"
+_MIXUP = {
+    1: ["augment.mixup=none"],
+    2: ["augment.mixup=standard", "augment.mixup_on=waveform"],
+    3: ["augment.mixup=modified", "augment.mixup_on=waveform"],
+    4: ["augment.mixup=modified", "augment.mixup_on=log_mel"],
+}
+_AUDIOSET_CLASSES = 527
+_BATCHES = (1, 32)  # at which the paper has speeds
+_SPEED_S = 3.0  # of forward passes, at least one
+
+
+@dataclass(frozen=True)
+class Row:
+    """One of the table: what is set in the recipe, what the columns say of it, and the paper's figure."""
+
+    name: str
+    settings: list[str]
+    columns: dict[str, Any]
+    paper: float | None
+
+
+def augmentation_rows() -> list[Row]:
+    """The paper's augmentation table."""
+    rows = []
+    for row in paper.AUGMENTATION:
+        masks = "specaugment" if row.specaugment else "no-specaugment"
+        columns = {"variant": row.variant, "t_c": row.crop_s, "specaugment": row.specaugment, "mixup": row.mixup}
+        rows.append(
+            Row(
+                f"{row.variant}-{row.crop_s}s-{masks}-mixup{row.mixup}",
+                [
+                    f"model.variant={row.variant}",
+                    f"data.crop_s={row.crop_s}",
+                    setting("augment.specaugment", row.specaugment),
+                    *_MIXUP[row.mixup],
+                ],
+                columns,
+                row.mean_ap,
+            )
+        )
+    return rows
+
+
+def hyperparameter_rows(variants: Iterable[str] | None = None) -> list[Row]:
+    """The paper's variants on AudioSet, or others."""
+    known = paper.HYPERPARAMETERS
+    rows = []
+    for variant in variants or known:
+        published = known.get(variant)
+        rows.append(Row(variant, [f"model.variant={variant}"], {"variant": variant}, published))
+    return rows
+
+
+def run_grid(
+    kind: Grid,
+    rows: list[Row],
+    path: Path,
+    overrides: list[str],
+    seeds: list[int],
+    address: str | None,
+    on_event: Tell,
+) -> dict[str, Any]:
+    """Train each row with each seed; the table, which is written to the study's folder. Raises UserError.
+
+    The folder is the recipe's, run.dir/run.name; its runs lie below it. Finished ones are not run again.
+    """
+    own = {"run.seed", *(setting.partition("=")[0] for row in rows for setting in row.settings)}
+    _require_free(kind, overrides, own)
+    _require_distinct("--variant", [row.name for row in rows])
+    _require_distinct("--seed", seeds)
+    base = load_recipe(path, [*overrides, *rows[0].settings])
+    own_variant = load_recipe(path, overrides).model.variant
+    if own_variant not in (variants := dict.fromkeys(row.columns["variant"] for row in rows)):
+        note(f"{path}: its model.variant {own_variant} is no row of this table; its rows are {', '.join(variants)}")
+    folder = open_folder(base.run_url)
+    recipes = {}
+    for row in rows:
+        for seed in seeds:
+            name = _run_name(row, seed)
+            run = [f"run.seed={seed}", setting("run.dir", base.run_url), f"run.name={name}"]
+            recipes[name] = load_recipe(path, [*overrides, *row.settings, *run])
+    training_clips, clips = load_train_and_eval(base.data)
+    check_runs(recipes, address)
+    weights = None
+    if base.model.init != "none":
+        for recipe in {recipe.model.variant: recipe for recipe in recipes.values()}.values():
+            model = ERANN.from_name(recipe.model.variant, clips.num_classes)
+            weights = initialise(model, recipe.model.init, recipe.model.fresh).weights_sha256
+    hashes = {"data.train": training_clips.info.content_hash, "data.eval": clips.info.content_hash}
+    mark = Mark(kind, clips.info.name, hashes, weights)
+    require_own(folder, mark)
+    if has_begun(folder):
+        require_unchanged(folder, mark)
+    with only_one(folder):
+        write_mark(folder, mark)
+        measure = _Measure(folder)
+        with bar("measure the models' speed", len(rows)) as progress:
+            measured = {}
+            for number, row in enumerate(rows):
+                progress.update(number, row.name)
+                measured[row.name] = measure.of(recipes[_run_name(row, seeds[0])].model.variant, clips)
+        ended = run_all(recipes, address, on_event)
+        why = _why_not_comparable(clips.info)
+        table = []
+        for row in rows:
+            names = [_run_name(row, seed) for seed in seeds]
+            line = _line(row, measured[row.name], [ended[name] for name in names], clips)
+            table.append(line | {"paper": None if why else row.paper, "runs": names})
+        failed = {name: each.why for name, each in ended.items() if each.why}
+        return _write(folder, kind, base.run.name, table, failed, [why] if why else [], measure.on)
+
+
+def _require_free(kind: str, overrides: list[str], own: set[str]) -> None:
+    """Raise UsageError when an override sets a key that the rows of the table do."""
+    ways = {"run.seed": "--seed is the way", "model.init": "--from is the way"}
+    if kind != "augmentation":
+        ways["model.variant"] = "--variant is the way"
+    for override in overrides:
+        key = override.partition("=")[0]
+        for taken in sorted(own):
+            if f"{key}.".startswith(f"{taken}.") or f"{taken}.".startswith(f"{key}."):
+                way = ways.get(taken, "leave it out")
+                raise UsageError(f"{override!r}: study {kind} sets {taken} for each of its rows; {way}")
+
+
+def _require_distinct(what: str, values: Sequence[object]) -> None:
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise UsageError(f"{what}: {twice[0]} is given twice")
+
+
+def _why_not_comparable(info: SetInfo) -> str | None:
+    if info.task == "tagging" and info.name == "audioset" and len(info.label_ids) == _AUDIOSET_CLASSES:
+        return None
+    what = f"{info.name} ({info.task}, {len(info.label_ids)} classes)"
+    return f"not comparable with the paper's figures, which are for AudioSet: the evaluated clips are {what}"
+
+
+def _run_name(row: Row, seed: int) -> str:
+    return f"{row.name}-seed{seed}"
+
+
+def _line(row: Row, measured: dict[str, Any], runs: list[Ended], clips: Manifest) -> dict[str, Any]:
+    metrics = [run.outcome for run in runs if run.outcome]
+    metric = "mAP" if clips.info.task == "tagging" else "accuracy"
+    values = [each[metric] for each in metrics]
+    return {
+        "run": row.name,
+        **row.columns,
+        **measured,
+        metric: statistics.fmean(values) if values else None,
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "seeds": len(values),
+    }
+
+
+class _Measure:
+    """Size and speed of models on this machine; what a study's table has of this machine is not measured again."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.on = device_name(self._device)
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}  # speeds by variant, parameters and MACs
+        last = _last_result(folder)
+        for row in last.get("rows", []) if last.get("measured_on") == self.on else []:
+            speeds = {column: row.get(column) for column in map(_speed_column, _BATCHES)}
+            self._known[row.get("variant"), row.get("params_M"), row.get("GMACs")] = speeds
+
+    def of(self, variant: str, clips: Manifest) -> dict[str, Any]:
+        """For the set's labels and its median clip."""
+        frames = padded_frames(padded_samples(int(np.median(clips.samples))))
+        model = ERANN.from_name(variant, clips.num_classes).eval()
+        params = round(count_parameters(model) / 1e6, 3)
+        macs = round(count_macs(model.variant, clips.num_classes, frames) / 1e9, 2)
+        key = (variant, params, macs)
+        if key not in self._known:
+            model.to(self._device)
+            self._known[key] = {_speed_column(batch): _speed(model, batch, frames) for batch in _BATCHES}
+            model.cpu()
+            torch.cuda.empty_cache()  # for the runs
+        return {"params_M": params, "GMACs": macs, **self._known[key]}
+
+
+def _speed_column(batch: int) -> str:
+    return f"clips_per_s_{batch}"
+
+
+@torch.inference_mode()
+def _speed(model: ERANN, batch: int, frames: int) -> float:
+    """Clips a second through the network; the median of some passes behind the first."""
+    device = next(model.parameters()).device
+    inputs = torch.randn(batch, 1, MEL_BINS, frames, device=device)
+    took: list[float] = []
+    while len(took) < 2 or sum(took) < _SPEED_S:
+        began = time.perf_counter()
+        model(inputs).sum().item()  # waits for the device
+        took.append(time.perf_counter() - began)
+    return round(batch / statistics.median(took[1:]), 2)
+
+
+def transfer_rows(variants: list[str] | None, pretrained: str) -> list[tuple[str, str]]:
+    """Variants with what they begin with, none or a pretrained model. Raises UsageError.
+
+    variants: each from scratch and fine-tuned; if not given, those rows of which the paper has figures.
+    pretrained: a folder whose runs have the variants' names, such as a hyperparameter study's; {variant} in it is
+    replaced by the variant. none: from scratch alone.
+    """
+    figures = paper.ACCURACY["esc50"]
+    _require_distinct("--variant", variants or [])
+    rows = [
+        (variant, init)
+        for variant in variants or figures
+        for init in dict.fromkeys(["none", pretrained.replace("{variant}", variant)])
+    ]
+    if variants:
+        return rows
+    return [
+        (variant, init)
+        for variant, init in rows
+        if (figures[variant].scratch if init == "none" else figures[variant].finetuned) is not None
+    ]
+
+
+def run_transfer(
+    paths: list[Path],
+    rows: list[tuple[str, str]],
+    overrides: list[str],
+    seeds: list[int],
+    address: str | None,
+    on_event: Tell,
+) -> dict[str, Any]:
+    """Each data set with each of `transfer_rows`; the table. Raises UserError."""
+    _require_free("transfer", overrides, {"model.variant", "model.init", "run.seed"})
+    _require_distinct("--seed", seeds)
+    _require_distinct("recipes of one name", [path.stem for path in paths])
+    run = check(RunSection, read_tree(paths[0], ["run.name=transfer", *overrides])["run"], f"{paths[0]}: run")
+    place = run.url
+    # A row of the table, by its name, is a cross-validation with each seed.
+    repeated: dict[str, list[CrossValidation]] = {}
+    for path in paths:
+        for variant, init in rows:
+            row = f"{path.stem}-{variant}-{'scratch' if init == 'none' else 'finetuned'}"
+            repeated[row] = []
+            for seed in seeds:
+                settings = [*overrides, f"model.variant={variant}", f"run.seed={seed}"]
+                settings += [setting("run.dir", place), f"run.name={row}-seed{seed}"]
+                repeated[row].append(load_cross_validation(path, settings, init))
+    validations = [validation for row in repeated.values() for validation in row]
+    folder = open_folder(place)
+    mark = Mark("transfer", ", ".join(sorted({validation.data_set for validation in validations})))
+    require_own(folder, mark)
+    check_all(validations, address)
+    with only_one(folder):
+        write_mark(folder, mark)
+        measure = _Measure(folder)
+        measured = {}
+        with bar("measure the models' speed", len(repeated)) as progress:
+            for number, (name, each) in enumerate(repeated.items()):
+                progress.update(number, name)
+                measured[name] = measure.of(each[0].variant, each[0].clips)
+        outcomes = {each["name"]: each for each in finetune(validations, address, on_event)}
+        table = [_transfer_line(row, measured[row], [outcomes[v.name] for v in each]) for row, each in repeated.items()]
+        failed = {f"{name}/fold-{f['fold']}": f["why"] for name, each in outcomes.items() for f in each["failed"]}
+        notes = [f"{name}: not counted, as folds of it failed" for name, each in outcomes.items() if each["failed"]]
+        return _write(folder, "transfer", run.name, table, failed, notes, measure.on)
+
+
+def _transfer_line(row: str, measured: dict[str, Any], outcomes: list[dict[str, Any]]) -> dict[str, Any]:
+    """outcomes: with each seed. Only those of all folds count."""
+    means = [each["mean"] for each in outcomes if not each["failed"]]
+    first = outcomes[0]
+    return {
+        "run": row,
+        "data_set": first["data_set"],
+        "variant": first["variant"],
+        "init": first["init"],
+        **measured,
+        "accuracy": statistics.fmean(means) if means else None,
+        "std": statistics.stdev(means) if len(means) > 1 else None,
+        "seeds": len(means),
+        "paper": first["paper"] and first["paper"]["accuracy"],
+        "comparable": all(each["comparable"] for each in outcomes),
+        "runs": [f"{each['name']}/{fold['run']}" for each in outcomes for fold in each["folds"]],
+    }
+
+
+def _last_result(folder: Folder) -> dict[str, Any]:
+    """What the study came to when it was run before; empty if that can't be told."""
+    try:
+        return read_results(folder)
+    except (FileNotFoundError, UserError):
+        return {}
+
+
+def _write(
+    folder: Folder,
+    kind: str,
+    name: str,
+    table: list[dict[str, Any]],
+    failed: dict[str, str],
+    notes: list[str],
+    measured_on: str,
+) -> dict[str, Any]:
+    """Write the table of what was asked for. Rows that the last one had besides are named in a note."""
+    asked = {run for row in table for run in row["runs"]} | failed.keys()
+    others = {run for row in _last_result(folder).get("rows", []) for run in row["runs"]} - asked
+    if others:
+        notes = [*notes, f"not in this table, as they were not asked for this time: {', '.join(sorted(others))}"]
+    columns = [column for column in table[0] if column not in ("run", "runs")]
+    result = {
+        "kind": "study",
+        "of": kind,
+        "name": name,
+        "folder": str(folder),
+        "columns": columns,
+        "rows": table,
+        "failed": [{"run": run, "why": why} for run, why in failed.items()],
+        "notes": notes,
+        "measured_on": measured_on,
+    }
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["run", *columns], extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(table)
+    folder.write(TABLE, text.getvalue().encode())
+    folder.write(RESULTS, strict_json.dumps(result, indent=1).encode())
+    return result
