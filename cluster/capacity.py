@@ -1,4 +1,4 @@
-"""Room for workers on a cluster: placement groups of one worker each, those that stand and those that wait.
+"""The capacity of a cluster for workers: placement groups of one worker each, those that stand and those that wait.
 
 They count what is free for this run now, whoever else works there; nodes that are about to go give none; and a cluster
 that can grow sees by them what is wanted.
@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import ray
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from cluster.stop_request import Notice
-from erann_dist.errors import NoRoom, Stopped
+from erann_dist.errors import NoCapacity, Stopped
+from erann_dist.log.events import StopRequest
 from erann_dist.words import count
 
 Bundle = dict[str, float]
@@ -20,8 +20,8 @@ _SETTLE_S = 2.0  # without more room; what workers before held comes back in les
 
 
 @contextmanager
-def room_for(bundle: Bundle, most: int) -> Iterator[Callable[[], int]]:
-    """Ask for room for so many workers, which is kept until the context ends; how many there is room for."""
+def capacity_for(bundle: Bundle, most: int) -> Iterator[Callable[[], int]]:
+    """Request so many workers' resources, and hold them until the context ends; for how many workers there are some."""
     groups = [placement_group([bundle]) for _ in range(most)]
     try:
         yield lambda: sum(placement_group_table(group)["state"] == "CREATED" for group in groups)
@@ -30,13 +30,13 @@ def room_for(bundle: Bundle, most: int) -> Iterator[Callable[[], int]]:
             remove_placement_group(group)
 
 
-def free_room(bundle: Bundle) -> int:
-    """For how many workers there is room now, as far as that can be told without asking for it."""
+def free_capacity(bundle: Bundle) -> int:
+    """How many workers fit now, as far as that is known without requesting their resources."""
     return _workers(bundle, ray.available_resources())
 
 
-def all_room(bundle: Bundle) -> int:
-    """For how many workers there is room when nobody else works on the cluster."""
+def total_capacity(bundle: Bundle) -> int:
+    """How many workers fit when nobody else works on the cluster."""
     return _workers(bundle, ray.cluster_resources())
 
 
@@ -45,26 +45,26 @@ def _workers(bundle: Bundle, resources: dict[str, float]) -> int:
 
 
 def bundle_of(device: str, least: int) -> Bundle:
-    """What a worker of a run of at least so many asks for. device: auto, cpu or cuda."""
+    """The resources that a worker of a run of at least so many requests. device: auto, cpu or cuda."""
     gpus = ray.cluster_resources().get("GPU", 0)
     use_gpu = device == "cuda" or (device == "auto" and gpus >= least)
     return {"CPU": 1.0, "GPU": 1.0} if use_gpu else {"CPU": 1.0}
 
 
-def wait_for_room(
-    bundle: Bundle, least: int, most: int, *, seconds: float, say: Callable[[str], None], stop: Notice
+def wait_for_capacity(
+    bundle: Bundle, least: int, most: int, *, seconds: float, emit: Callable[[str], None], stop: StopRequest
 ) -> int:
-    """How many workers there is room for, as soon as it is enough. Raises NoRoom when it is not in so many seconds.
+    """How many workers fit, as soon as they are enough. Raises NoCapacity when they are not in so many seconds.
 
-    say: is told once what is waited for.
+    emit: is called once, with what is waited for.
     """
     began = changed = time.monotonic()
     found, said = 0, False
-    with room_for(bundle, most) as room:
+    with capacity_for(bundle, most) as available_workers:
         while True:
             if reason := stop():
-                raise Stopped(reason)
-            found, before = room(), found
+                raise Stopped(reason.text)
+            found, before = available_workers(), found
             now = time.monotonic()
             changed = now if found != before else changed
             settled = now - changed >= _SETTLE_S
@@ -74,9 +74,9 @@ def wait_for_room(
                 missing = _missing(bundle, least, found)
                 if now - began >= seconds:
                     waited = f" after {seconds:g} s" if seconds else ""
-                    raise NoRoom(f"{missing}{waited}; start fewer (run.workers) or add nodes")
+                    raise NoCapacity(f"{missing}{waited}; start fewer (run.workers) or add nodes")
                 if not said:
-                    say(f"{missing}; waiting up to {seconds:g} s for more")
+                    emit(f"{missing}; waiting up to {seconds:g} s for more")
                     said = True
             time.sleep(0.2)
 

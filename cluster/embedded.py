@@ -24,7 +24,7 @@ import ray
 from ray._private import ray_constants, services  # private: tests/test_private_names.py fails when they move
 
 from cluster.environment import WORKER_ENVIRONMENT
-from cluster.stop_request import notice_kept
+from cluster.stop_request import stop_handlers_kept
 from erann_dist.environment import usable_cpus
 from erann_dist.errors import UsageError, UserError
 
@@ -174,10 +174,10 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
             if address:
                 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a token in the home directory may be another's
                 _require_ray(address)
-                with notice_kept(), _on_loopback() if address == os.environ.get(_EMBEDDED) else nullcontext():
+                with stop_handlers_kept(), _on_loopback() if address == os.environ.get(_EMBEDDED) else nullcontext():
                     ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")
             else:
-                with notice_kept(), _on_loopback(), _own_process_group():
+                with stop_handlers_kept(), _on_loopback(), _own_process_group():
                     ray.init(
                         "local",
                         num_cpus=max(cpus, usable_cpus()),

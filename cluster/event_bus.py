@@ -1,4 +1,4 @@
-"""What the workers of a run and the process that started them say to each other, over Ray."""
+"""Events from the workers of a run to the process that started them, and requests to stop the other way, over Ray."""
 
 import asyncio
 import threading
@@ -12,9 +12,8 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.stop_request import Notice
 from erann_dist.clock import Anchor, anchor
-from erann_dist.log.events import CheckpointSaved, Emit, Event
+from erann_dist.log.events import CheckpointSaved, Emit, Event, Interruption, StopRequest
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,18 @@ class _Start:
 
     number: int = 0
     places: dict[int, Place] = field(default_factory=dict)  # by rank
-    notice: str | None = None
+    stop_request: Interruption | None = None
     events: list[Event] = field(default_factory=list)
 
 
-class _Board:
+class _EventBus:
     """The actor between them. A worker of an earlier start, that was cut off and still lives, is not heard."""
 
     def __init__(self, clock: Anchor) -> None:
         self._start = _Start()
         self._clock = clock
         self._news = asyncio.Event()
-        self._noticed = asyncio.Event()
+        self._stop_requested = asyncio.Event()
 
     async def time(self) -> float:
         """By the command's clock: it runs on this machine too."""
@@ -50,8 +49,8 @@ class _Board:
 
     async def begin(self, number: int) -> None:
         self._start = _Start(number)
-        self._noticed.set()  # those of the start before wait no longer
-        self._noticed = asyncio.Event()
+        self._stop_requested.set()  # those of the start before wait no longer
+        self._stop_requested = asyncio.Event()
 
     async def join(self, number: int, rank: int, place: Place) -> None:
         if number == self._start.number:
@@ -70,38 +69,38 @@ class _Board:
         events, self._start.events = self._start.events, []
         return events
 
-    async def tell(self, number: int, notice: str) -> None:
-        if number == self._start.number and self._start.notice is None:
-            self._start.notice = notice
-            self._noticed.set()
+    async def request_stop(self, number: int, reason: Interruption) -> None:
+        if number == self._start.number and self._start.stop_request is None:
+            self._start.stop_request = reason
+            self._stop_requested.set()
 
-    async def notice(self, number: int) -> str | None:
-        """This start's notice, when there is one."""
+    async def stop_request(self, number: int) -> Interruption | None:
+        """This start's, when there is one."""
         if number == self._start.number:
-            await self._noticed.wait()
-        return self._start.notice if number == self._start.number else None
+            await self._stop_requested.wait()
+        return self._start.stop_request if number == self._start.number else None
 
-    async def facts(self) -> tuple[dict[int, Place], str | None]:
-        return self._start.places, self._start.notice
+    async def facts(self) -> tuple[dict[int, Place], Interruption | None]:
+        return self._start.places, self._start.stop_request
 
 
 @contextmanager
-def open_board() -> Iterator[Any]:
-    """A board, on this process's own node: no loss of another takes it away."""
+def open_event_bus() -> Iterator[Any]:
+    """An event bus, on this process's own node: no loss of another takes it away."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 10_000}  # each worker waits in a call
-    board = ray.remote(_Board).options(**options).remote(anchor())
+    bus = ray.remote(_EventBus).options(**options).remote(anchor())
     try:
-        yield board
+        yield bus
     finally:
-        ray.kill(board)
+        ray.kill(bus)
 
 
-class Watch:
-    """Beside the workers of one start, in a thread: passes their events on, and a reason to stop to them."""
+class EventPump:
+    """Passes the events of one start's workers on, and a request to stop to them, in a thread."""
 
-    def __init__(self, board: Any, number: int, on_event: Emit, reason: Notice, step: int) -> None:
-        self._board = board
+    def __init__(self, bus: Any, number: int, on_event: Emit, reason: StopRequest, step: int) -> None:
+        self._bus = bus
         self._number = number
         self._on_event = on_event
         self._reason = reason
@@ -110,8 +109,8 @@ class Watch:
         self.step = step  # of the last event
         self.saved = False  # there is a new checkpoint
 
-    def __enter__(self) -> "Watch":
-        ray.get(self._board.begin.remote(self._number))
+    def __enter__(self) -> "EventPump":
+        ray.get(self._bus.begin.remote(self._number))
         self._thread.start()
         return self
 
@@ -121,10 +120,10 @@ class Watch:
 
     def _work(self) -> None:
         told = last = False
-        with suppress(RayError):  # without the board the cluster is gone, and the workers
+        with suppress(RayError):  # without the bus the cluster is gone, and the workers
             while not last:
                 last = self._ended.is_set()
-                for event in ray.get(self._board.take.remote(0 if last else 1)):
+                for event in ray.get(self._bus.take.remote(0 if last else 1)):
                     self.step = event.step
                     self.saved |= isinstance(event, CheckpointSaved)
                     try:
@@ -135,5 +134,5 @@ class Watch:
                         traceback.print_exc()
                         self._on_event = lambda _: None
                 if not told and (reason := self._reason()):
-                    self._board.tell.remote(self._number, reason)
+                    self._bus.request_stop.remote(self._number, reason)
                     told = True

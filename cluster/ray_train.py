@@ -1,4 +1,4 @@
-"""A run's workers under Ray Train: started on as many as there is room for, and again after each fault.
+"""A run's workers under Ray Train: started on as many nodes as there are for them, and again after each fault.
 
 Every start is a `fit()` of its own. Ray Train places the workers, joins them to a process group, watches them and ends
 them all when one fails; what follows is decided here. Its own restarts would lose the steps since the last checkpoint
@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.embedded import opening, ray_cluster  # before Ray, whose environment it sets
@@ -38,13 +38,14 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch._C._distributed_c10d import FileStore
 
-from cluster.capacity import Bundle, bundle_of, room_for, wait_for_room
-from cluster.event_bus import Place, Watch, open_board
+from cluster.capacity import Bundle, bundle_of, capacity_for, wait_for_capacity
+from cluster.event_bus import EventPump, Place, open_event_bus
 from cluster.gauges import with_gauges
-from cluster.stop_request import Notice, first_of, no_notice, signals_as_notice
+from cluster.launch_spec import LaunchSpec
+from cluster.stop_request import first_of, no_stop_request, signals_as_stop_request
 from erann_dist.clock import set_time, steady_time
 from erann_dist.errors import Stopped, Unavailable, UserError
-from erann_dist.log.events import Emit, Event, Incident, Phase
+from erann_dist.log.events import Emit, Event, Incident, Interruption, Phase, StopRequest
 from erann_dist.train.distributed import Workers
 from erann_dist.words import count
 
@@ -60,90 +61,78 @@ class Start:
 
     number: int  # 1, 2, …
     workers: int
-    failure: str | None  # why those before ended
+    failure: Interruption | None  # why those before ended
     reached: int  # the last step that those before were heard to have done
     function: Any
     config: dict[str, Any]
     launched: float
     cwd: str
-    board: Any
+    bus: Any
 
 
-def run_on_ray(
-    function: Any,
-    config: dict[str, Any],
-    *,
-    least: int,
-    most: int,
-    device: str,
-    on_event: Emit,
-    address: str | None,
-    heeds_notice: bool,
-    max_failures: int,
-    wait_for_workers: float,
-    hang_timeout: float,
-    run: str | None,
-) -> None:
+def run_on_ray(spec: LaunchSpec, on_event: Emit) -> None:
     """Run the function on the cluster's workers until it has returned on all of them. See `launch`."""
     launched = steady_time()
     # A worker whose process does not answer, as on a frozen machine, is taken for lost.
-    os.environ[_ANSWER_TIMEOUT] = _USERS_ANSWER_TIMEOUT or str(hang_timeout)
+    os.environ[_ANSWER_TIMEOUT] = _USERS_ANSWER_TIMEOUT or str(spec.hang_timeout)
     scratch = tempfile.TemporaryDirectory(prefix="erann-ray-", ignore_cleanup_errors=True)
-    notices = signals_as_notice() if heeds_notice else nullcontext(no_notice)
+    stops = signals_as_stop_request() if spec.handles_stop else nullcontext(no_stop_request)
+    least, most, wait_for_workers = spec.least, spec.num_workers, spec.wait_for_workers
     with (
         _lost_cluster_in_one_line(),
         redirect_stdout(sys.stderr),  # Ray writes of lost workers there, where only the command's result belongs
         scratch as storage,
-        notices as stop,  # until Ray has ended: another SIGTERM would cut it off
-        _announced_cluster(address, least, on_event) as embedded,
-        open_board() as board,
+        stops as stop,  # until Ray has ended: another SIGTERM would cut it off
+        _announced_cluster(spec.address, least, on_event) as embedded,
+        open_event_bus() as bus,
     ):
-        if run:
-            on_event = with_gauges(on_event, run)
+        if spec.run:
+            on_event = with_gauges(on_event, spec.run)
         resources = ray.cluster_resources()
-        bundle = bundle_of(device, least)
+        bundle = bundle_of(spec.device, least)
         if embedded and any(resources.get(kind, 0) < least for kind in bundle):
             wait_for_workers = 0  # it does not grow
-        if device == "auto" and "GPU" not in bundle and (gpus := resources.get("GPU", 0)):
+        if spec.device == "auto" and "GPU" not in bundle and (gpus := resources.get("GPU", 0)):
             text = f"training on CPUs: the cluster has {count(gpus, 'GPU')} for {count(least, 'worker')}"
             on_event(Incident(0, "resize", f"{text}; run.device=cuda waits for more, fewer run.workers use them"))
         number = failures = step = 0
-        failure: str | None = None
+        failure: Interruption | None = None
         places: dict[int, Place] = {}
         while True:
-            workers = wait_for_room(
+            workers = wait_for_capacity(
                 bundle,
                 least,
                 most,
                 seconds=wait_for_workers,
-                say=lambda line: on_event(Incident(step, "resize", line)),  # noqa: B023 - called in this round
+                emit=lambda line: on_event(Incident(step, "resize", line)),  # noqa: B023 - called in this round
                 stop=stop,
             )
             failure = _why_again(failure, places, workers)
             number += 1
             on_event(Phase(step, f"starting {count(workers, 'worker')}"))
-            start = Start(number, workers, failure, step, function, config, launched, os.getcwd(), board)
+            start = Start(number, workers, failure, step, spec.function, spec.config, launched, os.getcwd(), bus)
             with (
-                _growth(board, workers, bundle, most - workers) as growth,
-                Watch(board, number, on_event, first_of(stop, growth), step) as watch,
+                _growth(bus, workers, bundle, most - workers) as growth,
+                EventPump(bus, number, on_event, first_of(stop, growth), step) as watch,
             ):
-                error = _fit(start, "GPU" in bundle, bundle, storage, hang_timeout)
+                error = _fit(start, "GPU" in bundle, bundle, storage, spec.hang_timeout)
             if error is None:
                 return
             step, failures = watch.step, 0 if watch.saved else failures
-            places, notice = ray.get(board.facts.remote())
-            stopped, failure = _explain(error, places)
+            places, stop_request = ray.get(bus.facts.remote())
+            stopped, text = _explain(error, places)
             if stopped and stop():
                 raise stopped
-            if stopped and notice:
-                failure = notice
+            if stopped and stop_request:
+                failure = stop_request
                 continue
+            failure = Interruption("failure", text)
             failures += 1
-            if failures > max_failures:
+            if failures > spec.max_failures:
                 # A fault of this program or of the machine: in full, for whoever is to find it.
                 print(error, file=sys.stderr)
-                times = f" {failures} times in a row without a new checkpoint, at last" if max_failures else ""
-                raise UserError(f"the workers failed{times}: {failure}; {AGAIN}")
+                times = f" {failures} times in a row without a new checkpoint, at last" if spec.max_failures else ""
+                raise UserError(f"the workers failed{times}: {text}; {AGAIN}")
 
 
 @contextmanager
@@ -229,32 +218,34 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are Any
 
 
 @contextmanager
-def _growth(board: Any, workers: int, bundle: Bundle, more: int) -> Iterator[Notice]:
-    """The notice that there is room for more workers than run, once no more comes: a node's is found bit by bit."""
+def _growth(bus: Any, workers: int, bundle: Bundle, more: int) -> Iterator[StopRequest]:
+    """Requests a stop when there is capacity for more workers, once it grows no more: a node's comes bit by bit."""
     with ExitStack() as stack:
         spare: Callable[[], int] | None = None
         found = 0
 
-        def notice() -> str | None:
+        def request() -> Interruption | None:
             nonlocal spare, found
-            if spare is None:  # The room that the workers are to start in is theirs.
-                if more and len(ray.get(board.facts.remote())[0]) == workers:
-                    spare = stack.enter_context(room_for(bundle, more))
+            if spare is None:  # The capacity for the workers themselves is theirs.
+                if more and len(ray.get(bus.facts.remote())[0]) == workers:
+                    spare = stack.enter_context(capacity_for(bundle, more))
                 return None
             before = found
-            with suppress(RayError):  # a cluster that loses a node may fail to say what room it has
+            with suppress(RayError):  # a cluster that loses a node may fail to say what it has
                 found = spare()
-            return f"resized from {workers} to {count(workers + found, 'worker')}" if 0 < found == before else None
+            if not 0 < found == before:
+                return None
+            return Interruption("resize", f"resized from {workers} to {count(workers + found, 'worker')}")
 
-        yield notice
+        yield request
 
 
 def _ray_worker(settings: dict[str, Any]) -> None:
     """The function that Ray Train runs on each worker."""
     start: Start = settings["start"]
-    context, board = ray.train.get_context(), start.board
+    context, bus = ray.train.get_context(), start.bus
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    set_time(ray.get(board.time.remote()))
+    set_time(ray.get(bus.time.remote()))
     try:
         os.chdir(start.cwd)
     except OSError as error:
@@ -263,15 +254,15 @@ def _ray_worker(settings: dict[str, Any]) -> None:
             "start it in a folder that all hosts have"
         ) from error
     place = Place(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id())
-    sent = [board.join.remote(start.number, rank, place)]
+    sent = [bus.join.remote(start.number, rank, place)]
 
     def emit(event: Event) -> None:
-        sent.append(board.put.remote(start.number, event))
+        sent.append(bus.put.remote(start.number, event))
         del sent[:-1]
 
-    notice = _worker_notice(start)
+    stop_request = _worker_stop_request(start)
     device = ray.train.torch.get_device()
-    workers = Workers(rank, world_size, device, start.launched, start.failure, start.reached, notice)
+    workers = Workers(rank, world_size, device, start.launched, start.failure, start.reached, stop_request)
     try:
         start.function(start.config, workers, emit)
     except UserError:
@@ -284,29 +275,30 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         ray.get(sent)
 
 
-def _worker_notice(start: Start) -> Notice:
+def _worker_stop_request(start: Start) -> StopRequest:
     """Why this worker is to stop: Ray's word that a node of the run is about to go, or the command's own."""
     train_context = get_train_context()
-    told: list[str] = []
+    reasons: list[Interruption] = []
 
     def listen() -> None:
         with suppress(RayError):  # the command has ended
-            if text := ray.get(start.board.notice.remote(start.number)):
-                told.append(text)
+            if reason := ray.get(start.bus.stop_request.remote(start.number)):
+                reasons.append(reason)
 
     threading.Thread(target=listen, daemon=True).start()
 
-    def notice() -> str | None:
+    def request() -> Interruption | None:
         info = train_context.preemption_context.preemption_info
-        if info and not told:
+        if info and not reasons:
             ips = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
             nodes = ", ".join(ips[node_id] for node_id in info.preempted_node_ids)
             until = datetime.datetime.fromtimestamp(info.deadline_ms / 1000) if info.deadline_ms else None
-            told.append(f"preempted: node {nodes} goes{f' at {until:%H:%M:%S}' if until else ''}")
-            start.board.tell.remote(start.number, told[0])
-        return told[0] if told else None
+            text = f"preempted: node {nodes} goes{f' at {until:%H:%M:%S}' if until else ''}"
+            reasons.append(Interruption("preemption", text))
+            start.bus.request_stop.remote(start.number, reasons[0])
+        return reasons[0] if reasons else None
 
-    return notice
+    return request
 
 
 def _explain(error: Exception, places: dict[int, Place]) -> tuple[Stopped | None, str]:
@@ -358,10 +350,10 @@ def _line(error: BaseException) -> str:
     return text if len(text) <= _LINE else f"{text[: _LINE - 1]}…"
 
 
-def _why_again(failure: str | None, places: dict[int, Place], workers: int) -> str | None:
+def _why_again(failure: Interruption | None, places: dict[int, Place], workers: int) -> Interruption | None:
     """Why the workers are started again, now that it is known on how many."""
-    if failure is not None and len(places) not in (0, workers) and not failure.startswith("resized"):
-        failure = f"{failure}; resized from {len(places)} to {count(workers, 'worker')}"
+    if failure is not None and len(places) not in (0, workers) and failure.kind != "resize":
+        failure = replace(failure, text=f"{failure.text}; resized from {len(places)} to {count(workers, 'worker')}")
     return failure
 
 

@@ -1,25 +1,24 @@
-"""Word that work is to stop: it may save what it has, and resume elsewhere or later."""
+"""Requests to stop: the work may save what it has, and resume elsewhere or later."""
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from erann_dist.errors import Stopped
-
-Notice = Callable[[], str | None]  # says why, once it is so
+from erann_dist.log.events import Interruption, StopRequest
 
 # SIGUSR1 is what Slurm's --signal sends ahead of a limit, SIGHUP comes when a terminal or an ssh connection is closed.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _SAVING = b"erann: stopping as soon as a checkpoint is saved; Ctrl-C again stops at once, without one\n"
 
 
-def no_notice() -> None:
+def no_stop_request() -> None:
     return None
 
 
-def first_of(*notices: Notice) -> Notice:
-    return lambda: next((text for notice in notices if (text := notice())), None)
+def first_of(*requests: StopRequest) -> StopRequest:
+    return lambda: next((reason for request in requests if (reason := request())), None)
 
 
 class _Note:
@@ -37,8 +36,8 @@ class _Note:
         if number == signal.SIGINT and self._announces:
             announce_saving()
 
-    def reason(self) -> str | None:
-        return f"told to stop by {self.received[0].name}" if self.received else None
+    def reason(self) -> Interruption | None:
+        return Interruption("stop", f"told to stop by {self.received[0].name}") if self.received else None
 
 
 def announce_saving() -> None:
@@ -53,7 +52,7 @@ def exit_as(stopped: Stopped, number: int) -> None:
 
 
 @contextmanager
-def signals_as_notice(announces: bool = True) -> Iterator[Notice]:
+def signals_as_stop_request(announces: bool = True) -> Iterator[StopRequest]:
     """SIGTERM, SIGHUP, SIGUSR1 and the first Ctrl-C end nothing here but are noted; a second Ctrl-C interrupts.
 
     announces: whether the first Ctrl-C is answered by a line, as by the one process of a command that is to do that.
@@ -78,8 +77,8 @@ def signals_as_notice(announces: bool = True) -> Iterator[Notice]:
 
 
 @contextmanager
-def notice_kept() -> Iterator[None]:
-    """What starts in here may handle signals itself, as Ray does, but not in place of `signals_as_notice`."""
+def stop_handlers_kept() -> Iterator[None]:
+    """What starts in here may handle signals itself, as Ray does, but not in place of `signals_as_stop_request`."""
     before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         yield

@@ -1,4 +1,4 @@
-"""A run's workers under torchrun: the command is torchrun's agent and stays beside them, as it does under Ray.
+"""A run's workers under torchrun: the command is torchrun's agent and stays alongside them, as it does under Ray.
 
 The workers call it on a socket. It gives them their work and hears the first one's events, so that what a user sees
 comes from one process, and how each of them ended, so that one line can tell what ended the run.
@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
@@ -32,7 +31,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from cluster.environment import WORKER_ENVIRONMENT, meeting_on_loopback
-from cluster.stop_request import STOPPING, announce_saving, exit_as, no_notice, signals_as_notice
+from cluster.launch_spec import LaunchSpec
+from cluster.stop_request import STOPPING, announce_saving, exit_as, no_stop_request, signals_as_stop_request
 from erann_dist.clock import Anchor, anchor, follow, steady_time
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import Stopped, UserError
@@ -48,11 +48,7 @@ _WHY = {"SIGKILL": ", as when memory runs out", "SIGALRM": ", by the watchdog of
 class _Work:
     """What each worker is given."""
 
-    function: Any
-    config: dict[str, Any]
-    device: str
-    heeds_notice: bool
-    hang_timeout: float
+    spec: LaunchSpec
     launched: float
     clock: Anchor
     meeting: str  # the file in which the workers meet
@@ -75,16 +71,7 @@ class _End:
     error: UserError | str | None  # a str is the traceback of another exception; None if it could say nothing
 
 
-def run_under_torchrun(
-    function: Any,
-    config: dict[str, Any],
-    *,
-    num_workers: int,
-    device: str,
-    on_event: Emit,
-    heeds_notice: bool,
-    hang_timeout: float,
-) -> None:
+def run_under_torchrun(spec: LaunchSpec, on_event: Emit) -> None:
     """Run the function on so many workers of this machine until it has returned on all of them. See `launch`."""
     log = logging.getLogger("torch.distributed.elastic")  # a page for each worker that fails; it is told here
     log.propagate = False
@@ -93,11 +80,11 @@ def run_under_torchrun(
     codes: dict[int, int] = {}  # exit codes of those that failed, by rank
     with tempfile.TemporaryDirectory(prefix="erann-torchrun-") as folder, meeting_on_loopback():
         address = f"{folder}/socket"
-        work = _Work(function, config, device, heeds_notice, hang_timeout, steady_time(), anchor(), f"{folder}/workers")
+        work = _Work(spec, steady_time(), anchor(), f"{folder}/workers")
         settings = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
-            nproc_per_node=num_workers,
+            nproc_per_node=spec.num_workers,
             run_id=str(uuid.uuid4()),
             rdzv_backend="c10d",
             rdzv_endpoint=f"{folder}/agent",
@@ -106,14 +93,14 @@ def run_under_torchrun(
             logs_specs=DefaultLogsSpecs(folder),
             signals_to_handle="",  # of torchrun's own accord workers that save get half a minute
         )
-        on_event(Phase(0, f"starting {count(num_workers, 'worker')}"))
+        on_event(Phase(0, f"starting {count(spec.num_workers, 'worker')}"))
         with _Desk(address, work, on_event) as desk, _signals_passed_on(desk):
             try:
                 elastic_launch(settings, sys.executable)("-m", "cluster.torchrun", address)
             except ChildFailedError as error:
                 codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     try:
-        _raise_cause(desk.ends, codes, heeds_notice)
+        _raise_cause(desk.ends, codes, spec.handles_stop)
     except Stopped as stopped:
         if desk.signals:
             exit_as(stopped, desk.signals[0])
@@ -190,7 +177,7 @@ class _Interrupted(SignalException, KeyboardInterrupt):
 
 @contextmanager
 def _signals_passed_on(desk: _Desk) -> Iterator[None]:
-    """What is a notice goes to the workers, which the terminal's Ctrl-C does not reach; a second one ends them."""
+    """What requests a stop goes to the workers, which the terminal's Ctrl-C does not reach; a second one ends them."""
 
     def end_workers(*_: object) -> None:
         raise _Interrupted("Ctrl-C", signal.SIGKILL)
@@ -203,7 +190,7 @@ def _signals_passed_on(desk: _Desk) -> Iterator[None]:
         desk.pass_on(number)
 
     handlers: dict[int, Callable[[int, object], None]] = {signal.SIGINT: end_workers}
-    if desk.work.heeds_notice:
+    if desk.work.spec.handles_stop:
         handlers = dict.fromkeys(STOPPING, pass_on)
     heard = {n: handler for n, handler in handlers.items() if signal.getsignal(n) is not signal.SIG_IGN}
     before = {number: signal.signal(number, handler) for number, handler in heard.items()}
@@ -278,11 +265,12 @@ def work_for(address: str) -> None:
         def tell(said: object) -> None:
             desk.sendall(pickle.dumps(said))
 
-        notices = signals_as_notice(announces=False) if work.heeds_notice else nullcontext(no_notice)
-        with notices as notice, ExitStack() as group, _error_told(tell):  # before others see that the group is left
+        spec = work.spec
+        stops = signals_as_stop_request(announces=False) if spec.handles_stop else nullcontext(no_stop_request)
+        with stops as stop_request, ExitStack() as group, _error_told(tell):  # before others see that the group is left
             tell(_Begun(int(os.environ["RANK"]), os.getpid()))
-            workers = group.enter_context(torchrun_worker(work.device, work.hang_timeout, work.meeting))
-            work.function(work.config, replace(workers, launched=work.launched, notice=notice), tell)
+            workers = group.enter_context(torchrun_worker(spec.device, spec.hang_timeout, work.meeting))
+            spec.function(spec.config, replace(workers, launched=work.launched, stop_request=stop_request), tell)
 
 
 @contextmanager

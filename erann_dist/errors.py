@@ -97,5 +97,5 @@ class Stopped(UserError):
     exit_code = 143  # as of a process that SIGTERM ended
 
 
-class NoRoom(UserError):
+class NoCapacity(UserError):
     """The cluster had no room for a run's workers for as long as they were to wait."""

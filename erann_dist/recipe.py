@@ -26,8 +26,9 @@ from pydantic import (
 from erann_dist import SAMPLE_RATE
 from erann_dist.errors import UsageError, require_no_credentials
 from erann_dist.formats import strict_json, strict_yaml
-from erann_dist.models.erann import Initialisation, Variant
+from erann_dist.models.base import Initialisation
 from erann_dist.models.log_mel import PAD_SAMPLES
+from erann_dist.models.spec import model_name
 
 CacheForm = Literal["flac", "pcm"]  # as the clip is in its tar; or decoded, which is twice the size
 
@@ -72,12 +73,8 @@ MAX_SECONDS = 1e7  # four months, for time limits
 MAX_FOLD = 127  # the manifest's column is of 8 bits
 
 
-def _variant_name(name: str) -> str:
-    return str(Variant.parse(name))
-
-
 class ModelSection(Section):
-    variant: Annotated[str, AfterValidator(_variant_name)]  # ERANN-<s_m>-<width>
+    variant: Annotated[str, AfterValidator(model_name)]  # ERANN-<s_m>-<width>, CNN14 or CNN14-ERANN
     init: PathText = "none"  # a model folder, or a run's, whose weights training begins with
     # The layers that begin anew all the same. The paper: "the last layers", which may be fc2 alone, or fc1 too.
     fresh: list[str] = Field(["fc2"], max_length=1000)

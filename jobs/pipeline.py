@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from cluster.stop_request import signals_as_notice
+from cluster.stop_request import signals_as_stop_request
 from erann_dist.data.sources import load_train_and_eval
 from erann_dist.errors import UsageError
 from erann_dist.recipe import PathText, Place, Recipe, Section, check, load_recipe, read_tree, setting
@@ -22,7 +22,7 @@ from jobs.training.cross_validation import CrossValidation, load_cross_validatio
 from jobs.training.finetune import check_folds, finetune
 from jobs.training.pretrain import pretrain
 from jobs.training.scheduler import check_runs
-from jobs.training.study_manifest import Mark, require_own
+from jobs.training.study_manifest import StudyManifest, require_own
 
 
 class Stage(Section):
@@ -73,7 +73,7 @@ def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan
     """
     pipeline = check(Pipeline, read_tree(path, overrides), str(path))
     folder = pipeline.run.url
-    require_own(open_folder(folder), Mark("pipeline", str(path)))
+    require_own(open_folder(folder), StudyManifest("pipeline", str(path)))
     place = setting("run.dir", folder)
     recipe = load_recipe(find_recipe(Path(pipeline.pretrain.recipe)), [*pipeline.pretrain.settings(), place], note)
     if recipe.run.launcher == "torchrun":
@@ -107,7 +107,7 @@ def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan
 def run_pipeline(plan: Plan, address: str | None) -> dict[str, Any]:
     """All stages, those that are finished not again, and the report. What they came to. Raises UserError."""
     # A notice that comes as one stage ends holds for the next.
-    with signals_as_notice(), _cluster(plan, address):
+    with signals_as_stop_request(), _cluster(plan, address):
         console.print(f"1 of 2  pretrain {plan.pretrain.model.variant}, and evaluate it", style="bold")
         with RunView() as view:
             pretrained = pretrain(plan.pretrain, "auto", address, view)

@@ -35,7 +35,7 @@ from erann_dist.formats import strict_yaml
 from erann_dist.log import run_log
 from erann_dist.log.events import CheckpointSaved, Ended, Evaluated, Finished, Incident
 from erann_dist.log.run_log import RunLog, read_log
-from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import DataSource, check, load_recipe, read_tree
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.train import checkpoint, evaluation, model_folder
@@ -53,7 +53,7 @@ from jobs.shard_sets.stats_page import html_page
 from jobs.terminal.show import show
 from jobs.training import cross_validation, finetune, pretrain, study
 from jobs.training.results import RESULTS
-from jobs.training.study_manifest import MARK, Mark, require_own, require_unchanged, write_mark
+from jobs.training.study_manifest import STUDY_MANIFEST, Mark, require_own, require_unchanged, write_mark
 from shards import build, index
 from shards.clip import Packing
 from shards.repair import repair_tasks, why_different
@@ -309,7 +309,7 @@ def write_run(folder: Path, clips: Any) -> None:
     predictions = Predictions(scores, clips.targets(np.arange(len(clips))))
     metrics = evaluation.detail(predictions, clips, len(clips) + 1)
     model = model_folder.ModelInfo("ERANN-3-1", clips.info.task, clips.info.label_ids, clips.info.label_names, 44_100)
-    model_folder.save_model(LocalFolder(str(folder / "model")), ERANN.from_name("ERANN-3-1", 3), model, metrics, "")
+    model_folder.save_model(LocalFolder(str(folder / "model")), build_model("ERANN-3-1", 3), model, metrics, "")
     with run.writing("predictions.parquet") as file:
         evaluation.write_predictions(file, predictions, clips)
 
@@ -417,7 +417,7 @@ def read_run(world: World) -> list[Callable[[], object]]:
         lambda: pretrain.outcome(run),
         lambda: pretrain._device(recipe, run),
         lambda: model_folder.load_model(model_folder.find_model(url)),
-        lambda: model_folder.initialise(ERANN.from_name("ERANN-3-1", 3), url, ["fc2"]),
+        lambda: model_folder.initialise(build_model("ERANN-3-1", 3), url, ["fc2"]),
     ]
 
 
@@ -488,7 +488,7 @@ FILES: dict[str, tuple[Callable[[Path], st.SearchStrategy[bytes]], Callable[[Wor
     "runs/one/model/model.safetensors": (lambda path: forged_head(path.read_bytes()), read_run),
     **{
         f"runs/{name}": (lambda path: forged_json(path.read_bytes()), read_studies)
-        for name in (f"t/{RESULTS}", f"t/{MARK}", f"grid/{RESULTS}")
+        for name in (f"t/{RESULTS}", f"t/{STUDY_MANIFEST}", f"grid/{RESULTS}")
     },
     "packing": (forged_parquet, read_packing),
     **{

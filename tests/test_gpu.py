@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from erann_dist.log.events import Event, Started
-from erann_dist.models.erann import ERANN
 from erann_dist.models.log_mel import LogMel
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import AugmentSection, Recipe
-from erann_dist.train.augment import draw_choices
-from erann_dist.train.prefetch import Fed, feed
+from erann_dist.train.augment import draw_augment_params
+from erann_dist.train.prefetch import DeviceBatch, feed
 from tests.conftest import small_recipe
 from tests.support.workers import losses, of_kind, run_workers, train_alone, train_events
 
@@ -31,7 +31,7 @@ def train_there(recipe: Recipe) -> list[Event]:
 def test_front_end_and_model_give_what_they_give_on_the_cpu() -> None:
     torch.manual_seed(0)
     waveform = 0.1 * torch.randn(4, 44_100)
-    log_mel, model = LogMel(), ERANN.from_name("ERANN-3-1", 5).eval()
+    log_mel, model = LogMel(), build_model("ERANN-3-1", 5).eval()
     with torch.no_grad():
         expected = log_mel(waveform)
         logits = model(expected)
@@ -43,12 +43,13 @@ def test_front_end_and_model_give_what_they_give_on_the_cpu() -> None:
 
 def test_batches_arrive_whole_and_in_order() -> None:
     """Each is copied while the one before is computed, from memory that the loader uses again."""
-    choices = draw_choices(np.arange(8), 128, 0, AugmentSection())
+    params = draw_augment_params(np.arange(8), 128, 128, 0, AugmentSection())
     numbers = range(20)
 
-    def load() -> list[Fed]:
+    def load() -> list[DeviceBatch]:
         return [
-            Fed(torch.full((16, 1 << 20), n, dtype=torch.int16), torch.full((16, 3), n), choices, n) for n in numbers
+            DeviceBatch(torch.full((16, 1 << 20), n, dtype=torch.int16), torch.full((16, 3), n), params, n, 0)
+            for n in numbers
         ]
 
     for number, batch in zip(numbers, feed(load(), GPU), strict=True):

@@ -24,7 +24,7 @@ from erann_dist.data.manifest import MANIFEST, SHARDS, load_manifest
 from erann_dist.data.sources import load_source
 from erann_dist.data.streaming import stream_clips
 from erann_dist.errors import UserError
-from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import DataSource
 from erann_dist.storage.folder import LocalFolder, open_folder
 from erann_dist.train import checkpoint, model_folder
@@ -120,7 +120,7 @@ def one_line(action: Callable[[], object]) -> str:
 def test_a_pickle_in_place_of_weights(tmp_path: Path) -> None:
     mark, folder = tmp_path / "mark", LocalFolder(str(tmp_path / "model"))
     info = model_folder.ModelInfo("ERANN-0-1", "tagging", ["a"], ["A"], 44_100)
-    model_folder.save_model(folder, ERANN.from_name("ERANN-0-1", 1), info, {}, "")
+    model_folder.save_model(folder, build_model("ERANN-0-1", 1), info, {}, "")
     data = pickle.dumps(Planted(mark))
     folder.write("model.safetensors", data)
     assert "model.safetensors: can't be read" in one_line(lambda: model_folder.load_model(folder))
@@ -337,7 +337,7 @@ def test_labels_hold_no_control_characters(tone_shards: Path, tmp_path: Path) ->
 
     folder = LocalFolder(str(tmp_path / "model"))
     info = model_folder.ModelInfo("ERANN-0-1", "tagging", ["a"], [ESCAPE], 44_100)
-    model_folder.save_model(folder, ERANN.from_name("ERANN-0-1", 1), info, {}, "")
+    model_folder.save_model(folder, build_model("ERANN-0-1", 1), info, {}, "")
     assert f"{folder}/config.json: {refused}" in one_line(lambda: model_folder.load_model(folder))
 
     (tmp_path / "audio" / ESCAPE).mkdir(parents=True)

@@ -4,7 +4,6 @@ import functools
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from erann_dist.data import loader
+from erann_dist.data.clip_reader import ReadStats
 from erann_dist.data.loader import Crops, random_crops
 from erann_dist.data.manifest import Manifest
 from erann_dist.data.sources import load_train_and_eval
 from erann_dist.errors import UserError
 from erann_dist.recipe import DataSection
 from erann_dist.storage.folder import LocalFolder, open_folder
-from erann_dist.storage.slow_reads import SlowReads
 
 _BATCH = 16
 _ATTEMPTS = 3  # of a request to S3: whoever waits for a verdict is not as patient as a run
@@ -83,17 +82,18 @@ def read_clips(data: str, seconds: float, seed: int) -> Reading:
     """
     section = DataSection.model_validate_json(data)
     (clips, eval_clips), rng = open_sets(data), np.random.default_rng(seed)
-    read, slow, tars, threads = Counter[str](), SlowReads(), set[int](), section.loader_threads
+    read, tars, threads = ReadStats(), set[int](), section.loader_threads
     computing, began = time.process_time(), time.perf_counter()
-    with closing(loader.load(clips, _crops(clips, section, rng), threads=threads, read=read, slow=slow)) as batches:
+    with closing(loader.Loader(clips, _crops(clips, section, rng), threads=threads, stats=read)) as batches:
         for batch in batches:
             tars.update(clips.shards[batch.crops.rows].tolist())
             passed = time.perf_counter() - began
             if passed >= seconds:
                 break
         computing = time.process_time() - computing
-        done = Reading(read["clips_origin"], read["bytes_origin"], passed, threads, computing, len(tars), slow.problem)
-    with closing(loader.load(eval_clips, _crops(eval_clips, section, rng), threads=threads)) as batches:
+        clips_read, bytes_read, slow = read.counts["clips_origin"], read.counts["bytes_origin"], read.slow.problem
+        done = Reading(clips_read, bytes_read, passed, threads, computing, len(tars), slow)
+    with closing(loader.Loader(eval_clips, _crops(eval_clips, section, rng), threads=threads)) as batches:
         next(batches)
     return done
 

@@ -42,10 +42,12 @@ class ClipId:
 class ClipCache:
     """A cache in a folder, for any number of threads. All who share the folder should give the same max_bytes.
 
-    The slabs together are never larger than max_bytes. Raises UsageError when there is no folder to be had.
+    form: in which ClipReader keeps clips here; those of the other form that are there stay unused. The slabs together
+    are never larger than max_bytes. Raises UsageError when there is no folder to be had.
     """
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
+    def __init__(self, folder: Path, max_bytes: int, form: CacheForm = "flac") -> None:
+        self.form: CacheForm = form
         self._folder = folder
         self._slab_bytes = min(_SLAB_BYTES, max_bytes // 16)
         self._slabs = max_bytes // max(1, self._slab_bytes)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,6 @@ from erann_dist.data.audio import DecodeError, clip_buffer
 from erann_dist.data.cache import ClipCache, ClipId
 from erann_dist.data.manifest import Manifest, Tar
 from erann_dist.errors import UserError, naming
-from erann_dist.recipe import CacheForm
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.storage.open_files import OpenFile, OpenFiles
 from erann_dist.storage.s3_ranges import S3Object
@@ -49,30 +49,30 @@ def write_text(path: Path, text: str) -> None:
         part.replace(path)
 
 
-class ClipReader:
-    """Reads clips of a manifest, from any number of threads. Close it when done.
+@dataclass
+class ReadStats:
+    """What was read, by any number of threads."""
 
-    read: counts the clips and bytes that were read, as clips_cache, bytes_cache, clips_origin and bytes_origin.
-    slow: counts those that came from S3 the slow way.
-    """
+    counts: Counter[str] = field(default_factory=Counter)  # clips_cache, clips_origin, bytes_cache, bytes_origin
+    slow: SlowReads = field(default_factory=SlowReads)
+
+
+class ClipReader:
+    """Reads clips of a manifest, from any number of threads. Close it when done. stats: is kept up to date."""
 
     def __init__(
         self,
         manifest: Manifest,
         cache: ClipCache | None = None,
-        cache_form: CacheForm = "flac",
-        read: Counter[str] | None = None,
-        slow: SlowReads | None = None,
+        stats: ReadStats | None = None,
     ) -> None:
         self._manifest = manifest
         self._cache = cache
-        self._form = cache_form
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._s3_tars: dict[int, _S3Tar] = {}
         self._files = OpenFiles[int]()  # of tars on a disk, by number
-        self._slow = SlowReads() if slow is None else slow
-        self._counts = Counter() if read is None else read
+        self._stats = stats or ReadStats()
 
     def must_fetch(self, row: int) -> bool:
         """Whether the clip lies in S3, and not in the cache as it seems."""
@@ -139,7 +139,7 @@ class ClipReader:
     def _keep(self, cache: ClipCache, row: int) -> None:
         """Cache the clip that the thread's buffer holds."""
         m = self._manifest
-        if self._form == "pcm":
+        if cache.form == "pcm":
             pcm = np.empty(m.samples[row], np.int16)
             clip_buffer().crop(0, len(pcm), pcm)
             cache.put(self._clip_id(row), pcm.astype("<i2").tobytes())
@@ -179,18 +179,19 @@ class ClipReader:
         number = int(self._manifest.shards[row])
         with self._lock:
             if number not in self._s3_tars:
-                self._s3_tars[number] = _S3Tar(self._manifest.tars[number], self._stop, self._slow)
+                self._s3_tars[number] = _S3Tar(self._manifest.tars[number], self._stop, self._stats.slow)
             return self._s3_tars[number]
 
     def _clip_id(self, row: int) -> ClipId:
         m = self._manifest
-        size = m.sizes[row] if self._form == "flac" else 2 * m.samples[row]
-        return ClipId(m.tars[m.shards[row]].set_hash, int(m.rows[row]), self._form, int(size))
+        form = self._cache.form if self._cache else "flac"
+        size = m.sizes[row] if form == "flac" else 2 * m.samples[row]
+        return ClipId(m.tars[m.shards[row]].set_hash, int(m.rows[row]), form, int(size))
 
     def _count(self, source: str, size: int) -> None:
         with self._lock:
-            self._counts[f"clips_{source}"] += 1
-            self._counts[f"bytes_{source}"] += size
+            self._stats.counts[f"clips_{source}"] += 1
+            self._stats.counts[f"bytes_{source}"] += size
 
 
 def _opened(tar: Tar) -> OpenFile:

@@ -1,9 +1,10 @@
 """Batches of decoded crops, in order, a bounded number of bytes ahead of the caller."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +12,12 @@ import torch
 from torch import Tensor
 
 from erann_dist.data.cache import ClipCache
-from erann_dist.data.clip_reader import BadClip, ClipReader
+from erann_dist.data.clip_reader import BadClip, ClipReader, ReadStats
 from erann_dist.data.manifest import Manifest
 from erann_dist.data.permutations import CROP, keyed_uniform
 from erann_dist.errors import UserError
-from erann_dist.recipe import CacheForm
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.storage.s3_ranges import S3_REQUESTS
-from erann_dist.storage.slow_reads import SlowReads
 
 AHEAD_BYTES = 64 << 20  # of samples: one or two micro-batches, which may stay in the processor's cache
 FETCH_AHEAD_BYTES = 256 << 20  # of clips asked for in S3, some of whose answers take long
@@ -33,14 +32,17 @@ class Crops:
     starts: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]  # samples to decode; what is missing to `length` is zeros at the end
     length: int
-    positions: npt.NDArray[np.int64] | None = None  # in the sampler's stream, if they were drawn
+    positions: npt.NDArray[np.int64] | None  # in the sampler's stream, if they were drawn
+
+
+C = TypeVar("C", bound=Crops)
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(Generic[C]):
     """Crops and their samples."""
 
-    crops: Crops  # a bad clip's place is taken by its substitute's
+    crops: C  # a bad clip's place is taken by its substitute's
     pcm: Tensor  # (n, length) int16
 
 
@@ -72,14 +74,14 @@ class BadClips:
 
 NONE_BAD = BadClips()  # stays empty: it allows none
 
-Begun = Future[list[Future[bytes] | None]] | None  # what was asked of S3 for a batch
+Requested = Future[list[Future[bytes] | None]] | None  # from S3, for a batch
 # The crop that takes the place of the one drawn at a position, on attempt 0, 1, …: one of (1,) rows.
 Substitute = Callable[[int, int], Crops]
 
 
 def whole_clips(manifest: Manifest, rows: npt.NDArray[np.int64], length: int) -> Crops:
     """The clips from their first sample to their last, in a batch of `length` samples."""
-    return Crops(rows, np.zeros(len(rows), np.int64), manifest.samples[rows], length)
+    return Crops(rows, np.zeros(len(rows), np.int64), manifest.samples[rows], length, None)
 
 
 def random_crops(
@@ -98,115 +100,140 @@ def crop_starts(
     return np.floor(keyed_uniform(seed, CROP, positions) * choices).astype(np.int64)
 
 
-def load(
-    manifest: Manifest,
-    batches: Iterable[Crops],
-    *,
-    threads: int,
-    ahead_bytes: int = AHEAD_BYTES,
-    cache: ClipCache | None = None,
-    cache_form: CacheForm = "flac",
-    pin_memory: bool = False,
-    bad_clips: BadClips = NONE_BAD,
-    substitute: Substitute | None = None,
-    read: Counter[str] | None = None,
-    slow: SlowReads | None = None,
-) -> Generator[Batch, None, None]:
-    """For each batch its samples, in pinned memory if asked.
+class Loader(Iterator[Batch[C]]):
+    """Reads and decodes batches of crops in threads, a bounded number of bytes ahead of the caller.
 
     At least one batch, and as many as `ahead_bytes` hold, are read and decoded by `threads` threads while the caller
-    works on one; further threads ask S3 for those behind them, up to FETCH_AHEAD_BYTES. A clip that is damaged or does
-    not decode, read twice, is noted in `bad_clips` and replaced by `substitute`'s. Raises UserError, which names key or
-    tar: when there are more of them than allowed, and for a tar that can't be read or is not as the manifest says.
-    `read` is kept up to date with what ClipReader counts, and so is `slow`. Closing the iterator ends the threads.
+    works on one; further threads request those after them from S3, up to FETCH_AHEAD_BYTES.
     """
-    reader = ClipReader(manifest, cache, cache_form, read, slow)
-    remote = any(not isinstance(tar.folder, LocalFolder) for tar in manifest.tars)
-    decoding = ThreadPoolExecutor(threads, thread_name_prefix="loader")
-    fetching = ThreadPoolExecutor(S3_REQUESTS, thread_name_prefix="loader-s3")  # its threads start when there is work
-    asking = ThreadPoolExecutor(1, thread_name_prefix="loader-s3")  # one, for the order's sake
-    pending: deque[tuple[Batch, list[Future[None]], int]] = deque()
-    given_up: set[int] = set()  # by row: another set's clip of the same key may be sound
 
-    def candidates(crops: Crops, i: int) -> Iterator[tuple[int, int, int]]:
-        """The clip that was drawn, and those that may take its place."""
-        yield int(crops.rows[i]), int(crops.starts[i]), int(crops.counts[i])
-        if substitute is not None and crops.positions is not None:
-            for attempt in range(_SUBSTITUTES):
-                other = substitute(int(crops.positions[i]), attempt)
-                yield int(other.rows[0]), int(other.starts[0]), int(other.counts[0])
+    def __init__(
+        self,
+        manifest: Manifest,
+        batches: Iterable[C],
+        *,
+        threads: int,
+        ahead_bytes: int = AHEAD_BYTES,
+        cache: ClipCache | None = None,
+        pin_memory: bool = False,
+        bad_clips: BadClips = NONE_BAD,
+        substitute: Substitute | None = None,
+        stats: ReadStats | None = None,
+    ) -> None:
+        """A clip that is damaged or does not decode, read twice, is noted in `bad_clips` and replaced by `substitute`.
 
-    def begin(rows: list[int]) -> list[Future[bytes] | None]:
-        """Ask S3 for what must come from there; a decoding thread then waits for nothing that was not asked for."""
-        return [fetching.submit(reader.fetch, row) if reader.must_fetch(row) else None for row in rows]
+        `next` raises UserError, which names key or tar: when there are more of them than allowed, and for a tar that
+        can't be read or is not as the manifest says. stats: is kept up to date. pin_memory: of the batches.
+        """
+        self._manifest = manifest
+        self._threads, self._ahead_bytes, self._pin_memory = threads, ahead_bytes, pin_memory
+        self._bad_clips, self._substitute = bad_clips, substitute
+        self._given_up: set[int] = set()  # by row: another set's clip of the same key may be sound
+        self._reader = ClipReader(manifest, cache, stats)
+        # Their threads start when there is work.
+        self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+        self._fetching = ThreadPoolExecutor(S3_REQUESTS, thread_name_prefix="loader-s3")
+        self._requesting = ThreadPoolExecutor(1, thread_name_prefix="loader-s3")  # one, for the order's sake
+        self._batches = self._load(batches)
 
-    def decode_into(crops: Crops, i: int, fetched: Future[bytes] | None, out: npt.NDArray[np.int16]) -> None:
-        for row, start, count in candidates(crops, i):
-            if row in given_up:
-                continue
-            try:
-                reader.crop(row, start, out[:count], fetched if row == crops.rows[i] else None)
-            except BadClip as bad:
-                bad_clips.add(bad)
-                given_up.add(row)
-                continue
-            out[count:] = 0
-            crops.rows[i], crops.starts[i], crops.counts[i] = row, start, count
+    def __next__(self) -> Batch[C]:
+        return next(self._batches)
+
+    def close(self) -> None:
+        """End the threads, whatever they are at."""
+        self._batches.close()
+        self._shut_down()
+
+    def _shut_down(self) -> None:
+        self._reader.stop()
+        # In this order: those that decode may wait for those that fetch.
+        for pool in (self._requesting, self._fetching, self._decoding):
+            pool.shutdown(cancel_futures=True)
+        self._reader.close()
+
+    def _load(self, batches: Iterable[C]) -> Generator[Batch[C], None, None]:
+        pending: deque[tuple[Batch[C], list[Future[None]], int]] = deque()
+        try:
+            for crops, requested in self._requested_ahead(batches):
+                batch, parts = self._decode(crops, requested)
+                held = max(batch.pcm.nbytes, self._tar_bytes(crops) if requested else 0)
+                pending.append((batch, parts, held))
+                while len(pending) > 1 and sum(held for _, _, held in pending) > self._ahead_bytes:
+                    yield _finished(*pending.popleft())
+            while pending:
+                yield _finished(*pending.popleft())
+        finally:
+            self._shut_down()
+
+    def _requested_ahead(self, batches: Iterable[C]) -> Iterator[tuple[C, Requested]]:
+        """The batches, each after the clips of those that follow it were requested from S3."""
+        if all(isinstance(tar.folder, LocalFolder) for tar in self._manifest.tars):
+            yield from ((crops, None) for crops in batches)
             return
-        raise UserError(f"{manifest.tars[0].folder}: no clip was found that is not bad, in {_SUBSTITUTES} draws")
-
-    def decode_part(crops: Crops, part: range, begun: Begun, out: npt.NDArray[np.int16]) -> None:
-        fetched = begun.result() if begun else None
-        for i in part:
-            decode_into(crops, i, fetched[i] if fetched else None, out[i])
-
-    def asked_ahead() -> Iterator[tuple[Crops, Begun, int]]:
-        """The batches, each after S3 was asked for the clips of those behind it, and the bytes of its own clips."""
-        asked: deque[tuple[Crops, Begun, int]] = deque()
+        requested: deque[tuple[C, Requested]] = deque()
         held = 0
         for crops in batches:
-            if not remote:
-                yield crops, None, 0
-                continue
-            asked.append((crops, asking.submit(begin, crops.rows.tolist()), _bytes(manifest, crops)))
-            held += asked[-1][2]
-            while asked and held > FETCH_AHEAD_BYTES:
-                held -= asked[0][2]
-                yield asked.popleft()
-        yield from asked
+            requested.append((crops, self._requesting.submit(self._request, crops.rows.tolist())))
+            held += self._tar_bytes(crops)
+            while requested and held > FETCH_AHEAD_BYTES:
+                held -= self._tar_bytes(requested[0][0])
+                yield requested.popleft()
+        yield from requested
 
-    def decode(crops: Crops, begun: Begun, clip_bytes: int) -> None:
+    def _request(self, rows: list[int]) -> list[Future[bytes] | None]:
+        """Request what must come from S3; a decoding thread then waits for nothing that was not requested."""
+        reader, submit = self._reader, self._fetching.submit
+        return [submit(reader.fetch, row) if reader.must_fetch(row) else None for row in rows]
+
+    def _decode(self, crops: C, requested: Requested) -> tuple[Batch[C], list[Future[None]]]:
+        """A batch that is being filled, and what fills it."""
         shape = len(crops.rows), crops.length
-        if pin_memory:
+        if self._pin_memory:
             pcm = torch.empty(shape, dtype=torch.int16, pin_memory=True)
         else:  # torch would align it: what is freed then does not fit the next one, and the process grows
             pcm = torch.from_numpy(np.empty(shape, np.int16))
         out = pcm.numpy()
-        # As few parts as there are threads: each costs them a turn at Python's lock.
-        parts = [range(first, len(out), threads) for first in range(threads)]
-        futures = [decoding.submit(decode_part, crops, part, begun, out) for part in parts]
-        pending.append((Batch(crops, pcm), futures, max(pcm.nbytes, clip_bytes)))
+        # As few parts as there are threads: each waits for its turn at Python's lock.
+        parts = [range(first, len(out), self._threads) for first in range(self._threads)]
+        futures = [self._decoding.submit(self._decode_part, crops, part, requested, out) for part in parts]
+        return Batch(crops, pcm), futures
 
-    try:
-        for each in asked_ahead():
-            decode(*each)
-            while len(pending) > 1 and sum(held for _, _, held in pending) > ahead_bytes:
-                yield _finished(*pending.popleft())
-        while pending:
-            yield _finished(*pending.popleft())
-    finally:
-        reader.stop()
-        for pool in (asking, fetching, decoding):  # in this order: those that decode may wait for those that fetch
-            pool.shutdown(cancel_futures=True)
-        reader.close()
+    def _decode_part(self, crops: Crops, part: range, requested: Requested, out: npt.NDArray[np.int16]) -> None:
+        fetched = requested.result() if requested else None
+        for i in part:
+            self._decode_into(crops, i, fetched[i] if fetched else None, out[i])
+
+    def _decode_into(self, crops: Crops, i: int, fetched: Future[bytes] | None, out: npt.NDArray[np.int16]) -> None:
+        """Write the crop's samples to out, (length,); of its substitute when the clip is bad."""
+        for row, start, count in self._candidates(crops, i):
+            if row in self._given_up:
+                continue
+            try:
+                self._reader.crop(row, start, out[:count], fetched if row == crops.rows[i] else None)
+            except BadClip as bad:
+                self._bad_clips.add(bad)
+                self._given_up.add(row)
+                continue
+            out[count:] = 0
+            crops.rows[i], crops.starts[i], crops.counts[i] = row, start, count
+            return
+        folder = self._manifest.tars[0].folder
+        raise UserError(f"{folder}: no clip was found that is not bad, in {_SUBSTITUTES} draws")
+
+    def _candidates(self, crops: Crops, i: int) -> Iterator[tuple[int, int, int]]:
+        """The clip that was drawn, and those that may take its place."""
+        yield int(crops.rows[i]), int(crops.starts[i]), int(crops.counts[i])
+        if self._substitute is not None and crops.positions is not None:
+            for attempt in range(_SUBSTITUTES):
+                other = self._substitute(int(crops.positions[i]), attempt)
+                yield int(other.rows[0]), int(other.starts[0]), int(other.counts[0])
+
+    def _tar_bytes(self, crops: Crops) -> int:
+        """Of its clips, as they are in their tars."""
+        return int(self._manifest.sizes[crops.rows].sum())
 
 
-def _bytes(manifest: Manifest, crops: Crops) -> int:
-    """Of its clips, as they are in their tars."""
-    return int(manifest.sizes[crops.rows].sum())
-
-
-def _finished(batch: Batch, parts: list["Future[None]"], _: int) -> Batch:
+def _finished(batch: Batch[C], parts: list["Future[None]"], _: int) -> Batch[C]:
     for part in parts:
         part.result()
     return batch

@@ -12,7 +12,7 @@ U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
 # What a stream of numbers is for. Streams of different purposes are independent; the values are part of the plan.
-ROUND, CLASS_PASS, EPOCH, CROP, MIXUP, TIME_MASK, FREQUENCY_MASK, SHARD_DEAL, SUBSTITUTE, PITCH = range(1, 11)
+ROUND, CLASS_PASS, EPOCH, CROP, MIXUP, TIME_MASK, FREQUENCY_MASK, SHARD_DEAL, SUBSTITUTE, PITCH, DROPOUT = range(1, 12)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -53,6 +53,11 @@ def keyed_integer(low: int | I64, high: int | I64, *key: int | npt.NDArray[np.in
     """An integer from low..high, both included, for each key. Returns (n,) int64."""
     span = np.asarray(high) - np.asarray(low) + 1
     return low + np.floor(keyed_uniform(*key) * span).astype(np.int64)
+
+
+def keyed_seed(*key: int) -> int:
+    """A seed for another generator, 63 bits."""
+    return int(keyed_hash(*key)[0] >> np.uint64(1))
 
 
 def permute(index: npt.NDArray[np.integer], size: npt.NDArray[np.integer] | int, key: U64) -> I64:

@@ -16,7 +16,7 @@ from webdataset.tariterators import tar_file_iterator
 
 from erann_dist.data.audio import Codec, DecodeError, clip_buffer
 from erann_dist.data.clip_reader import bad_clip
-from erann_dist.data.loader import Batch, whole_clips
+from erann_dist.data.loader import Batch, Crops, whole_clips
 from erann_dist.data.manifest import Manifest
 from erann_dist.errors import UsageError, UserError
 from erann_dist.models.log_mel import padded_samples
@@ -105,7 +105,7 @@ def _sounds(file: BinaryIO) -> Iterator[bytes]:
 
 def decode_clips(
     manifest: Manifest, clips: Iterable[StreamedClip], threads: int, micro_batch: int, pad_samples: int = 0
-) -> Generator[Batch, None, None]:
+) -> Generator[Batch[Crops], None, None]:
     """Streamed clips as batches of whole clips, in their order, decoded by some threads ahead of the caller.
 
     A batch holds up to `micro_batch` consecutive clips that pad to the same length, `pad_samples` at least. Raises
@@ -143,7 +143,7 @@ def decode_clips(
             yield _batch(manifest, group, length)
 
 
-def _batch(manifest: Manifest, group: list[tuple[int, npt.NDArray[np.int16]]], length: int) -> Batch:
+def _batch(manifest: Manifest, group: list[tuple[int, npt.NDArray[np.int16]]], length: int) -> Batch[Crops]:
     samples = torch.zeros(len(group), length, dtype=torch.int16)
     for out, (_, pcm) in zip(samples.numpy(), group, strict=True):
         out[: len(pcm)] = pcm

@@ -27,6 +27,14 @@ IncidentKind = Literal[
 
 
 @dataclass(frozen=True)
+class Interruption:
+    """Why workers are to stop, or why they ended."""
+
+    kind: IncidentKind
+    text: str  # one line
+
+
+@dataclass(frozen=True)
 class Started:
     """Before the first step."""
 
@@ -137,3 +145,4 @@ Event = (
     Phase | Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished | Ended | Discarded
 )
 Emit = Callable[[Event], None]
+StopRequest = Callable[[], Interruption | None]  # why the workers are to stop, once that is known

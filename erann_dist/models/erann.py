@@ -7,16 +7,15 @@ factor W (8·W channels in stage 0, 128·W in stage 4).
 
 import re
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-Initialisation = Literal["he", "pytorch"]
+from erann_dist.models.base import AudioModel, Initialisation
+from erann_dist.models.log_mel import ERANN_MEL
 
-MEL_BINS = 128
+MEL_BINS = ERANN_MEL.mel_bins
 NEGATIVE_SLOPE = 0.01
 MAX_WIDTH = 32  # the paper's widest has 6; the parameters grow by its square, to 1.5 billion here
 # Kernel size and second convolution's padding for a stride (Table 2). The first convolution always pads by 1.
@@ -78,18 +77,17 @@ class ARB(nn.Module):
         return h + self.shortcut(x[:, :, :: self.stride[0], :: self.stride[1]])
 
 
-class ERANN(nn.Module):
+class ERANN(AudioModel):
     """ERANN-s_m-W with N outputs: (B, 1, 128, T) log-mel spectrogram in dB -> (B, N) logits.
 
     The BatchNorm that standardises the input over the mel bins is part of the model. T must be a positive multiple of
-    4 to the power of s_m. Apply a sigmoid (tagging) or a softmax (classification) to the logits for probabilities.
+    4 to the power of s_m.
     """
 
     def __init__(self, variant: Variant, num_classes: int, initialisation: Initialisation = "he") -> None:
         """initialisation: he, as `_initialise` says, or pytorch, that of torch's layers. The paper's is not known."""
-        super().__init__()
+        super().__init__(str(variant), num_classes, ERANN_MEL)
         self.variant = variant
-        self.num_classes = num_classes
         w = variant.width
         self.input_bn = nn.BatchNorm2d(MEL_BINS)
         self.stages = nn.Sequential(_stage(1, 8 * w, (1, 1)))
@@ -113,11 +111,6 @@ class ERANN(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.normal_(self.fc2.weight, std=0.01)
 
-    @classmethod
-    def from_name(cls, name: str, num_classes: int, initialisation: Initialisation = "he") -> "ERANN":
-        """The variant called, for example, "ERANN-1-6". ValueError when there is none of that name."""
-        return cls(Variant.parse(name), num_classes, initialisation)
-
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, N) of log-mel spectrograms x (B, 1, 128, T).
 
@@ -139,18 +132,3 @@ class ERANN(nn.Module):
 
 def _stage(c_in: int, c_out: int, stride: tuple[int, int]) -> nn.Sequential:
     return nn.Sequential(ARB(c_in, c_out, stride), *(ARB(c_out, c_out, (1, 1)) for _ in range(3)))
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def count_macs(variant: Variant, num_classes: int, frames: int) -> int:
-    """Multiply-accumulate operations of the convolutions and FC layers for one clip of `frames` frames."""
-    with torch.device("meta"):
-        model = ERANN(variant, num_classes).eval()
-        spectrogram = torch.empty(1, 1, MEL_BINS, frames)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(spectrogram)
-    return counter.get_total_flops() // 2

@@ -1,7 +1,11 @@
-"""The front end: waveform to log-mel spectrogram, with the paper's parameters and this project's defaults for what it
-leaves open (HTK mel scale without filter normalisation, power spectrogram, 10·log10 with a floor of 1e-10)."""
+"""The front end: waveform to log-mel spectrogram.
 
-from typing import TypeVar
+ERANN's parameters are the paper's, with this project's defaults for what it leaves open: HTK mel scale without filter
+normalisation, power spectrogram, 10·log10 with a floor of 1e-10.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,19 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erann_dist import SAMPLE_RATE
-from erann_dist.models.erann import MEL_BINS
 from erann_dist.versions import import_torchaudio
 
 torchaudio = import_torchaudio()
 
-WINDOW = 1380
-HOP = 345
-F_MIN, F_MAX = 50.0, 14_000.0
-FLOOR = 1e-10
-# Clips are zero-padded to whole half seconds: 22,050 samples, 64 frames (a multiple of every variant's frame multiple).
+# Clips are zero-padded to whole half seconds.
 PAD_SAMPLES = 22_050
-PAD_FRAMES = 64
-
+FLOOR = 1e-10  # of the mel power
 
 _Count = TypeVar("_Count", int, npt.NDArray[np.int64])
 
@@ -32,39 +30,75 @@ def padded_samples(samples: _Count) -> _Count:
     return -(-samples // PAD_SAMPLES) * PAD_SAMPLES
 
 
-def padded_frames(samples: int) -> int:
-    """How many frames LogMel makes of so many samples."""
-    return -(-samples // PAD_SAMPLES) * PAD_FRAMES
+@dataclass(frozen=True)
+class MelConfig:
+    """The parameters of a front end. Lengths are in samples at `sample_rate`, frequencies in Hz."""
+
+    window: int
+    hop: int
+    mel_bins: int
+    f_min: float
+    f_max: float
+    mel_scale: Literal["htk", "slaney"]
+    half_second: int  # frames
+    sample_rate: int = SAMPLE_RATE  # to which the sound is resampled
+
+    def frames(self, samples: int) -> int:
+        """How many frames come of so many samples at 44.1 kHz."""
+        return padded_samples(samples) // PAD_SAMPLES * self.half_second
+
+    def as_dict(self) -> dict[str, bool | int | float | str | None]:
+        """As a model folder's config.json has it."""
+        names = ("window", "hop", "mel_bins", "f_min", "f_max", "mel_scale")
+        resampled = {} if self.sample_rate == SAMPLE_RATE else {"resampled_to": self.sample_rate}
+        return {name: getattr(self, name) for name in names} | {"power_floor": FLOOR} | resampled
+
+
+# 64 frames in half a second are a multiple of every ERANN's frame multiple.
+ERANN_MEL = MelConfig(window=1380, hop=345, mel_bins=128, f_min=50.0, f_max=14_000.0, mel_scale="htk", half_second=64)
 
 
 class LogMel(nn.Module):
-    """Log-mel spectrogram: (B, samples) at 44.1 kHz -> (B, 1, 128, 128·t) in dB.
+    """Log-mel spectrogram: (B, samples) at 44.1 kHz -> (B, 1, mel bins, frames) in dB.
 
-    The clip is zero-padded to t seconds, a whole number of half seconds. Frame j covers the samples
-    [345·j − 690, 345·j + 690), zeros outside the clip, for j < 128·t. float32 also under autocast; the Fourier
-    transform itself is in double precision, because in single precision rumble below the mel range, which real
-    recordings have, costs the quiet bins their third decimal.
+    The clip is zero-padded to a whole number of half seconds. Frame j covers `window` samples around sample hop·j,
+    zeros outside the clip; ERANN's the samples [345·j − 690, 345·j + 690) for j < 128·t in t seconds. float32 also
+    under autocast; the Fourier transform itself is in double precision, because in single precision rumble below the
+    mel range, which real recordings have, costs the quiet bins their third decimal.
     """
 
     window: Tensor
     filters: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, config: MelConfig = ERANN_MEL) -> None:
         super().__init__()
-        self.register_buffer("window", torch.hann_window(WINDOW, dtype=torch.float64), persistent=False)
-        self.register_buffer("filters", mel_filters().float(), persistent=False)
+        self.config = config
+        self.register_buffer("window", torch.hann_window(config.window, dtype=torch.float64), persistent=False)
+        self.register_buffer("filters", mel_filters(config).float(), persistent=False)
 
     def forward(self, waveform: Tensor) -> Tensor:
         return decibels(self.power(waveform))
 
     def power(self, waveform: Tensor) -> Tensor:
-        """The mel power of which that is the logarithm: (B, 1, 128, 128·t) float32."""
+        """The mel power of which that is the logarithm: (B, 1, mel bins, frames) float32."""
+        config = self.config
         with torch.autocast(waveform.device.type, enabled=False):
-            frames = padded_frames(waveform.shape[-1])
-            after = frames * HOP + WINDOW // 2 - HOP - waveform.shape[-1]
-            padded = F.pad(waveform.double(), (WINDOW // 2, after))
+            frames = config.frames(waveform.shape[-1])
+            if config.sample_rate != SAMPLE_RATE:
+                waveform = torchaudio.functional.resample(waveform.float(), SAMPLE_RATE, config.sample_rate)
+            before = config.window // 2
+            after = frames * config.hop + before - config.hop - waveform.shape[-1]
+            padded = F.pad(waveform.double(), (before, after))
             spectrum = torchaudio.functional.spectrogram(
-                padded, 0, self.window, WINDOW, HOP, WINDOW, power=None, normalized=False, center=False
+                padded,
+                0,
+                self.window,
+                config.window,
+                config.hop,
+                config.window,
+                power=None,
+                normalized=False,
+                center=False,
             )
             power = torch.view_as_real(spectrum.to(torch.complex64)).square().sum(dim=-1)
             return (self.filters @ power).unsqueeze(1)
@@ -80,16 +114,27 @@ def mel(hertz: Tensor) -> Tensor:
     return 2595 * torch.log10(1 + hertz / 700)
 
 
-def mel_filters() -> Tensor:
-    """Triangular filters on the HTK mel scale, not normalised: (128, 691) float64.
+def _slaney(hertz: Tensor) -> Tensor:
+    """Slaney's mel scale, librosa's default: linear to 1 kHz, then 27 steps for each factor of 6.4."""
+    return torch.where(hertz < 1000, hertz * 3 / 200, 15 + 27 * torch.log(hertz.clamp(min=1e-9) / 1000) / np.log(6.4))
+
+
+def mel_filters(config: MelConfig = ERANN_MEL) -> Tensor:
+    """Triangular filters: (mel bins, window // 2 + 1) float64. HTK's are not normalised, Slaney's have equal areas.
 
     In double precision, unlike torchaudio's: where an FFT bin touches only the foot of a filter, the rounding of its
     corner frequencies in float32 shows in the spectrogram.
     """
-    low, high = mel(torch.tensor([F_MIN, F_MAX], dtype=torch.float64)).tolist()
-    corners = 700 * (10 ** (torch.linspace(low, high, MEL_BINS + 2, dtype=torch.float64) / 2595) - 1)
-    bins = torch.arange(WINDOW // 2 + 1, dtype=torch.float64) * SAMPLE_RATE / WINDOW
+    ends = torch.tensor([config.f_min, config.f_max], dtype=torch.float64)
+    low, high = (mel(ends) if config.mel_scale == "htk" else _slaney(ends)).tolist()
+    points = torch.linspace(low, high, config.mel_bins + 2, dtype=torch.float64)
+    if config.mel_scale == "htk":
+        corners = 700 * (10 ** (points / 2595) - 1)
+    else:
+        corners = torch.where(points < 15, points * 200 / 3, 1000 * 6.4 ** ((points - 15) / 27))
+    bins = torch.arange(config.window // 2 + 1, dtype=torch.float64) * config.sample_rate / config.window
     left, centre, right = corners[:-2, None], corners[1:-1, None], corners[2:, None]
     rising = (bins - left) / (centre - left)
     falling = (right - bins) / (right - centre)
-    return torch.minimum(rising, falling).clamp(min=0)
+    filters = torch.minimum(rising, falling).clamp(min=0)
+    return filters if config.mel_scale == "htk" else filters * 2 / (right - left)

@@ -1,27 +1,28 @@
-"""Checkpoints written beside the training."""
+"""Checkpoints written in the background of the training."""
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from erann_dist.errors import UserError
-from erann_dist.log.events import CheckpointSaved, Event, Incident
+from erann_dist.log.events import CheckpointSaved, Emit, Event, Incident
 from erann_dist.recipe import CheckpointSection
 from erann_dist.train import checkpoint
 from erann_dist.train.checkpoint import Facts, Start, Superseded
-from erann_dist.train.engine import State
+from erann_dist.train.engine import Engine, State
+from erann_dist.train.run import Run
 
 # Seconds before the last checkpoint is tried again, by how many failed in a row.
 _PAUSES_S = (0.0, 2.0, 5.0, 15.0, 30.0)
 
 
-class Saver:
-    """Writes the checkpoints of one start of a run, one at a time, in a thread of its own."""
+class CheckpointWriter:
+    """Writes the checkpoints of one start of a run, one at a time, in a thread of its own. Rank 0 has one."""
 
     def __init__(self, start: Start, settings: CheckpointSection, due: Callable[[int], bool]) -> None:
         """due: at which steps there is a checkpoint whatever happens."""
         self.start = start
-        self.state: State = {}  # the copy that is written; not to be changed before `finish` has told of it
+        self.state: State = {}  # the copy that is written; not to be changed before `drain` has reported it
         self.saved_step: int | None = None
         self.last: str | None = None  # the name of the checkpoint of that step
         self._settings = settings
@@ -49,8 +50,8 @@ class Saver:
         """Whether nothing is being written any more; waits so long for it."""
         return self._writing is None or bool(wait([self._writing], timeout=seconds).done)
 
-    def finish(self) -> list[Event]:
-        """What came of the checkpoint that was begun, once it is done and only once.
+    def drain(self) -> list[Event]:
+        """The result of the checkpoint that was begun, once it is done and only once.
 
         Raises UserError when one too many failed, and Superseded.
         """
@@ -111,3 +112,46 @@ class Saver:
 
 def _reason(error: OSError | UserError) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+class AsyncCheckpoints:
+    """The checkpoints of one start of a run, on each of its workers: they wait for each other where one has to."""
+
+    def __init__(self, run: Run, writer: CheckpointWriter | None, emit: Emit) -> None:
+        """writer: on rank 0."""
+        self.writer = writer
+        self._run = run
+        self._emit = emit
+
+    def begin(self, engine: Engine, facts: Callable[[], Facts]) -> None:
+        """Copy the engine's state; it is written while the training continues. All workers call it."""
+        began = time.perf_counter()
+        self.wait()  # the copy is still in use
+        now = facts()
+        engine.state(self.writer.state if self.writer else None)
+        if self.writer:
+            self.writer.begin(now, time.perf_counter() - began)
+
+    def report(self) -> None:
+        """Emit the result of a checkpoint that is written. Rank 0 raises UserError when one too many failed."""
+        for event in self.writer.drain() if self.writer else []:
+            self._emit(event)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. All workers call it, and none looks as if it hung."""
+        while not self._run.workers.broadcast(self.writer is None or self.writer.is_done(seconds=1.0)):
+            self._run.watchdog.alive()
+        self.report()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is written, and write it again if that failed. All workers call it."""
+        self.wait()
+        while self._run.workers.broadcast(self.writer is not None and self.writer.has_failed):
+            if self.writer:
+                self.writer.begin_again()
+            self.wait()
+
+    def last(self, resumed_from: str | None) -> str | None:
+        """The newest checkpoint's name, of this start or the one it resumed from. All workers call it."""
+        self.wait()
+        return self._run.workers.broadcast((self.writer and self.writer.last) or resumed_from)

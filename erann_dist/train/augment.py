@@ -13,29 +13,28 @@ import torch
 from torch import Tensor
 
 from erann_dist.data.permutations import FREQUENCY_MASK, MIXUP, PITCH, TIME_MASK, keyed_integer, keyed_uniform
-from erann_dist.models.erann import MEL_BINS
 from erann_dist.models.log_mel import LogMel, decibels
 from erann_dist.models.pitch import shift_pitch
 from erann_dist.recipe import AugmentSection, Mixup, MixupOn, Partner
 
 _SILENCE_RMS = 1e-5  # −100 dB: the level of a silent clip, so that levels can be compared
 _TIME_MASKS = _FREQUENCY_MASKS = 2
-_FREQUENCY_MASK_BINS = 16
+_FREQUENCY_MASK_SHARE = 8  # a frequency mask covers up to 16 of ERANN's 128 bins
 _TIME_MASK_SHARE = 16  # a time mask covers up to 1/16 of the frames: 8·t_c of 128·t_c
 
 
 @dataclass(frozen=True)
-class Choices:
+class AugmentParams:
     """The random choices for one micro-batch."""
 
-    share: Tensor  # (M,) float32, of the first clip in a mixup
+    lam: Tensor  # (M,) float32: the first clip's share in a mixup
     time_masks: Tensor  # (M, 2, masks) int64: first frames and numbers of frames
     frequency_masks: Tensor  # (M, 2, masks) int64: the same of mel bins
     shifted: dict[int, Tensor]  # (k,) int64 for each shift in semitones but 0: the crops of the micro-batch to shift so
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Choices":
-        return Choices(
-            function(self.share),
+    def map(self, function: Callable[[Tensor], Tensor]) -> "AugmentParams":
+        return AugmentParams(
+            function(self.lam),
             function(self.time_masks),
             function(self.frequency_masks),
             {semitones: function(crops) for semitones, crops in self.shifted.items()},
@@ -46,8 +45,8 @@ class Choices:
 class Inputs:
     """What the model is trained on: one micro-batch."""
 
-    log_mel: Tensor  # (M, 1, 128, T) float32, dB
-    mask: Tensor | None  # (M, 1, 128, T) bool, SpecAugment's
+    log_mel: Tensor  # (M, 1, bins, T) float32, dB
+    mask: Tensor | None  # (M, 1, bins, T) bool, SpecAugment's
     targets: Tensor  # (M, N) float32
 
 
@@ -61,39 +60,43 @@ def clip_positions(examples: npt.NDArray[np.int64], mixup: Mixup, partner: Partn
     return examples
 
 
-def draw_choices(examples: npt.NDArray[np.int64], frames: int, seed: int, augment: AugmentSection) -> Choices:
-    """The choices for the examples at these positions (M,) of the run, with crops of so many frames; on the CPU.
+def draw_augment_params(
+    examples: npt.NDArray[np.int64], bins: int, frames: int, seed: int, augment: AugmentSection
+) -> AugmentParams:
+    """For the examples at these positions (M,) of the run, with crops of so many mel bins and frames; on the CPU.
 
-    SpecAugment's are two time masks of up to 1/16 of the frames and two frequency masks of up to 16 bins.
+    SpecAugment's are two time masks of up to 1/16 of the frames and two frequency masks of up to 1/8 of the bins.
     """
     positions = clip_positions(examples, augment.mixup, augment.partner)
     shifts = keyed_integer(-augment.pitch_shift, augment.pitch_shift, seed, PITCH, positions)
-    return Choices(
+    return AugmentParams(
         torch.from_numpy(keyed_uniform(seed, MIXUP, examples)).float(),
         _bands(TIME_MASK, examples, _TIME_MASKS, frames // _TIME_MASK_SHARE, frames, seed),
-        _bands(FREQUENCY_MASK, examples, _FREQUENCY_MASKS, _FREQUENCY_MASK_BINS, MEL_BINS, seed),
+        _bands(FREQUENCY_MASK, examples, _FREQUENCY_MASKS, bins // _FREQUENCY_MASK_SHARE, bins, seed),
         {int(shift): torch.from_numpy(np.flatnonzero(shifts == shift)) for shift in np.unique(shifts) if shift},
     )
 
 
-def make_inputs(pcm: Tensor, targets: Tensor, choices: Choices, log_mel: LogMel, augment: AugmentSection) -> Inputs:
+def make_inputs(
+    pcm: Tensor, targets: Tensor, params: AugmentParams, front_end: LogMel, augment: AugmentSection
+) -> Inputs:
     """One micro-batch, augmented; everything is on the device.
 
     pcm: (n, samples) int16 crops and targets: (n, N) float32, of clip_positions(examples).
     """
     waveform = pcm.float() / 32768
-    for semitones, crops in choices.shifted.items():
+    for semitones, crops in params.shifted.items():
         waveform[crops] = shift_pitch(waveform[crops], semitones)
     if augment.mixup == "none":
-        spectrogram = log_mel(waveform)
+        spectrogram = front_end(waveform)
     else:
         mix = MIXES[augment.mixup_on, augment.mixup]
         if augment.mixup_on == "waveform":
-            spectrogram = log_mel(mix(*_pairs(waveform, augment.partner), choices.share))
+            spectrogram = front_end(mix(*_pairs(waveform, augment.partner), params.lam))
         else:
-            spectrogram = mix(*_pairs(log_mel.power(waveform), augment.partner), choices.share)
-        targets = interpolate(*_pairs(targets, augment.partner), choices.share)
-    mask = spec_augment_mask(choices, spectrogram.shape[-1]) if augment.specaugment else None
+            spectrogram = mix(*_pairs(front_end.power(waveform), augment.partner), params.lam)
+        targets = interpolate(*_pairs(targets, augment.partner), params.lam)
+    mask = spec_augment_mask(params, *spectrogram.shape[-2:]) if augment.specaugment else None
     return Inputs(spectrogram, mask, targets)
 
 
@@ -132,7 +135,7 @@ def mix_power(power1: Tensor, power2: Tensor, share: Tensor) -> Tensor:
 
 
 # From the examples' two clips and the first one's shares (M,): waveforms (M, samples) to the mixed one, mel power
-# (M, 1, 128, T) to the mixed log-mel. Another rule is another function here.
+# (M, 1, bins, T) to the mixed log-mel. Another rule is another function here.
 MIXES: dict[tuple[MixupOn, Mixup], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     ("waveform", "standard"): interpolate,
     ("waveform", "modified"): mix_modified,
@@ -141,9 +144,9 @@ MIXES: dict[tuple[MixupOn, Mixup], Callable[[Tensor, Tensor, Tensor], Tensor]] =
 }
 
 
-def spec_augment_mask(choices: Choices, frames: int) -> Tensor:
-    """What the masks cover: (M, 1, 128, T) bool."""
-    time, frequency = _covered(choices.time_masks, frames), _covered(choices.frequency_masks, MEL_BINS)
+def spec_augment_mask(params: AugmentParams, bins: int, frames: int) -> Tensor:
+    """What the masks cover: (M, 1, bins, frames) bool."""
+    time, frequency = _covered(params.time_masks, frames), _covered(params.frequency_masks, bins)
     return frequency[:, None, :, None] | time[:, None, None, :]
 
 

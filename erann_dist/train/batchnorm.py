@@ -17,19 +17,20 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert layers[0].momentum is not None
-        self._momentum = layers[0].momentum
+        layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        (self._momentum,) = {layer.momentum or 0.0 for layer in layers} or {0.0}
         for layer in layers:
             layer.momentum = 1.0
         self._buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
         self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
-        self._count = self._counters[0].clone()  # of steps; forward passes count themselves in the buffers
+        # Of steps; forward passes count themselves in the buffers. A model without a BatchNorm has none.
+        self._count = self._counters[0].clone() if layers else None
+        self._device = next(model.parameters()).device
         self._running = self._collect()
         self._sum = torch.zeros_like(self._running)
 
     def _collect(self) -> Tensor:
-        return torch.cat(self._buffers)
+        return torch.cat(self._buffers) if self._buffers else torch.zeros(0, device=self._device)
 
     def add(self, weight: float) -> None:
         """Count the micro-batch that just went forward; one of weight 0 has no effect."""
@@ -46,6 +47,8 @@ class RunningStatistics:
         """
         self._running = torch.where(skipped > 0, self._running, torch.lerp(self._running, mean, self._momentum))
         self._sum.zero_()
+        if self._count is None:
+            return
         # Few launches for many small tensors.
         torch._foreach_copy_(self._buffers, list(self._running.split([len(buffer) for buffer in self._buffers])))
         self._count += 1

@@ -2,7 +2,7 @@
 
 import platform
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from erann_dist.clock import steady_time
 from erann_dist.errors import UsageError
+from erann_dist.log.events import Interruption, StopRequest
 
 T = TypeVar("T")
 
@@ -27,15 +28,15 @@ class Workers:
     world_size: int
     device: torch.device
     launched: float = field(default_factory=steady_time)  # when the command was started, in unix time
-    failure: str | None = None  # why the workers before these ended, if this command started those too
+    failure: Interruption | None = None  # why the workers before these ended, if this command started those too
     reached: int = 0  # the last step that they were heard to have done
-    notice: Callable[[], str | None] = lambda: None  # says why this worker is about to be taken away, once it knows
+    stop_request: StopRequest = lambda: None  # why this worker is to stop, once that is known
 
     @property
-    def is_first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
         """The tensor's sum over the workers, in place, on all of them."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
@@ -45,25 +46,25 @@ class Workers:
         """Each worker's value, by rank, on the first; an empty list on the others."""
         if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world_size if self.is_first else []
-        dist.gather_object(value, values if self.is_first else None)
+        values: list[Any] = [None] * self.world_size if self.is_rank_zero else []
+        dist.gather_object(value, values if self.is_rank_zero else None)
         return values
 
-    def gather_all(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Each worker's value, by rank, on all of them."""
         values: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def first(self, value: T) -> T:
+    def broadcast(self, value: T) -> T:
         """The first worker's value, on all of them."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
-    def wait_for_all(self) -> None:
+    def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from erann_dist.errors import UsageError
-from erann_dist.models.erann import ERANN, MEL_BINS
-from erann_dist.models.log_mel import padded_frames
+from erann_dist.models.base import AudioModel
+from erann_dist.models.log_mel import PAD_SAMPLES
 from erann_dist.recipe import OptimSection
 from erann_dist.train.distributed import Workers
 from erann_dist.train.optimizer import CheckedAdam
@@ -33,7 +33,7 @@ State = dict[str, Tensor]
 class Engine(Protocol):
     """One step: `forward` and `backward` for each of the worker's micro-batches, then `step`."""
 
-    model: ERANN
+    model: AudioModel
     adam: CheckedAdam  # its `skipped` and `norm` tell of the last step
 
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
@@ -58,7 +58,7 @@ class Engine(Protocol):
         """Take over what `state` gave. Only before the first step of this engine."""
 
 
-def make_engine(kind: str, model: ERANN, optim: OptimSection, micro_batches: int, workers: Workers) -> Engine:
+def make_engine(kind: str, model: AudioModel, optim: OptimSection, micro_batches: int, workers: Workers) -> Engine:
     """kind: deepspeed or torch. micro_batches: how many each worker computes per step."""
     torch.backends.cudnn.allow_tf32 = optim.precision == "tf32"  # of convolutions; the front end keeps its precision
     if kind == "torch":
@@ -82,7 +82,7 @@ def require_compiler(device: torch.device) -> None:
 class TorchEngine:
     """Plain PyTorch, with DistributedDataParallel for several workers."""
 
-    def __init__(self, model: ERANN, optim: OptimSection, micro_batches: int, workers: Workers) -> None:
+    def __init__(self, model: AudioModel, optim: OptimSection, micro_batches: int, workers: Workers) -> None:
         self.model = model
         self.adam = CheckedAdam(model.parameters(), optim, _whole)
         self._micro_batches = micro_batches
@@ -101,9 +101,11 @@ class TorchEngine:
         Behind its first one DistributedDataParallel lays out the gradients' buckets anew, in the order in which they
         came. The first step after a resume would be summed in another order than in the undisturbed run.
         """
+        front_end = self.model.front_end
+        shape = front_end.mel_bins, front_end.frames(PAD_SAMPLES)
         self.model.eval()  # leaves the running statistics alone
         with torch.compiler.set_stance("force_eager"):
-            self._network(torch.zeros(1, 1, MEL_BINS, padded_frames(1), device=device), None).sum().backward()
+            self._network(torch.zeros(1, 1, *shape, device=device), None).sum().backward()
         self.model.train()
         self.adam.zero_grad()
 
@@ -138,12 +140,12 @@ class TorchEngine:
 class DeepSpeedEngine:
     """DeepSpeed at ZeRO stage 0, 1 or 2, over the process group that exists."""
 
-    def __init__(self, model: ERANN, optim: OptimSection, micro_batches: int, workers: Workers) -> None:
+    def __init__(self, model: AudioModel, optim: OptimSection, micro_batches: int, workers: Workers) -> None:
         deepspeed = _import_deepspeed(workers.device)
         self.model = model
         self._workers = workers
         self._sharded = optim.zero_stage > 0
-        self.adam = CheckedAdam(model.parameters(), optim, workers.sum if self._sharded else _whole)
+        self.adam = CheckedAdam(model.parameters(), optim, workers.all_reduce_sum if self._sharded else _whole)
         config = {
             # Nominal: a rank that is one micro-batch short repeats its last with weight 0.
             "train_micro_batch_size_per_gpu": optim.micro_batch,
@@ -221,7 +223,7 @@ class _Network(nn.Module):
     Autocast in here and not by DeepSpeed, which would also add up the gradients in the lower precision.
     """
 
-    def __init__(self, model: ERANN, optim: OptimSection) -> None:
+    def __init__(self, model: AudioModel, optim: OptimSection) -> None:
         super().__init__()
         self._model = model
         self._precision = optim.precision

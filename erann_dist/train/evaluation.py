@@ -13,11 +13,12 @@ import torch
 from pydantic import Field, model_validator
 
 from erann_dist.data import loader
+from erann_dist.data.clip_reader import ReadStats
 from erann_dist.data.manifest import Manifest, Task, list_hash
 from erann_dist.data.streaming import decode_clips, stream_clips, worker_rows
 from erann_dist.errors import UserError
 from erann_dist.formats import strict_json, strict_parquet
-from erann_dist.models.erann import ERANN
+from erann_dist.models.base import AudioModel
 from erann_dist.models.log_mel import LogMel, padded_samples
 from erann_dist.storage.slow_reads import SlowReads
 from erann_dist.train.distributed import Workers
@@ -70,7 +71,7 @@ def evaluation_batches(manifest: Manifest, pad_samples: int = 0) -> list[tuple[i
 
 
 def score(
-    model: ERANN,
+    model: AudioModel,
     manifest: Manifest,
     workers: Workers,
     *,
@@ -87,16 +88,17 @@ def score(
     the first worker.
     """
     batches = evaluation_batches(manifest, pad_samples)
-    mine = batches[workers.rank :: workers.world_size]  # dealt one by one, for they are in the order of their length
+    mine = batches[workers.rank :: workers.world_size]  # assigned one by one, for they are in the order of their length
     crops = [loader.whole_clips(manifest, rows, length) for length, rows in mine]
     total = sum(len(rows) for _, rows in mine)
-    with closing(loader.load(manifest, crops, threads=loader_threads, slow=slow)) as loaded:
+    stats = ReadStats(slow=slow or SlowReads())
+    with closing(loader.Loader(manifest, crops, threads=loader_threads, stats=stats)) as loaded:
         scores = _scores(model, manifest.info.task, manifest.keys, loaded, total, workers, progress)
     return None if scores is None else Predictions(scores, manifest.targets(np.arange(len(manifest))))
 
 
 def score_stream(
-    model: ERANN,
+    model: AudioModel,
     task: Task,
     manifest: Manifest,
     workers: Workers,
@@ -120,10 +122,10 @@ def score_stream(
 
 @torch.inference_mode()
 def _scores(
-    model: ERANN,
+    model: AudioModel,
     task: Task,
     keys: pa.ChunkedArray,
-    batches: Iterable[loader.Batch],
+    batches: Iterable[loader.Batch[loader.Crops]],
     total: int,
     workers: Workers,
     progress: Callable[[int, int], None],
@@ -134,7 +136,7 @@ def _scores(
     """
     was_training = model.training
     model.eval()
-    log_mel = LogMel().to(workers.device)
+    log_mel = LogMel(model.front_end).to(workers.device)
     rows = np.zeros(total, np.int64)
     scores = np.zeros((total, model.num_classes), np.float32)
     done = 0
@@ -147,7 +149,7 @@ def _scores(
         progress(done * len(keys) // total, len(keys))
     model.train(was_training)
     parts = workers.gather((rows, scores))
-    if not workers.is_first:
+    if not workers.is_rank_zero:
         return None
     all_scores = np.full((len(keys), model.num_classes), np.nan, np.float32)
     for part_rows, part_scores in parts:

@@ -6,19 +6,18 @@ import torch
 from erann_dist import SAMPLE_RATE
 from erann_dist.data.manifest import Manifest
 from erann_dist.errors import UserError
-from erann_dist.models.erann import ERANN, MEL_BINS
-from erann_dist.models.log_mel import padded_frames
+from erann_dist.models.base import AudioModel
 from erann_dist.recipe import LEAST_MICRO_BATCH, OptimSection
 from erann_dist.train.engine import autocast
 from erann_dist.train.evaluation import MICRO_BATCH
 
 
-def too_small(model: ERANN, optim: OptimSection, crop_samples: int) -> UserError:
+def too_small(model: AudioModel, optim: OptimSection, crop_samples: int) -> UserError:
     """What to say of it: the largest micro-batch that fits, which is tried out."""
     least = 1 if optim.small_micro_batch else LEAST_MICRO_BATCH
     # Even ones, for a mixup partner in the same micro-batch.
     sizes = [m for m in range(optim.micro_batch - 1, least - 1, -1) if optim.global_batch % m == 0 and m % 2 == 0]
-    fits = next((size for size in sizes if _fits(model, optim, size, padded_frames(crop_samples))), None)
+    fits = next((size for size in sizes if _fits(model, optim, size, model.front_end.frames(crop_samples))), None)
     advice = f"optim.micro_batch={fits} would fit" if fits else "no other would fit; use a smaller model.variant"
     return UserError(
         f"the GPU's memory is too small for optim.micro_batch={optim.micro_batch} of {crop_samples} samples; {advice}"
@@ -35,12 +34,12 @@ def too_small_to_evaluate(clips: Manifest) -> UserError:
     )
 
 
-def _fits(model: ERANN, optim: OptimSection, size: int, frames: int) -> bool:
+def _fits(model: AudioModel, optim: OptimSection, size: int, frames: int) -> bool:
     parameters = list(model.parameters())
     device = parameters[0].device
     try:
         moments = [torch.empty_like(p) for p in parameters for _ in range(2)]  # Adam's, which the first step makes
-        inputs = torch.zeros(size, 1, MEL_BINS, frames, device=device)
+        inputs = torch.zeros(size, 1, model.front_end.mel_bins, frames, device=device)
         with autocast(device, optim.precision):
             loss = model(inputs).float().sum()
         torch.autograd.grad(loss, parameters)  # no hooks of an engine's

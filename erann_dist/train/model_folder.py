@@ -20,23 +20,15 @@ from erann_dist import SAMPLE_RATE
 from erann_dist.data.manifest import Labels, SampleRate, SetInfo, Task, require_printable
 from erann_dist.errors import UsageError, UserError
 from erann_dist.formats import strict_json, strict_yaml
-from erann_dist.models import log_mel
-from erann_dist.models.erann import ERANN, MEL_BINS, Variant
+from erann_dist.models.base import AudioModel
+from erann_dist.models.log_mel import ERANN_MEL
+from erann_dist.models.spec import build_model, model_name, model_spec
 from erann_dist.recipe import Recipe
 from erann_dist.storage.folder import Folder, open_folder
 from erann_dist.train import checkpoint
 
 FORMAT = 1
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
-FRONT_END: dict[str, strict_json.Scalar] = {
-    "window": log_mel.WINDOW,
-    "hop": log_mel.HOP,
-    "mel_bins": MEL_BINS,
-    "f_min": log_mel.F_MIN,
-    "f_max": log_mel.F_MAX,
-    "mel_scale": "htk",
-    "power_floor": log_mel.FLOOR,
-}
 
 
 @dataclass(frozen=True)
@@ -51,12 +43,12 @@ class ModelInfo:
     label_names: Labels
     sample_rate: SampleRate
     pad_samples: Annotated[int, Field(ge=0, le=600 * SAMPLE_RATE)] = 0  # to which a shorter clip is zero-padded
-    front_end: dict[str, strict_json.Scalar] = dataclasses.field(default_factory=lambda: dict(FRONT_END))
+    front_end: dict[str, strict_json.Scalar] = dataclasses.field(default_factory=ERANN_MEL.as_dict)
     format: strict_json.Count = FORMAT
     weights_sha256: str | None = None  # of model.safetensors; save_model and load_model fill it in
 
 
-def save_model(folder: Folder, model: ERANN, info: ModelInfo, metrics: dict[str, Any], card: str) -> None:
+def save_model(folder: Folder, model: AudioModel, info: ModelInfo, metrics: dict[str, Any], card: str) -> None:
     """Write a model folder; its config.json comes last, and one that stood there goes first."""
     folder.delete(_CONFIG)
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
@@ -95,7 +87,7 @@ def find_model(url: str) -> Folder:
     raise UsageError(f"{url}: no model here: neither a model folder, with its config.json, nor a run that is finished")
 
 
-def load_model(folder: Folder) -> tuple[ERANN, ModelInfo]:
+def load_model(folder: Folder) -> tuple[AudioModel, ModelInfo]:
     """The model of a folder, in evaluation mode. Raises UserError: which file, what is wrong."""
     info = _read_info(folder)
     path = f"{folder}/{_WEIGHTS}"
@@ -107,7 +99,9 @@ def load_model(folder: Folder) -> tuple[ERANN, ModelInfo]:
     found = hashlib.sha256(data).hexdigest()
     if info.weights_sha256 not in (None, found):
         raise UserError(f"{path}: damaged, or not the weights that {_CONFIG} was written with")
-    model = ERANN.from_name(info.variant, len(info.label_ids))
+    model = build_model(info.variant, len(info.label_ids))
+    if info.front_end != model.front_end.as_dict():
+        raise UserError(f"{folder}/{_CONFIG}: made for another front end than this program's {info.variant} has")
     checkpoint.require_shapes(path, weights, dict(model.state_dict()))
     for name, value in weights.items():
         if not torch.isfinite(value).all():
@@ -120,20 +114,20 @@ def _read_info(folder: Folder) -> ModelInfo:
     path = f"{folder}/{_CONFIG}"
     try:
         info = strict_json.validate(ModelInfo, folder.read(_CONFIG))
-        Variant.parse(info.variant)
+        model_name(info.variant)
     except ValueError as error:
         raise UserError(
             f"{path}: not a model's configuration ({error}); restore it, or train the model again"
         ) from error
     require_printable(path, [*info.label_ids, *info.label_names])
-    if info.format != FORMAT or info.front_end != FRONT_END:
-        raise UserError(f"{path}: made for another front end or format than this program's")
+    if info.format != FORMAT:
+        raise UserError(f"{path}: made for another format than this program's")
     if len(info.label_names) != len(info.label_ids):
         raise UserError(f"{path}: has {len(info.label_ids)} label_ids, but {len(info.label_names)} label_names")
     return info
 
 
-def initialise(model: ERANN, url: str, fresh: list[str]) -> ModelInfo:
+def initialise(model: AudioModel, url: str, fresh: list[str]) -> ModelInfo:
     """Give the model the weights and running statistics of another one of its variant, but for the layers `fresh`.
 
     What that one is. Raises UserError when they do not fit, UsageError when the model has no such layer.
@@ -147,27 +141,29 @@ def initialise(model: ERANN, url: str, fresh: list[str]) -> ModelInfo:
     return info
 
 
-def require_beginning(model: ERANN, name: str, pretrained: ModelInfo, fresh: list[str]) -> None:
+def require_beginning(model: AudioModel, name: str, pretrained: ModelInfo, fresh: list[str]) -> None:
     """Raise UserError unless the model can begin with the weights of the pretrained one but for the layers `fresh`.
 
     name: what the pretrained one is called.
     """
     require_layers(model, fresh)
-    if pretrained.variant != str(model.variant):
-        raise UserError(f"{name}: is an {pretrained.variant}, model.variant is {model.variant}; they must be the same")
+    if pretrained.variant != model.name:
+        raise UserError(f"{name}: is an {pretrained.variant}, model.variant is {model.name}; they must be the same")
     if pretrained.sample_rate != SAMPLE_RATE:
-        raise UserError(f"{name}: takes {pretrained.sample_rate} Hz, ERANN is trained at {SAMPLE_RATE} Hz")
+        raise UserError(f"{name}: takes {pretrained.sample_rate} Hz, models are trained at {SAMPLE_RATE} Hz")
     labels = len(pretrained.label_ids)
-    if "fc2" not in fresh and labels != model.num_classes:
-        raise UserError(f"{name}: has {labels} labels, the clips have {model.num_classes}; add fc2 to model.fresh")
+    last = model_spec(model.name).head_layers[-1]
+    if last not in fresh and labels != model.num_classes:
+        raise UserError(f"{name}: has {labels} labels, the clips have {model.num_classes}; add {last} to model.fresh")
 
 
-def require_layers(model: ERANN, fresh: list[str]) -> None:
+def require_layers(model: AudioModel, fresh: list[str]) -> None:
     """Raise UsageError when the model has not all of these layers."""
     layers = [name for name, _ in model.named_modules()]
     for layer in fresh:
         if layer not in layers:
-            raise UsageError(f"model.fresh: ERANN has no layer {layer}; its last ones are fc1 and fc2")
+            last = " and ".join(model_spec(model.name).head_layers)
+            raise UsageError(f"model.fresh: {model.name} has no layer {layer}; its last ones are {last}")
 
 
 def require_rate(model_folder: Folder, model: ModelInfo, shards: str, info: SetInfo) -> None:
@@ -197,7 +193,8 @@ def model_card(info: ModelInfo, metrics: dict[str, Any], recipe: Recipe) -> str:
     left_out = ", ".join(metrics.get("left_out", []))
     return f"""# {info.variant} for {info.task}, {len(info.label_ids)} classes
 
-An ERANN (arXiv 2106.01621) trained by erann-dist: {info.sample_rate} Hz mono sound in, {len(info.label_ids)}
+{model_spec(info.variant).description}, trained by erann-dist:
+{info.sample_rate} Hz mono sound in, {len(info.label_ids)}
 {"independent probabilities (sigmoid)" if info.task == "tagging" else "probabilities (softmax)"} out, in the order of
 config.json's labels.
 

@@ -1,40 +1,41 @@
-"""From the loader's batches to tensors on the device, copied there beside the computation."""
+"""Micro-batches copied to the device in the background of the computation."""
 
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from erann_dist.train.augment import Choices
+from erann_dist.train.augment import AugmentParams
 
 
 @dataclass(frozen=True)
-class Fed:
-    """A micro-batch before the front end."""
+class DeviceBatch:
+    """A micro-batch as the step takes it, before the front end."""
 
     pcm: Tensor  # (n, samples) int16
     targets: Tensor  # (n, N) float32
-    choices: Choices
+    params: AugmentParams
     weight: float  # of its loss: MicroBatch's
+    first_example: int  # its position in the run, by which random choices of torch's are keyed
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "Fed":
-        return Fed(function(self.pcm), function(self.targets), self.choices.map(function), self.weight)
+    def map(self, function: Callable[[Tensor], Tensor]) -> "DeviceBatch":
+        return replace(self, pcm=function(self.pcm), targets=function(self.targets), params=self.params.map(function))
 
 
-def feed(batches: Iterable[Fed], device: torch.device) -> Generator[Fed, None, None]:
+def prefetch_to_device(batches: Iterable[DeviceBatch], device: torch.device) -> Generator[DeviceBatch, None, None]:
     """The batches on the device. On a GPU each is copied, by a stream of its own, while the one before is computed."""
     if device.type != "cuda":
         yield from batches
         return
     copying = torch.cuda.Stream(device)
 
-    def begin(batch: Fed) -> tuple[Fed, torch.cuda.Event]:
+    def begin(batch: DeviceBatch) -> tuple[DeviceBatch, torch.cuda.Event]:
         with torch.cuda.stream(copying):
             copied = batch.map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
             return copied, copying.record_event()
 
-    def finish(copied: Fed, done: torch.cuda.Event) -> Fed:
+    def finish(copied: DeviceBatch, done: torch.cuda.Event) -> DeviceBatch:
         computing = torch.cuda.current_stream(device)
         computing.wait_event(done)
 

@@ -7,7 +7,7 @@ The global batch B and the micro-batch M are the recipe's. Micro-batch m of step
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -26,13 +26,20 @@ SUBSTITUTE_POSITIONS = 2**40  # where substitutes for bad clips are drawn from
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A rank's piece of a step's work."""
+    """One of the equal parts of a step's examples, as it is assigned to a rank."""
 
     examples: npt.NDArray[np.int64]  # (M,) positions of the examples in the run
     weight: float  # 1, or 0 for the repetition that keeps a rank in step with the others
 
 
-def deal(step: int, optim: OptimSection, rank: int, world_size: int) -> list[MicroBatch]:
+@dataclass(frozen=True)
+class MicroBatchCrops(loader.Crops):
+    """The crops that a micro-batch is made of."""
+
+    micro_batch: MicroBatch
+
+
+def assign_micro_batches(step: int, optim: OptimSection, rank: int, world_size: int) -> list[MicroBatch]:
     """The micro-batches of a step that are this rank's: a contiguous run, as many on every rank.
 
     A rank that is one short repeats its last with weight 0, for the engines want equal counts.
@@ -40,9 +47,9 @@ def deal(step: int, optim: OptimSection, rank: int, world_size: int) -> list[Mic
     count = optim.global_batch // optim.micro_batch
     mine = np.array_split(np.arange(count), world_size)[rank]
     starts = step * optim.global_batch + mine * optim.micro_batch
-    dealt = [MicroBatch(np.arange(s, s + optim.micro_batch), 1.0) for s in starts]
-    missing = micro_batches_per_rank(optim, world_size) - len(dealt)
-    return dealt + [MicroBatch(dealt[-1].examples, 0.0)] * missing
+    assigned = [MicroBatch(np.arange(s, s + optim.micro_batch), 1.0) for s in starts]
+    missing = micro_batches_per_rank(optim, world_size) - len(assigned)
+    return assigned + [MicroBatch(assigned[-1].examples, 0.0)] * missing
 
 
 def micro_batches_per_rank(optim: OptimSection, world_size: int) -> int:
@@ -76,7 +83,7 @@ def make_sampler(recipe: Recipe, clips: Manifest) -> Sampler:
     return BalancedSampler(lists, recipe.run.seed)
 
 
-class Draws:
+class SamplePlan:
     """Which crops of which clips the examples of a run are made of."""
 
     def __init__(self, recipe: Recipe, clips: Manifest) -> None:
@@ -91,14 +98,16 @@ class Draws:
     def clips_per_example(self) -> int:
         return len(self._positions(np.arange(1)))
 
-    def crops(self, micro_batches: Iterable[MicroBatch]) -> Iterator[loader.Crops]:
-        """For each micro-batch the crops it needs; drawn in blocks, which is faster."""
-        micro_batches = iter(micro_batches)
-        while block := list(islice(micro_batches, _DRAW_AHEAD)):
+    def crops(self, steps: Iterable[int], rank: int, world_size: int) -> Iterator[MicroBatchCrops]:
+        """What this rank's micro-batches of the steps need; drawn in blocks, which is faster."""
+        optim = self._recipe.optim
+        assigned = chain.from_iterable(assign_micro_batches(step, optim, rank, world_size) for step in steps)
+        while block := list(islice(assigned, _DRAW_AHEAD)):
             needed = [self._positions(micro_batch.examples) for micro_batch in block]
             drawn = np.split(self._sampler.draw(np.concatenate(needed)), np.cumsum([len(each) for each in needed])[:-1])
-            for positions, rows in zip(needed, drawn, strict=True):
-                yield self._crop(rows, positions)
+            for micro_batch, positions, rows in zip(block, needed, drawn, strict=True):
+                crops = self._crop(rows, positions)
+                yield MicroBatchCrops(crops.rows, crops.starts, crops.counts, crops.length, positions, micro_batch)
 
     def substitute(self, position: int, attempt: int) -> loader.Crops:
         """Another draw for a position whose clip is bad: the same on whatever worker it falls."""

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from erann_dist import SAMPLE_RATE
 from erann_dist.errors import UsageError
-from erann_dist.models.erann import ERANN
 from erann_dist.models.log_mel import LogMel
 from erann_dist.models.pitch import shift_pitch
+from erann_dist.models.spec import build_model
 from erann_dist.versions import import_torchaudio
 from jobs.terminal.progress import console
 
@@ -28,13 +28,13 @@ def bench_augment(variant: str, crop_s: float, clips: int, rounds: int) -> dict[
     Raises UsageError for a variant that is none.
     """
     try:
-        model = ERANN.from_name(variant, _CLASSES)
+        model = build_model(variant, _CLASSES)
     except ValueError as error:
         raise UsageError(str(error)) from error
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(clips, round(crop_s * SAMPLE_RATE), generator=generator)
-    log_mel = LogMel()
+    log_mel = LogMel(model.front_end)
 
     def own(waveform: Tensor, semitones: int) -> Tensor:
         return torchaudio.functional.pitch_shift(waveform, SAMPLE_RATE, semitones)

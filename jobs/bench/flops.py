@@ -6,8 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from erann_dist.models.erann import Variant, count_macs
-from erann_dist.models.log_mel import padded_frames
+from erann_dist.models.spec import macs_of
 from erann_dist.train.distributed import pick_device
 
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -15,7 +14,7 @@ _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
 
 def training_flops(variant: str, num_classes: int, crop_samples: int) -> int:
     """Of one example, forwards and backwards, which takes twice as many; a multiplication and an addition are two."""
-    return 3 * 2 * count_macs(Variant.parse(variant), num_classes, padded_frames(crop_samples))
+    return 3 * 2 * macs_of(variant, num_classes, crop_samples)
 
 
 def peak_flops(device: str, precision: str) -> float:

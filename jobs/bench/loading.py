@@ -32,7 +32,7 @@ import torch
 
 from erann_dist.data.audio import clip_buffer
 from erann_dist.data.cache import ClipCache
-from erann_dist.data.loader import Crops, load, random_crops
+from erann_dist.data.loader import Crops, Loader, random_crops
 from erann_dist.data.manifest import Manifest, concatenate, load_manifest
 from erann_dist.data.sampling import BalancedSampler, class_lists
 from erann_dist.environment import KEEP_MEMORY, end_with_parent, usable_cpus
@@ -197,7 +197,7 @@ def _limit(task: Task) -> Iterator[int]:
 
 def _ours(task: Task) -> Iterator[int]:
     clips = task.clips()
-    for batch in load(clips, task.crops(clips), threads=task.threads):
+    for batch in Loader(clips, task.crops(clips), threads=task.threads):
         yield len(batch.pcm)
 
 
@@ -212,7 +212,7 @@ def _cold(task: Task) -> Iterator[int]:
             times[row] += 1
     copies = concatenate([_copy(clips, number) for number in range(max(times.values()))])
     with closing(ClipCache(Path(str(task.cache)), 1 << 40)) as cache:
-        for batch in load(copies, crops, threads=task.threads, cache=cache):
+        for batch in Loader(copies, crops, threads=task.threads, cache=cache):
             yield len(batch.pcm)
 
 
@@ -228,9 +228,9 @@ def _warm(task: Task) -> Iterator[int]:
     crops = task.crops(clips)
     with closing(ClipCache(Path(str(task.cache)), 1 << 40)) as cache:
         drawn = np.unique(np.concatenate([each.rows for each in crops]))
-        for _ in load(clips, [random_crops(clips, drawn, drawn, 0, 1)], threads=task.threads, cache=cache):
+        for _ in Loader(clips, [random_crops(clips, drawn, drawn, 0, 1)], threads=task.threads, cache=cache):
             pass
-        for batch in load(clips, crops, threads=task.threads, cache=cache):
+        for batch in Loader(clips, crops, threads=task.threads, cache=cache):
             yield len(batch.pcm)
 
 

@@ -20,11 +20,10 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import islice
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -40,9 +39,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.environment import WORKER_ENVIRONMENT, is_first_process
 from cluster.launch import launch
-from erann_dist.data import loader
 from erann_dist.data.clip_reader import ClipReader
-from erann_dist.data.loader import Batch, Crops
+from erann_dist.data.loader import Batch, Loader
 from erann_dist.data.manifest import Manifest
 from erann_dist.data.sampling import BalancedSampler, SequentialSampler, UniformSampler
 from erann_dist.data.sources import load_sources, load_train_and_eval
@@ -50,23 +48,26 @@ from erann_dist.environment import end_with_parent
 from erann_dist.errors import UserError
 from erann_dist.log.events import Emit, Event, Step
 from erann_dist.log.run_log import RunLog
-from erann_dist.models.erann import ERANN, MEL_BINS, Variant
-from erann_dist.models.log_mel import LogMel, padded_frames
+from erann_dist.models.base import AudioModel
+from erann_dist.models.erann import ERANN, Variant
+from erann_dist.models.log_mel import ERANN_MEL, LogMel
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import Recipe
-from erann_dist.train import augment
-from erann_dist.train.augment import clip_positions, draw_choices, make_inputs
+from erann_dist.train import augment, trainer
+from erann_dist.train.augment import clip_positions, draw_augment_params, make_inputs
 from erann_dist.train.batchnorm import RunningStatistics
 from erann_dist.train.distributed import Workers, pick_device, process_group
 from erann_dist.train.engine import autocast
-from erann_dist.train.prefetch import Fed
-from erann_dist.train.step_results import Outcomes
+from erann_dist.train.prefetch import DeviceBatch
+from erann_dist.train.step_results import StepResults
 from erann_dist.train.trainer import example_losses, train
 from erann_dist.train.watchdog import Watchdog
-from erann_dist.train.work_plan import micro_batches_per_rank
+from erann_dist.train.work_plan import MicroBatchCrops, micro_batches_per_rank
 from jobs.bench.flops import peak_flops, training_flops
 from jobs.terminal.progress import console
 from jobs.terminal.show import console as out
 from jobs.terminal.show import facts_page
+from jobs.training.pretrain import launch_spec
 from jobs.training.probe_run import changed, endless
 
 _BARE = "bare"
@@ -85,8 +86,8 @@ _PARTS: list[tuple[str, type, str]] = [  # of the loop: what it takes in them is
     ("sampler", SequentialSampler, "draw"),
     ("statistics", RunningStatistics, "add"),
     ("statistics", RunningStatistics, "update"),
-    ("outcomes", Outcomes, "add"),
-    ("outcomes", Outcomes, "known"),
+    ("outcomes", StepResults, "add"),
+    ("outcomes", StepResults, "drain"),
     ("watchdog", Watchdog, "alive"),
     ("events", RunLog, "log"),
 ]
@@ -329,21 +330,11 @@ def _worker(rank: int, world_size: int, device: str, store: str, pipe: Connectio
 def run_job(path: Path) -> None:
     """The whole job: the workers are started by the recipe's launcher, as `erann pretrain` does."""
     turn: Turn = pickle.loads(path.read_bytes())
-    run = turn.recipe.run
     windows: list[Window] = []
     answer: Measured | UserError
     try:
-        launch(
-            _job_worker,
-            {"turn": turn},
-            launcher=run.launcher,
-            num_workers=run.max_workers,
-            device=run.device,
-            on_event=lambda event: windows.extend(_windows(event)),
-            heeds_notice=True,
-            wait_for_workers=run.wait_for_workers,
-            hang_timeout=run.hang_timeout,
-        )
+        spec = launch_spec(turn.recipe, _job_worker, {"turn": turn})
+        launch(replace(spec, min_workers=None, run=None), lambda event: windows.extend(_windows(event)))
         answer = _measured(turn, windows)
     except UserError as error:
         answer = error
@@ -369,7 +360,7 @@ def measure(turn: Turn, workers: Workers) -> Measured:
 
 
 def _measure_bare(turn: Turn, workers: Workers) -> Measured:
-    with _substitutes(turn, workers.world_size):
+    with _null_network() if turn.null else nullcontext():
         return _measured(turn, _bare(turn, workers))
 
 
@@ -407,7 +398,7 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
     torch.manual_seed(recipe.run.seed)
     torch.backends.cudnn.allow_tf32 = optim.precision == "tf32"
     clips = load_sources(recipe.data.train)
-    model = ERANN.from_name(recipe.model.variant, clips.num_classes, recipe.model.initialisation).to(device)
+    model = build_model(recipe.model.variant, clips.num_classes, recipe.model.initialisation).to(device)
     network: Any = model
     if workers.world_size > 1:
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -416,22 +407,22 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
     adam = torch.optim.Adam(model.parameters(), optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, optim.lr, 10**6, cycle_momentum=False)
     scaler = GradScaler(device.type, enabled=optim.precision == "fp16")
-    log_mel = LogMel().to(device)
+    log_mel = LogMel(model.front_end).to(device)
     per_rank = micro_batches_per_rank(optim, workers.world_size)
     examples = np.arange(optim.micro_batch)
     count = len(clip_positions(examples, mixing.mixup, mixing.partner))
     pool = _pool(count, recipe.data.crop_samples, device.type == "cuda")
     targets = torch.from_numpy(clips.targets(np.arange(count) % len(clips)))
-    frames = padded_frames(recipe.data.crop_samples)
+    bins, frames = model.front_end.mel_bins, model.front_end.frames(recipe.data.crop_samples)
     windows: list[Window] = []
     losses: list[Tensor] = []
     began = time.perf_counter()
     for step in range(turn.warm_up + turn.steps):
         for number in range(per_rank):
             pcm = pool[(step * per_rank + number) % len(pool)]
-            choices = draw_choices(examples + step * optim.global_batch, frames, recipe.run.seed, mixing)
-            batch = Fed(pcm, targets, choices, 1.0).map(lambda tensor: tensor.to(device, non_blocking=True))
-            inputs = make_inputs(batch.pcm, batch.targets, batch.choices, log_mel, mixing)
+            params = draw_augment_params(examples + step * optim.global_batch, bins, frames, recipe.run.seed, mixing)
+            batch = DeviceBatch(pcm, targets, params, 1.0, 0).map(lambda tensor: tensor.to(device, non_blocking=True))
+            inputs = make_inputs(batch.pcm, batch.targets, batch.params, log_mel, mixing)
             with nullcontext() if workers.world_size == 1 or number == per_rank - 1 else network.no_sync():
                 with autocast(device, optim.precision):
                     logits = network(inputs.log_mel, inputs.mask)
@@ -460,41 +451,60 @@ class _EnoughError(Exception):
 
 def _train(turn: Turn, workers: Workers, emit: Emit) -> None:
     """Our loop, cut off by its loader behind the turn's steps: what follows a run's last step is not measured."""
-    with _substitutes(turn, workers.world_size), suppress(_EnoughError):
-        train(turn.recipe, workers, emit)
+    # One step more than is counted: a loop may ask for batches ahead.
+    batches = (turn.warm_up + turn.steps + 1) * micro_batches_per_rank(turn.recipe.optim, workers.world_size)
+    load = Loader if turn.way in ("loader", "job") else _SyntheticLoader
+    with _null_network() if turn.null else nullcontext(), suppress(_EnoughError):
+        train(turn.recipe, workers, emit, make_loader=partial(_LimitedLoader, load, batches))
 
 
 @contextmanager
-def _substitutes(turn: Turn, world_size: int) -> Iterator[None]:
-    """What is not the program's own in a turn."""
-    real_loader = turn.way in ("loader", "job")
-    # One step more than is counted: a loop may ask for batches ahead.
-    batches = (turn.warm_up + turn.steps + 1) * micro_batches_per_rank(turn.recipe.optim, world_size)
-    load = partial(_load_so_many, loader.load if real_loader else _load_synthetic, batches)
+def _null_network() -> Iterator[None]:
+    """Next to no computation in the loop."""
     with ExitStack() as patches:
-        patches.enter_context(patch.object(loader, "load", load))
-        if turn.null:
-            patches.enter_context(patch.object(ERANN, "from_name", NullModel))
-            patches.enter_context(patch.object(LogMel, "forward", _no_log_mel))
-            patches.enter_context(patch.object(ClipReader, "crop", lambda *_: None))
-            patches.enter_context(patch.dict(augment.MIXES, dict.fromkeys(augment.MIXES, lambda one, other, _: one)))
+        patches.enter_context(patch.object(trainer, "build_model", NullModel))
+        patches.enter_context(patch.object(LogMel, "forward", _no_log_mel))
+        patches.enter_context(patch.object(ClipReader, "crop", lambda *_: None))
+        patches.enter_context(patch.dict(augment.MIXES, dict.fromkeys(augment.MIXES, lambda one, other, _: one)))
         yield
 
 
-def _load_so_many(
-    load: Callable[..., Generator[Batch, None, None]], batches: int, *arguments: Any, **settings: Any
-) -> Iterator[Batch]:
-    with closing(load(*arguments, **settings)) as loaded:
-        yield from islice(loaded, batches)
-    raise _EnoughError
+class _LimitedLoader:
+    """So many batches of a loader's; then the turn is over."""
+
+    def __init__(self, load: Callable[..., Any], batches: int, *arguments: Any, **settings: Any) -> None:
+        self._loader = load(*arguments, **settings)
+        self._left = batches
+
+    def __iter__(self) -> "_LimitedLoader":
+        return self
+
+    def __next__(self) -> Batch[MicroBatchCrops]:
+        if not self._left:
+            raise _EnoughError
+        self._left -= 1
+        return next(self._loader)
+
+    def close(self) -> None:
+        self._loader.close()
 
 
-def _load_synthetic(
-    manifest: Manifest, batches: Iterable[Crops], *, pin_memory: bool = False, **_: Any
-) -> Generator[Batch, None, None]:
-    """In place of loader.load: the crops are drawn as ever, their samples lie in memory."""
-    for number, crops in enumerate(batches):
-        yield Batch(crops, _pool(len(crops.rows), crops.length, pin_memory)[number % _POOL])
+class _SyntheticLoader:
+    """In place of Loader: the crops are drawn as ever, their samples lie in memory."""
+
+    def __init__(self, manifest: Manifest, batches: Iterable[MicroBatchCrops], *, pin_memory: bool, **_: Any) -> None:
+        self._crops = enumerate(batches)
+        self._pin_memory = pin_memory
+
+    def __iter__(self) -> "_SyntheticLoader":
+        return self
+
+    def __next__(self) -> Batch[MicroBatchCrops]:
+        number, crops = next(self._crops)
+        return Batch(crops, _pool(len(crops.rows), crops.length, self._pin_memory)[number % _POOL])
+
+    def close(self) -> None:
+        pass
 
 
 @lru_cache(2)
@@ -503,18 +513,17 @@ def _pool(count: int, length: int, pin_memory: bool) -> list[Tensor]:
     return [torch.from_numpy(each).pin_memory() if pin_memory else torch.from_numpy(each) for each in noise]
 
 
-class NullModel(nn.Module):
+class NullModel(AudioModel):
     """Next to no computation in as many tensors as an ERANN has, with BatchNorms of ERANN-1-6's sizes."""
 
     def __init__(self, name: str, num_classes: int, initialisation: str = "he") -> None:
-        super().__init__()
+        super().__init__(name, num_classes, ERANN_MEL)
         with torch.device("meta"):
             real = ERANN(Variant(1, 6), num_classes)
         norms = [layer for layer in real.modules() if isinstance(layer, nn.BatchNorm2d)]
         self.norms = nn.ModuleList(nn.BatchNorm2d(layer.num_features) for layer in norms)
         others = len(list(real.parameters())) - len(list(self.parameters()))
         self.others = nn.ParameterList(torch.zeros(16) for _ in range(others))
-        self.num_classes = num_classes
         self._all = list(self.parameters())
 
     def forward(self, log_mel: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -524,7 +533,7 @@ class NullModel(nn.Module):
 
 
 def _no_log_mel(self: LogMel, waveform: Tensor) -> Tensor:
-    return waveform.new_zeros(len(waveform), 1, MEL_BINS, padded_frames(waveform.shape[-1]))
+    return waveform.new_zeros(len(waveform), 1, self.config.mel_bins, self.config.frames(waveform.shape[-1]))
 
 
 @contextmanager

@@ -198,7 +198,7 @@ def stage(
 def stats(
     shards: Shards,
     html: Annotated[Path | None, typer.Option(help="Also write a page with plots.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="Draws of balanced sampling to reckon with.")] = 16_000_000,
+    examples: Annotated[int, typer.Option(min=1, help="SamplePlan of balanced sampling to reckon with.")] = 16_000_000,
     endpoint: Endpoint = None,
     as_json: Json = False,
 ) -> None:

@@ -13,7 +13,7 @@ from erann_dist.data.manifest import Manifest, concatenate, load_manifest
 from erann_dist.data.sampling import class_lists
 from erann_dist.data.sources import load_sources
 from erann_dist.errors import UsageError
-from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import Recipe
 from erann_dist.train.work_plan import micro_batches_per_rank
 from jobs.plan.simulation import NodeReads, Simulation, Stretch
@@ -168,7 +168,7 @@ def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable
         progress(sum(each.steps for each in stretches))
 
     with torch.device("meta"):
-        parameters = ERANN.from_name(recipe.model.variant, clips.num_classes).parameters()
+        parameters = build_model(recipe.model.variant, clips.num_classes).parameters()
     remote = any(source.url.startswith("s3://") for source in recipe.data.train)
     gradient_bytes = 4 * sum(parameter.numel() for parameter in parameters)
     setting = Setting(recipe, cluster, clips.info.codec, remote, gradient_bytes)

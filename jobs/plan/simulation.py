@@ -9,7 +9,7 @@ import numpy.typing as npt
 from erann_dist.data.manifest import Manifest
 from erann_dist.recipe import Recipe
 from erann_dist.train.augment import clip_positions
-from erann_dist.train.work_plan import MicroBatch, deal, make_sampler
+from erann_dist.train.work_plan import MicroBatch, assign_micro_batches, make_sampler
 
 _BLOCK = 1 << 17  # examples that are drawn at once
 
@@ -68,7 +68,7 @@ class Simulation:
     def _dealt(self, ranks: list[int]) -> list[MicroBatch]:
         """The micro-batches of step 0 that these workers have."""
         world_size = sum(map(len, self.workers_of_nodes))
-        return [each for rank in ranks for each in deal(0, self.recipe.optim, rank, world_size)]
+        return [each for rank in ranks for each in assign_micro_batches(0, self.recipe.optim, rank, world_size)]
 
 
 class _Node:

@@ -20,20 +20,21 @@ from cluster.embedded import opening, ray_cluster  # before Ray, whose environme
 from ray.exceptions import RayError
 from ray.util import get_node_ip_address
 
-from cluster.capacity import Bundle, bundle_of, free_room, wait_for_room
+from cluster.capacity import Bundle, bundle_of, free_capacity, wait_for_capacity
 from cluster.preflight import collectives, facts, storage
 from cluster.preflight.facts import Facts, Gpu
 from cluster.preflight.probes import Node, answers, crew_of, living_nodes, probes_on
 from cluster.preflight.storage import Reading
 from cluster.ray_train import AGAIN
-from cluster.stop_request import no_notice
+from cluster.stop_request import no_stop_request
 from erann_dist.data.manifest import Manifest
-from erann_dist.errors import NoRoom, UsageError, UserError
-from erann_dist.models.erann import ERANN, count_parameters
+from erann_dist.errors import NoCapacity, UsageError, UserError
+from erann_dist.models.base import count_parameters
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import Recipe
 from erann_dist.storage.folder import LocalFolder, open_folder
 from erann_dist.train import checkpoint
-from erann_dist.train.work_plan import Draws, micro_batches_per_rank
+from erann_dist.train.work_plan import SamplePlan, micro_batches_per_rank
 from erann_dist.words import count
 from jobs.plan.simulation import Simulation
 from jobs.preflight.verdicts import (
@@ -55,7 +56,7 @@ from jobs.preflight.verdicts import (
 )
 from jobs.terminal.progress import console
 from jobs.training.pretrain import check_run, is_finished
-from jobs.training.probe_run import Trial, take_steps
+from jobs.training.probe_run import ProbeResult, take_steps
 
 _START_S = 120.0  # for processes to start, and to load what takes long
 _READ_S = 3.0
@@ -171,12 +172,12 @@ class _Checks:
         """Start the processes; what nodes there are, and what runs on them."""
         run, no_room = self.recipe.run, None
         bundle = bundle_of(run.device, run.min_workers)
-        room = free_room(bundle)
+        room = free_capacity(bundle)
         try:
-            workers = wait_for_room(
-                bundle, run.min_workers, run.max_workers, seconds=0, say=lambda _: None, stop=no_notice
+            workers = wait_for_capacity(
+                bundle, run.min_workers, run.max_workers, seconds=0, emit=lambda _: None, stop=no_stop_request
             )
-        except NoRoom as error:
+        except NoCapacity as error:
             workers, no_room = 0, str(error).rpartition("; ")[0]  # what to do is said by the verdict
             # There is no need to wait for more.
             self._say(nodes_verdict(self.recipe, bundle, living_nodes(), [], no_room, {}, {}, []))
@@ -289,7 +290,7 @@ class _Checks:
             return 0.0
         with torch.device("meta"):
             classes = clips.num_classes if clips else _CLASSES
-            elements = count_parameters(ERANN.from_name(self.recipe.model.variant, classes))
+            elements = count_parameters(build_model(self.recipe.model.variant, classes))
         (first, probe), use_gpu = site.crew[0], "GPU" in site.bundle
         port, silent = answers({first: probe.do.remote(collectives.free_port)}, _START_S)
         asked = {
@@ -308,13 +309,15 @@ class _Checks:
         self._say(all_reduce_verdict(workers, 4 * elements, seconds))
         return seconds
 
-    def _step(self, site: _Site, scratch: str, all_reduce_s: float) -> Trial | None:
+    def _step(self, site: _Site, scratch: str, all_reduce_s: float) -> ProbeResult | None:
         if self._is_blocked("step", "nodes", "versions", "shards", "run folder", "all-reduce"):
             return None
         run, workers = self.recipe.run, len(site.crew)
         try:
             # What the processes held comes back.
-            wait_for_room(site.bundle, run.min_workers, workers, seconds=30, say=lambda _: None, stop=no_notice)
+            wait_for_capacity(
+                site.bundle, run.min_workers, workers, seconds=30, emit=lambda _: None, stop=no_stop_request
+            )
             trial = take_steps(self.recipe, scratch, workers, self.address)
         except UserError as error:
             text = str(error).removesuffix(f"; {AGAIN}")
@@ -324,13 +327,13 @@ class _Checks:
         return trial
 
     def _supply(
-        self, site: _Site, trial: Trial | None, clips: Manifest | None, readings: dict[Node, list[Reading]]
+        self, site: _Site, trial: ProbeResult | None, clips: Manifest | None, readings: dict[Node, list[Reading]]
     ) -> None:
         if self._is_blocked("supply", "step"):
             return
         assert trial
         assert clips
-        optim, draws = self.recipe.optim, Draws(self.recipe, clips)
+        optim, draws = self.recipe.optim, SamplePlan(self.recipe, clips)
         examples = micro_batches_per_rank(optim, trial.workers) * optim.micro_batch
         ranks: dict[Node, list[int]] = {}
         for rank, node in enumerate(site.places):
@@ -345,7 +348,7 @@ class _Checks:
         cores = {node: there.cores for node, there in site.facts.items()}
         self._say(supply_verdict(self.recipe, demand, readings, cores))
 
-    def _estimate(self, site: _Site, trial: Trial | None, clips: Manifest | None, all_reduce_s: float) -> None:
+    def _estimate(self, site: _Site, trial: ProbeResult | None, clips: Manifest | None, all_reduce_s: float) -> None:
         if self._is_blocked("estimate", "step"):
             return
         assert trial
@@ -394,7 +397,7 @@ def _unreachable(probes: dict[Node, Any]) -> dict[Node, str]:
 
 def _late_hits(recipe: Recipe, clips: Manifest, ranks_of_nodes: list[list[int]]) -> float:
     """Share of the reads that the nodes' caches serve at the end of the run, or as far into it as can be drawn soon."""
-    draws_a_step = recipe.optim.global_batch * Draws(recipe, clips).clips_per_example
+    draws_a_step = recipe.optim.global_batch * SamplePlan(recipe, clips).clips_per_example
     steps = min(recipe.steps(len(clips)), max(2, _DRAWS // draws_a_step))
     simulation = Simulation(recipe, clips, ranks_of_nodes, np.zeros(len(clips), np.int64))
     *_, last = simulation.stretches(sorted({max(1, steps * 9 // 10), steps}))

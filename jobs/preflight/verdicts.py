@@ -14,7 +14,7 @@ from erann_dist.train.work_plan import micro_batches_per_rank
 from erann_dist.words import count
 from jobs.terminal.progress import duration
 from jobs.terminal.show import size
-from jobs.training.probe_run import Trial
+from jobs.training.probe_run import ProbeResult
 
 State = Literal["ok", "warning", "failed", "not checked"]
 
@@ -243,7 +243,7 @@ def bus_bandwidth(workers: int, number_of_bytes: int, seconds: float) -> float:
     return 2 * (workers - 1) / workers * number_of_bytes / seconds
 
 
-def step_verdict(recipe: Recipe, trial: Trial, all_reduce_s: float, gpus: list[Gpu]) -> Verdict:
+def step_verdict(recipe: Recipe, trial: ProbeResult, all_reduce_s: float, gpus: list[Gpu]) -> Verdict:
     problems = [Problem(text, "docs/faults.md tells what follows from it", fails=False) for text in trial.incidents]
     if trial.data_wait > _WAITING:
         text = f"the first worker waits for data in {trial.data_wait:.0%} of a step"
@@ -338,7 +338,7 @@ def _more_reading(recipe: Recipe, demand: Demand) -> str:
     )
 
 
-def estimate_verdict(trial: Trial, steps: int, done: int) -> Verdict:
+def estimate_verdict(trial: ProbeResult, steps: int, done: int) -> Verdict:
     """steps: of the whole run, and that are done."""
     seconds = (steps - done) * trial.step_s
     found = f"{steps - done:,} steps{' that are left' * bool(done)} of {_seconds(trial.step_s)}: {duration(seconds)}"
@@ -348,7 +348,7 @@ def estimate_verdict(trial: Trial, steps: int, done: int) -> Verdict:
     return judge("estimate", found, [], steps=steps - done, seconds=seconds, **{unit.replace("-", "_").lower(): hours})
 
 
-def advice(recipe: Recipe, trial: Trial, all_reduce_s: float, room: int, gpus: list[Gpu]) -> list[str]:
+def advice(recipe: Recipe, trial: ProbeResult, all_reduce_s: float, room: int, gpus: list[Gpu]) -> list[str]:
     """Changes of the recipe that the measurements speak for. room: for how many workers the cluster has."""
     optim, workers, every = recipe.optim, trial.workers, recipe.checkpoint.every
     most = optim.global_batch // optim.micro_batch

@@ -19,11 +19,10 @@ from torch import Tensor
 from erann_dist import SAMPLE_RATE
 from erann_dist.data.audio import to_pcm16
 from erann_dist.data.loader import crop_starts
-from erann_dist.models.erann import MEL_BINS
-from erann_dist.models.log_mel import F_MAX, F_MIN, HOP, LogMel, mel, padded_frames
+from erann_dist.models.log_mel import ERANN_MEL, LogMel, mel
 from erann_dist.models.pitch import shift_pitch
 from erann_dist.recipe import AugmentSection
-from erann_dist.train.augment import MIXES, Choices, draw_choices, make_inputs, spec_augment_mask
+from erann_dist.train.augment import MIXES, AugmentParams, draw_augment_params, make_inputs, spec_augment_mask
 from jobs.html.figure import FILL, INK, new_figure, plain, save_figure, shortened
 from jobs.sounds import read_sound
 
@@ -58,12 +57,12 @@ def draw_augmentation(clip: Path, partner: Path | None, out: Path, seed: int, cr
     for each, start, crop in zip(clips, starts, pcm, strict=True):
         taken = each[start : start + length]
         crop[: len(taken)] = taken
-    choices = draw_choices(np.arange(1), padded_frames(length), seed, _ALL)
-    choices = replace(choices, share=_LEAST_SHARE + (_MOST_SHARE - _LEAST_SHARE) * choices.share)
-    semitones = [next((s for s, crops in choices.shifted.items() if number in crops), 0) for number in range(2)]
+    params = draw_augment_params(np.arange(1), ERANN_MEL.mel_bins, ERANN_MEL.frames(length), seed, _ALL)
+    params = replace(params, lam=_LEAST_SHARE + (_MOST_SHARE - _LEAST_SHARE) * params.lam)
+    semitones = [next((s for s, crops in params.shifted.items() if number in crops), 0) for number in range(2)]
 
     log_mel = LogMel()
-    panels = [*_crops(names, clips, starts, pcm, log_mel), *_augmented(pcm, choices, semitones, log_mel)]
+    panels = [*_crops(names, clips, starts, pcm, log_mel), *_augmented(pcm, params, semitones, log_mel)]
     rows = len(panels) // 2
     loudest = max(float(panel.log_mel.max()) for panel in panels)
     axes = figure.subplots(2 * rows, 2, gridspec_kw={"height_ratios": [1, 2.6] * rows})
@@ -84,7 +83,7 @@ def draw_augmentation(clip: Path, partner: Path | None, out: Path, seed: int, cr
         "crop_s": crop_s,
         "crop_starts_s": [round(start / SAMPLE_RATE, 3) for start in starts.tolist()],
         "semitones": semitones,
-        "mixup_share": round(float(choices.share), 4),
+        "mixup_share": round(float(params.lam), 4),
     }
 
 
@@ -112,7 +111,9 @@ def _crops(
         yield _Panel(title, log_mel(crop[None])[0], crop)
 
 
-def _augmented(pcm: npt.NDArray[np.int16], choices: Choices, semitones: list[int], log_mel: LogMel) -> Iterator[_Panel]:
+def _augmented(
+    pcm: npt.NDArray[np.int16], params: AugmentParams, semitones: list[int], log_mel: LogMel
+) -> Iterator[_Panel]:
     """The first crop, mixed with the second where it is."""
     waveforms = torch.from_numpy(pcm).float() / 32768
     clip, partner = waveforms[:1], waveforms[1:]
@@ -120,22 +121,22 @@ def _augmented(pcm: npt.NDArray[np.int16], choices: Choices, semitones: list[int
         shifted = shift_pitch(clip, shift)
         yield _Panel(f"pitch shift by {shift:+d} semitones", log_mel(shifted)[0], shifted[0])
     for (mixup_on, mixup), mix in MIXES.items():
-        title = f"mixup {mixup}, on the {mixup_on.replace('_', '-')}, {float(choices.share):.2f} of the clip"
+        title = f"mixup {mixup}, on the {mixup_on.replace('_', '-')}, {float(params.lam):.2f} of the clip"
         if mixup_on == "waveform":
-            mixed = mix(clip, partner, choices.share)
+            mixed = mix(clip, partner, params.lam)
             yield _Panel(title, log_mel(mixed)[0], mixed[0])
         else:
-            yield _Panel(title, mix(log_mel.power(clip), log_mel.power(partner), choices.share)[0])
+            yield _Panel(title, mix(log_mel.power(clip), log_mel.power(partner), params.lam)[0])
     spectrogram = log_mel(clip)
-    yield _Panel("SpecAugment", spectrogram[0], clip[0], spec_augment_mask(choices, spectrogram.shape[-1])[0])
-    inputs = make_inputs(torch.from_numpy(pcm), torch.eye(2), choices, log_mel, _ALL)
+    yield _Panel("SpecAugment", spectrogram[0], clip[0], spec_augment_mask(params, *spectrogram.shape[-2:])[0])
+    inputs = make_inputs(torch.from_numpy(pcm), torch.eye(2), params, log_mel, _ALL)
     assert inputs.mask is not None
     title = f"all as in a training: pitch {semitones[0]:+d} and {semitones[1]:+d}, mixup, SpecAugment"
     yield _Panel(title, inputs.log_mel[0], mask=inputs.mask[0])
 
 
 def _draw(panel: _Panel, above: Axes, below: Axes, loudest: float) -> AxesImage:
-    seconds = panel.log_mel.shape[-1] * HOP / SAMPLE_RATE
+    seconds = panel.log_mel.shape[-1] * ERANN_MEL.hop / SAMPLE_RATE
     above.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
     above.set_xlim(0, seconds)
     above.set_xticks([])
@@ -145,7 +146,7 @@ def _draw(panel: _Panel, above: Axes, below: Axes, loudest: float) -> AxesImage:
     else:
         above.plot(np.arange(len(panel.waveform)) / SAMPLE_RATE, panel.waveform, color=FILL, linewidth=0.5)
         above.set_yticks([-1, 0, 1])
-    extent = (0.0, seconds, -0.5, MEL_BINS - 0.5)
+    extent = (0.0, seconds, -0.5, ERANN_MEL.mel_bins - 0.5)
     low, high = loudest - _RANGE_DB, loudest
     image = below.imshow(
         panel.log_mel[0], origin="lower", aspect="auto", extent=extent, cmap="magma", vmin=low, vmax=high
@@ -157,8 +158,8 @@ def _draw(panel: _Panel, above: Axes, below: Axes, loudest: float) -> AxesImage:
         for second in panel.marks:
             axes.axvline(second, color=_MARK, linewidth=2)
         plain(axes)
-    corners = mel(torch.tensor([F_MIN, F_MAX, *_HERTZ]))
-    bins = (corners[2:] - corners[0]) / (corners[1] - corners[0]) * (MEL_BINS + 1) - 1
+    corners = mel(torch.tensor([ERANN_MEL.f_min, ERANN_MEL.f_max, *_HERTZ]))
+    bins = (corners[2:] - corners[0]) / (corners[1] - corners[0]) * (ERANN_MEL.mel_bins + 1) - 1
     below.set_yticks(bins, [f"{hertz:,}" for hertz in _HERTZ])
     below.set_ylabel("Hz", color=INK)
     below.set_xlabel("s", color=INK, labelpad=0)

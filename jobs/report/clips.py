@@ -18,7 +18,7 @@ from erann_dist.data.clip_reader import ClipReader
 from erann_dist.data.manifest import Task
 from erann_dist.data.sources import load_sources
 from erann_dist.errors import UserError
-from erann_dist.models.log_mel import F_MAX, F_MIN, HOP, LogMel, mel
+from erann_dist.models.log_mel import ERANN_MEL, LogMel, mel
 from erann_dist.recipe import DataSource
 from erann_dist.train.evaluation import Predictions
 from jobs.html import page
@@ -36,7 +36,7 @@ _HERTZ = {500: "500", 2000: "2k", 8000: "8k"}
 
 def _hertz_ticks() -> Markup:
     """Frequencies at their height in a picture."""
-    corners = mel(torch.tensor([F_MIN, F_MAX, *map(float, _HERTZ)]))
+    corners = mel(torch.tensor([ERANN_MEL.f_min, ERANN_MEL.f_max, *map(float, _HERTZ)]))
     heights = ((corners[2:] - corners[0]) / (corners[1] - corners[0])).tolist()
     ticks = zip(heights, _HERTZ.values(), strict=True)
     return Markup().join(Markup('<i style="bottom:{:.1%}">{}</i>').format(height, text) for height, text in ticks)
@@ -200,7 +200,7 @@ def sounds_of(sources: list[DataSource], keys: Sequence[str], rows: Sequence[int
     def sound(row: int) -> Sound:
         pcm = np.empty(clips.samples[row], np.int16)
         reader.crop(row, 0, pcm)
-        frames = -(-len(pcm) // HOP)
+        frames = -(-len(pcm) // ERANN_MEL.hop)
         picture = _png(log_mel(torch.from_numpy(pcm).float()[None] / 32768)[0, 0, :, :frames].numpy())
         mp3 = io.BytesIO()
         soundfile.write(mp3, pcm[: _HEARD_S * rate], rate, format="MP3", compression_level=_MP3_LEVEL)

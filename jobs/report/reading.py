@@ -14,7 +14,7 @@ from erann_dist.storage.folder import Folder, LocalFolder, open_folder
 from erann_dist.train.evaluation import Predictions, read_detail, read_predictions
 from jobs.runs.summary import standing
 from jobs.training.results import RESULTS, read_results
-from jobs.training.study_manifest import MARK
+from jobs.training.study_manifest import STUDY_MANIFEST
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def read(url: str, endpoint: str | None) -> Run | Study:
         return _read_study(folder, endpoint)
     if folder.exists(LOG):
         return _read_run(folder)
-    if folder.exists(MARK):
+    if folder.exists(STUDY_MANIFEST):
         raise UserError(f"{folder}: a study without {RESULTS}: it has not finished; run it again, or report its runs")
     raise UsageError(f"{folder}: no run ({LOG} is missing) and no study; erann runs FOLDER lists the runs below it")
 

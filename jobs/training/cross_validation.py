@@ -18,7 +18,8 @@ from erann_dist.data.manifest import Manifest, load_manifest
 from erann_dist.data.sources import load_source
 from erann_dist.errors import UsageError, UserError
 from erann_dist.log.run_log import Line, read_log, seconds_run
-from erann_dist.models.erann import ERANN
+from erann_dist.models.base import AudioModel
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import PathText, Real, Recipe, RunSection, Section, check, parse_recipe, read_section, read_tree
 from erann_dist.storage.folder import Folder, open_folder
 from erann_dist.train.model_folder import initialise, require_layers
@@ -142,17 +143,17 @@ def load_cross_validation(path: Path, overrides: list[str], init: str | None) ->
     return validation
 
 
-def untrained(validation: CrossValidation) -> ERANN:
+def untrained(validation: CrossValidation) -> AudioModel:
     """Its model, without weights."""
     with torch.device("meta"):
-        return ERANN.from_name(validation.variant, validation.clips.num_classes)
+        return build_model(validation.variant, validation.clips.num_classes)
 
 
 def begin_with(validation: CrossValidation) -> str | None:
     """The sha256 of the weights that its runs begin with; None from scratch. Raises as initialise."""
     if validation.init == "none":
         return None
-    model = ERANN.from_name(validation.variant, validation.clips.num_classes)
+    model = build_model(validation.variant, validation.clips.num_classes)
     return initialise(model, validation.init, validation.any_recipe.model.fresh).weights_sha256
 
 

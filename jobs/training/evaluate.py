@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from cluster.launch import launch
+from cluster.launch_spec import LaunchSpec
 from erann_dist.data.sources import count_reported, load_source
 from erann_dist.formats import strict_json
 from erann_dist.log.events import Emit, Evaluated, EvaluationProgress, Incident
@@ -36,7 +37,7 @@ def evaluate(
     _, info = load_model(folder)
     require_fit(folder, info, source.url, load_source(source).info)
     config = {"model": model, "source": source.model_dump(), "out": str(out)}
-    launch(evaluate_worker, config, launcher=launcher, num_workers=num_workers, device=device, on_event=on_event)
+    launch(LaunchSpec(evaluate_worker, config, launcher, num_workers, device), on_event)
     metrics = evaluation.read_detail((out / "metrics.json").read_bytes())
     return {"model": str(folder), "out": str(out)} | metrics
 
@@ -67,7 +68,7 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
             evaluation.write_predictions(file, predictions, clips)
         out.write("metrics.json", strict_json.dumps(metrics, indent=1).encode())
         emit(Evaluated(0, len(clips), evaluation.summarise(predictions, clips.info.task)))
-    workers.wait_for_all()
+    workers.barrier()
 
 
 def tag_set(
@@ -81,7 +82,7 @@ def tag_set(
     require_rate(folder, info, url, clips.info)
     out.parent.mkdir(parents=True, exist_ok=True)
     config = {"model": model, "url": url, "out": str(out)}
-    launch(tag_worker, config, launcher=launcher, num_workers=num_workers, device=device, on_event=on_event)
+    launch(LaunchSpec(tag_worker, config, launcher, num_workers, device), on_event)
     return {"model": str(folder), "shards": url, "clips": len(clips), "out": str(out)}
 
 
@@ -99,14 +100,14 @@ def tag_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
         out = Path(config["out"])
         with LocalFolder(str(out.parent)).writing(out.name) as file:
             evaluation.write_scores(file, clips.keys, scores, info.label_ids)
-    workers.wait_for_all()
+    workers.barrier()
 
 
 def _progress(workers: Workers, emit: Emit) -> Callable[[int, int], None]:
     """What tells of the clips that are done, on the first worker."""
 
     def progress(done: int, total: int) -> None:
-        if workers.is_first:
+        if workers.is_rank_zero:
             emit(EvaluationProgress(0, done, total))
 
     return progress
@@ -119,7 +120,7 @@ def tag(model_url: str, files: list[Path], top: int) -> dict[str, list[dict[str,
     A file much longer than 10 s is scored in equal windows of about 10 s, and the scores are averaged.
     """
     model, info = load_model(find_model(model_url))
-    log_mel = LogMel()
+    log_mel = LogMel(model.front_end)
 
     def tags(file: Path) -> list[dict[str, Any]]:
         samples = read_sound(file, info.sample_rate)

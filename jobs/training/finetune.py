@@ -12,7 +12,7 @@ from jobs.training.cross_validation import CrossValidation, begin_with, results
 from jobs.training.pretrain import is_finished, only_one
 from jobs.training.results import RESULTS
 from jobs.training.scheduler import Tell, check_runs, run_all
-from jobs.training.study_manifest import Mark, require_own, require_unchanged, write_mark
+from jobs.training.study_manifest import StudyManifest, require_own, require_unchanged, write_mark
 
 
 def finetune(validations: list[CrossValidation], address: str | None, on_event: Tell) -> list[dict[str, Any]]:
@@ -36,7 +36,7 @@ def finetune(validations: list[CrossValidation], address: str | None, on_event: 
     return outcomes
 
 
-def check_all(validations: list[CrossValidation], address: str | None) -> list[Mark]:
+def check_all(validations: list[CrossValidation], address: str | None) -> list[StudyManifest]:
     """The marks of their folders. Raises UserError for what keeps the folds from running."""
     check_folds(validations, address)
     marks = [_mark(validation, begin_with(validation)) for validation in validations]
@@ -73,5 +73,5 @@ def _runs(validations: list[CrossValidation]) -> dict[str, Recipe]:
     return {run_name(v, fold): recipe for v in validations for fold, recipe in v.recipes.items()}
 
 
-def _mark(validation: CrossValidation, weights: str | None) -> Mark:
-    return Mark("folds", validation.data_set, {"protocol.shards": validation.clips.info.content_hash}, weights)
+def _mark(validation: CrossValidation, weights: str | None) -> StudyManifest:
+    return StudyManifest("folds", validation.data_set, {"protocol.shards": validation.clips.info.content_hash}, weights)

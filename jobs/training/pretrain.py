@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.environment import is_first_process
 from cluster.launch import launch
+from cluster.launch_spec import LaunchSpec, WorkerFunction
 from erann_dist.clock import steady_time
 from erann_dist.data.shared_clips import remove_unused
 from erann_dist.data.sources import load_train_and_eval
@@ -23,7 +25,7 @@ from erann_dist.train.evaluation import read_detail
 from erann_dist.train.model_folder import unfinish, weights_problem
 from erann_dist.train.trainer import train
 from jobs.outputs import exclusive
-from jobs.training.study_manifest import MARK
+from jobs.training.study_manifest import STUDY_MANIFEST
 
 Resume = Literal["auto", "never", "must"]
 _RECIPE, _PREDICTIONS = "recipe.yaml", "predictions.parquet"
@@ -49,22 +51,30 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
     if problem or not finished:
         incident = f"{problem}; the results are made again from the last checkpoint" if problem else None
         with _prepared(recipe, run, on_event) if is_first_process() else nullcontext(), _end_is_logged(run):
-            launch(
-                train_worker,
-                {"recipe": recipe.model_dump(mode="json"), "incident": incident},
-                launcher=recipe.run.launcher,
-                num_workers=recipe.run.max_workers,
-                min_workers=recipe.run.min_workers,
-                device=_device(recipe, run),
-                on_event=on_event,
-                address=address,
-                heeds_notice=True,
-                max_failures=recipe.run.max_failures,
-                wait_for_workers=recipe.run.wait_for_workers,
-                hang_timeout=recipe.run.hang_timeout,
-                run=recipe.run.name,
-            )
+            config = {"recipe": recipe.model_dump(mode="json"), "incident": incident}
+            spec = launch_spec(recipe, train_worker, config, address)
+            launch(replace(spec, device=_device(recipe, run), max_failures=recipe.run.max_failures), on_event)
     return outcome(run)
+
+
+def launch_spec(
+    recipe: Recipe, function: WorkerFunction, config: dict[str, Any], address: str | None = None
+) -> LaunchSpec:
+    """How a recipe's workers are started, for a function that stops on request."""
+    run = recipe.run
+    return LaunchSpec(
+        function,
+        config,
+        launcher=run.launcher,
+        num_workers=run.max_workers,
+        min_workers=run.min_workers,
+        device=run.device,
+        handles_stop=True,
+        hang_timeout=run.hang_timeout,
+        address=address,
+        wait_for_workers=run.wait_for_workers,
+        run=run.name,
+    )
 
 
 def _results_problem(run: Folder) -> str | None:
@@ -166,7 +176,7 @@ def is_finished(run: Folder) -> bool:
 
 def check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
     """Raise UserError unless the run may begin, or go on, in this folder by this recipe."""
-    if run.exists(MARK):
+    if run.exists(STUDY_MANIFEST):
         raise UsageError(f"{run}: is the folder of a study; give this run another run.name")
     # A start that failed before its first checkpoint does not claim the name.
     begun = bool(checkpoint.committed(run))

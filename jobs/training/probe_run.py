@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from cluster.launch import launch
+from cluster.launch_spec import LaunchSpec
 from cluster.stop_request import first_of
 from erann_dist.errors import Stopped, UserError
-from erann_dist.log.events import CheckpointSaved, Emit, Event, Finished, Incident, Started, Step
+from erann_dist.log.events import CheckpointSaved, Emit, Event, Finished, Incident, Interruption, Started, Step
 from erann_dist.recipe import Recipe, parse_recipe
 from erann_dist.train.distributed import Workers
 from erann_dist.train.trainer import train
@@ -19,12 +20,12 @@ _WARM_UP = 2  # steps that are not counted; one if that took so many seconds:
 _SLOW_S = 20.0
 _LEAST, _LEAST_S = 3, 5.0  # steps that are counted, and seconds that they are to take together
 _ENOUGH_S, _MOST = 30.0, 100  # either is enough
-_ROOM_S = 30.0  # until what was held before is free
+_CAPACITY_S = 30.0  # until what was held before is free
 _HANG_S = 180.0
 
 
 @dataclass(frozen=True)
-class Trial:
+class ProbeResult:
     """What some steps on the run's workers came to."""
 
     step_s: float  # seconds of a step, in the median
@@ -39,32 +40,34 @@ class Trial:
     incidents: list[str] = field(default_factory=list)
 
 
-def take_steps(recipe: Recipe, folder: str, workers: int, address: str | None) -> Trial:
+def take_steps(recipe: Recipe, folder: str, workers: int, address: str | None) -> ProbeResult:
     """Train by the recipe on Ray for some steps and a checkpoint, into `folder`, which is left there.
 
     Raises UserError as training does.
     """
-    trial = changed(
+    probe = changed(
         endless(recipe, log_every=1),
         run={"dir": folder, "name": "run", "hang_timeout": min(recipe.run.hang_timeout, _HANG_S)},
     )
     events: list[Event] = []
     launch(
-        _trial_worker,
-        {"recipe": trial.model_dump(mode="json")},
-        launcher="ray",
-        num_workers=workers,
-        min_workers=trial.run.min_workers,
-        device=trial.run.device,
-        on_event=events.append,
-        address=address,
-        wait_for_workers=_ROOM_S,
-        hang_timeout=trial.run.hang_timeout,
+        LaunchSpec(
+            _probe_worker,
+            {"recipe": probe.model_dump(mode="json")},
+            launcher="ray",
+            num_workers=workers,
+            min_workers=probe.run.min_workers,
+            device=probe.run.device,
+            hang_timeout=probe.run.hang_timeout,
+            address=address,
+            wait_for_workers=_CAPACITY_S,
+        ),
+        events.append,
     )
-    return _trial(events)
+    return _result(events)
 
 
-def _trial(events: list[Event]) -> Trial:
+def _result(events: list[Event]) -> ProbeResult:
     steps = counted([event for event in events if isinstance(event, Step)])
     started = next(event for event in events if isinstance(event, Started))
     saved = [event for event in events if isinstance(event, CheckpointSaved)]
@@ -72,7 +75,7 @@ def _trial(events: list[Event]) -> Trial:
         raise UserError("the workers were told to stop before enough steps were done; try again")
     seconds = sum(step.seconds for step in steps)
     finished = next(event for event in events if isinstance(event, Finished))
-    return Trial(
+    return ProbeResult(
         step_s=statistics.median(step.seconds for step in steps),
         steps=len(steps),
         data_wait=sum(step.data_wait * step.seconds for step in steps) / seconds,
@@ -86,7 +89,7 @@ def _trial(events: list[Event]) -> Trial:
     )
 
 
-def _trial_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
+def _probe_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     """What each worker does. The first one notices when enough steps are done: all then save a checkpoint and stop."""
     steps: list[Step] = []
 
@@ -95,12 +98,13 @@ def _trial_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
         if isinstance(event, Step):
             steps.append(event)
 
-    notice = first_of(workers.notice, lambda: "enough" if are_enough(steps) else None)
+    enough = Interruption("stop", "enough steps are done")
+    stop_request = first_of(workers.stop_request, lambda: enough if are_enough(steps) else None)
     with suppress(Stopped):
-        train(parse_recipe(config["recipe"], "recipe"), replace(workers, notice=notice), tell)
+        train(parse_recipe(config["recipe"], "recipe"), replace(workers, stop_request=stop_request), tell)
     is_cuda = workers.device.type == "cuda"
-    peaks = workers.gather_all(torch.cuda.max_memory_reserved(workers.device) if is_cuda else 0)
-    if workers.is_first:
+    peaks = workers.all_gather(torch.cuda.max_memory_reserved(workers.device) if is_cuda else 0)
+    if workers.is_rank_zero:
         seconds = sum(step.seconds for step in steps)
         emit(Finished(len(steps), seconds, 0.0, {"peak_gpu_bytes": peaks if is_cuda else []}))
 

@@ -1,4 +1,4 @@
-"""Several runs at once, as many as the cluster has room for; the others wait for their turn.
+"""Several runs at once, as many as the cluster has capacity for; the others wait for their turn.
 
 Each run has a process of its own, which does what `erann pretrain` does, on one cluster for all. A run that fails does
 not take the others along; one whose process is lost is started again and goes on from its checkpoint; one that is
@@ -22,11 +22,11 @@ from typing import Any, Literal
 
 import torch
 
-from cluster.stop_request import STOPPING, signals_as_notice
+from cluster.stop_request import STOPPING, signals_as_stop_request
 from erann_dist.data.cache import ClipCache
 from erann_dist.environment import end_with_parent
-from erann_dist.errors import NoRoom, Stopped, Unavailable, UsageError, UserError, in_one_line
-from erann_dist.log.events import Event, Incident, Started
+from erann_dist.errors import NoCapacity, Stopped, Unavailable, UsageError, UserError, in_one_line
+from erann_dist.log.events import Event, Incident, Started, StopRequest
 from erann_dist.recipe import Recipe, RunSection, parse_recipe
 from erann_dist.storage.folder import open_folder
 from jobs.terminal.progress import console
@@ -34,10 +34,10 @@ from jobs.training.pretrain import check_run, is_finished, outcome, pretrain
 
 _ATTEMPTS = 3  # of a run whose process is lost, or that fails by a fault of the program or the machine
 _POLL_S = 1.0
-_PATIENCE = 10  # polls without room for any run, after which a person is told; what a run held comes back in less
+_PATIENCE = 10  # polls without capacity for any run, after which a person is told; what a run held comes back in less
 
-_Helps = Literal["", "again", "wait"]  # to start it again, or when there is room
-_HELPS: dict[type[UserError], _Helps] = {NoRoom: "wait", Unavailable: "again"}
+_Helps = Literal["", "again", "wait"]  # to start it again, or when there is capacity
+_HELPS: dict[type[UserError], _Helps] = {NoCapacity: "wait", Unavailable: "again"}
 
 Tell = Callable[[str, Event], None]  # is told a run's name and each of its events
 
@@ -52,19 +52,19 @@ class Ended:
 
 
 @dataclass
-class _Going:
+class _RunProcess:
     """A run in its process."""
 
     run: RunSection
     process: ForkServerProcess
     pipe: Connection
-    has_begun: bool = False  # its workers have, and the room that they need is theirs
+    has_begun: bool = False  # its workers have, and the capacity that they need is theirs
     ended: Ended | None = None
 
 
 @dataclass(frozen=True)
-class _Room:
-    """For how many of a run's workers a cluster has room."""
+class _Capacity:
+    """For how many of a run's workers a cluster has capacity."""
 
     free: Callable[[RunSection], int]  # now
     most: Callable[[RunSection], int]  # with nobody else on it
@@ -104,29 +104,29 @@ def run_all(recipes: dict[str, Recipe], address: str | None, on_event: Tell) -> 
             except UserError as error:
                 ended[name] = Ended(why=str(error))
     if waiting := {name: recipe for name, recipe in recipes.items() if name not in ended}:
-        with signals_as_notice() as notice, _cluster(waiting, address) as (found, room):
+        with signals_as_stop_request() as stop_request, _cluster(waiting, address) as (found, capacity):
             _ready_to_fork()
-            ended |= _run(waiting, found, room, on_event, notice)
-            if (reason := notice()) and not all(name in ended and ended[name].outcome for name in waiting):
-                raise Stopped(f"{reason}: the checkpoint of each run is saved")
+            ended |= _run(waiting, found, capacity, on_event, stop_request)
+            if (reason := stop_request()) and not all(name in ended and ended[name].outcome for name in waiting):
+                raise Stopped(f"{reason.text}: the checkpoint of each run is saved")
     return ended
 
 
 def _run(
-    recipes: dict[str, Recipe], address: str | None, room: _Room, on_event: Tell, notice: Callable[[], str | None]
+    recipes: dict[str, Recipe], address: str | None, capacity: _Capacity, on_event: Tell, stop_request: StopRequest
 ) -> dict[str, Ended]:
     waiting = deque(recipes)
     starts = Counter[str]()
-    going: dict[str, _Going] = {}
+    going: dict[str, _RunProcess] = {}
     ended: dict[str, Ended] = {}
     polls_without_room = 0
     try:
         while waiting or going:
-            if notice():
+            if stop_request():
                 waiting.clear()
                 for each in going.values():
-                    each.process.terminate()  # it takes that as a notice, and saves a checkpoint
-            while waiting and _fits(recipes[waiting[0]].run, list(going.values()), room):
+                    each.process.terminate()  # which requests a stop; it saves a checkpoint
+            while waiting and _fits(recipes[waiting[0]].run, list(going.values()), capacity):
                 name = waiting.popleft()
                 starts[name] += 1
                 going[name] = _start(recipes[name], address)
@@ -141,10 +141,10 @@ def _run(
                     continue
                 del going[name]
                 end = each.ended or Ended(why=f"its process was lost (exit code {each.process.exitcode})", then="again")
-                if end.then == "wait" and not notice() and room.most(each.run) >= each.run.min_workers:
-                    starts[name] -= 1  # there would be room, were others not there
+                if end.then == "wait" and not stop_request() and capacity.most(each.run) >= each.run.min_workers:
+                    starts[name] -= 1  # there would be capacity, were others not there
                     waiting.append(name)
-                elif end.then == "again" and not notice() and starts[name] < _ATTEMPTS:
+                elif end.then == "again" and not stop_request() and starts[name] < _ATTEMPTS:
                     waiting.appendleft(name)
                 elif end.then == "again":
                     ended[name] = Ended(why=f"{end.why}, at the last of {starts[name]} starts")
@@ -158,29 +158,29 @@ def _run(
     return ended
 
 
-def _fits(run: RunSection, others: list[_Going], room: _Room) -> bool:
+def _fits(run: RunSection, others: list[_RunProcess], capacity: _Capacity) -> bool:
     """Whether a run may be started beside the others."""
     # Those that have not begun are about to take of what is free.
-    free = room.free(run) - sum(other.run.max_workers for other in others if not other.has_begun)
+    free = capacity.free(run) - sum(other.run.max_workers for other in others if not other.has_begun)
     if others:
         return free >= run.max_workers
-    # Where there is never room enough, the run itself waits for the cluster to grow, and says so.
-    return free >= run.min_workers or room.most(run) < run.min_workers
+    # Where there is never capacity enough, the run itself waits for the cluster to grow, and says so.
+    return free >= run.min_workers or capacity.most(run) < run.min_workers
 
 
 @contextmanager
-def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[str | None, _Room]]:
-    """The address of the cluster for all runs, and its room for their workers."""
+def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[str | None, _Capacity]]:
+    """The address of the cluster for all runs, and its capacity for their workers."""
     runs = [recipe.run for recipe in recipes.values()]
     if runs[0].launcher == "none":
-        yield None, _Room(free=lambda run: 0, most=lambda run: 0)  # none beside another
+        yield None, _Capacity(free=lambda run: 0, most=lambda run: 0)  # none beside another
         return
     from cluster.embedded import opening, ray_cluster  # before Ray, whose environment it sets
 
     # isort: split
     import ray
 
-    from cluster.capacity import all_room, bundle_of, free_room
+    from cluster.capacity import bundle_of, free_capacity, total_capacity
 
     def bundle(run: RunSection) -> dict[str, float]:
         return bundle_of(run.device, run.min_workers)
@@ -188,7 +188,7 @@ def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[
     console.print(opening(address), markup=False)
     with ray_cluster(address, max(run.max_workers for run in runs)):
         found = address or os.environ.get("RAY_ADDRESS") or ray.get_runtime_context().gcs_address
-        yield found, _Room(lambda run: free_room(bundle(run)), lambda run: all_room(bundle(run)))
+        yield found, _Capacity(lambda run: free_capacity(bundle(run)), lambda run: total_capacity(bundle(run)))
 
 
 def _ready_to_fork() -> None:
@@ -206,14 +206,14 @@ def _ready_to_fork() -> None:
             signal.signal(number, handler)
 
 
-def _start(recipe: Recipe, address: str | None) -> _Going:
+def _start(recipe: Recipe, address: str | None) -> _RunProcess:
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
     heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
     process = context.Process(target=_train, args=(recipe.model_dump(mode="json"), address, theirs, heard))
     process.start()
     theirs.close()
-    return _Going(recipe.run, process, ours)
+    return _RunProcess(recipe.run, process, ours)
 
 
 def _train(tree: dict[str, Any], address: str | None, pipe: Connection, heard: list[int]) -> None:
@@ -223,7 +223,7 @@ def _train(tree: dict[str, Any], address: str | None, pipe: Connection, heard: l
         signal.signal(number, signal.SIG_DFL)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # only the command's result belongs there
     # To the end of this process: it is told to stop more than once, by the command and by what stops the command.
-    with signals_as_notice(announces=False):
+    with signals_as_stop_request(announces=False):
         pipe.send(_outcome(tree, address, pipe))
 
 
@@ -242,7 +242,7 @@ def _outcome(tree: dict[str, Any], address: str | None, pipe: Connection) -> End
         return Ended(why=f"{type(error).__name__}: {error}", then="again")
 
 
-def _hear(name: str, each: _Going, on_event: Tell) -> None:
+def _hear(name: str, each: _RunProcess, on_event: Tell) -> None:
     """Pass on what the run has said."""
     with suppress(EOFError, OSError):  # it has ended
         while each.pipe.poll():

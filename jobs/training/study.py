@@ -21,8 +21,8 @@ from erann_dist.data.manifest import Manifest, SetInfo
 from erann_dist.data.sources import load_train_and_eval
 from erann_dist.errors import UsageError, UserError
 from erann_dist.formats import strict_json
-from erann_dist.models.erann import ERANN, MEL_BINS, count_macs, count_parameters
-from erann_dist.models.log_mel import padded_frames, padded_samples
+from erann_dist.models.base import AudioModel, count_parameters
+from erann_dist.models.spec import build_model, macs_of
 from erann_dist.recipe import RunSection, check, load_recipe, read_tree, setting
 from erann_dist.storage.folder import Folder, open_folder
 from erann_dist.train.distributed import device_name
@@ -34,7 +34,7 @@ from jobs.training.finetune import check_all, finetune, has_begun
 from jobs.training.pretrain import only_one
 from jobs.training.results import RESULTS, read_results
 from jobs.training.scheduler import Ended, Tell, check_runs, run_all
-from jobs.training.study_manifest import Mark, require_own, require_unchanged, write_mark
+from jobs.training.study_manifest import StudyManifest, require_own, require_unchanged, write_mark
 
 Grid = Literal["augmentation", "hyperparameters"]
 TABLE = "table.csv"
@@ -124,10 +124,10 @@ def run_grid(
     weights = None
     if base.model.init != "none":
         for recipe in {recipe.model.variant: recipe for recipe in recipes.values()}.values():
-            model = ERANN.from_name(recipe.model.variant, clips.num_classes)
+            model = build_model(recipe.model.variant, clips.num_classes)
             weights = initialise(model, recipe.model.init, recipe.model.fresh).weights_sha256
     hashes = {"data.train": training_clips.info.content_hash, "data.eval": clips.info.content_hash}
-    mark = Mark(kind, clips.info.name, hashes, weights)
+    mark = StudyManifest(kind, clips.info.name, hashes, weights)
     require_own(folder, mark)
     if has_begun(folder):
         require_unchanged(folder, mark)
@@ -208,14 +208,16 @@ class _Measure:
 
     def of(self, variant: str, clips: Manifest) -> dict[str, Any]:
         """For the set's labels and its median clip."""
-        frames = padded_frames(padded_samples(int(np.median(clips.samples))))
-        model = ERANN.from_name(variant, clips.num_classes).eval()
+        samples = int(np.median(clips.samples))
+        model = build_model(variant, clips.num_classes).eval()
         params = round(count_parameters(model) / 1e6, 3)
-        macs = round(count_macs(model.variant, clips.num_classes, frames) / 1e9, 2)
+        macs = round(macs_of(variant, clips.num_classes, samples) / 1e9, 2)
         key = (variant, params, macs)
         if key not in self._known:
             model.to(self._device)
-            self._known[key] = {_speed_column(batch): _speed(model, batch, frames) for batch in _BATCHES}
+            self._known[key] = {
+                _speed_column(batch): _speed(model, batch, model.front_end.frames(samples)) for batch in _BATCHES
+            }
             model.cpu()
             torch.cuda.empty_cache()  # for the runs
         return {"params_M": params, "GMACs": macs, **self._known[key]}
@@ -226,10 +228,10 @@ def _speed_column(batch: int) -> str:
 
 
 @torch.inference_mode()
-def _speed(model: ERANN, batch: int, frames: int) -> float:
+def _speed(model: AudioModel, batch: int, frames: int) -> float:
     """Clips a second through the network; the median of some passes behind the first."""
     device = next(model.parameters()).device
-    inputs = torch.randn(batch, 1, MEL_BINS, frames, device=device)
+    inputs = torch.randn(batch, 1, model.front_end.mel_bins, frames, device=device)
     took: list[float] = []
     while len(took) < 2 or sum(took) < _SPEED_S:
         began = time.perf_counter()
@@ -287,7 +289,7 @@ def run_transfer(
                 repeated[row].append(load_cross_validation(path, settings, init))
     validations = [validation for row in repeated.values() for validation in row]
     folder = open_folder(place)
-    mark = Mark("transfer", ", ".join(sorted({validation.data_set for validation in validations})))
+    mark = StudyManifest("transfer", ", ".join(sorted({validation.data_set for validation in validations})))
     require_own(folder, mark)
     check_all(validations, address)
     with only_one(folder):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from erann_dist.errors import UserError
-from erann_dist.models.erann import ERANN, Variant, count_macs
+from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model, macs_of
 from erann_dist.train.batchnorm import RunningStatistics
 from erann_dist.train.distributed import Workers, single_worker
 from jobs.bench import training
@@ -179,7 +180,7 @@ def test_each_way_has_its_engine(tmp_path: Path, tone_shards: Path) -> None:
 
 
 def test_the_null_model_trains_in_as_many_tensors_as_the_real_one(tmp_path: Path) -> None:
-    null, real = NullModel("ERANN-1-6", 3), ERANN.from_name("ERANN-1-6", 3)
+    null, real = NullModel("ERANN-1-6", 3), build_model("ERANN-1-6", 3)
     assert len(list(null.parameters())) == len(list(real.parameters()))
     assert len(RunningStatistics(null)._running) == len(RunningStatistics(real)._running)
     null(torch.randn(4, 1, 128, 64)).square().sum().backward()
@@ -197,8 +198,7 @@ def test_bench_table(tmp_path: Path, tone_shards: Path) -> None:
     assert all(line["examples_per_s"] > 0 and line["mfu"] > 0 and line["problem"] is None for line in measured)
     assert (refused["examples_per_s"], refused["mfu"]) == (None, None)
     assert "needs a GPU" in refused["problem"]
-    frames = 64
-    flops = count_macs(Variant(3, 1), 3, frames) * 2 * 3
+    flops = macs_of("ERANN-3-1", 3, 22_050) * 2 * 3
     mfu = measured[0]["examples_per_s"] * flops / (result["peak_tflops"]["fp32"] * 1e12)
     assert measured[0]["mfu"] == pytest.approx(mfu, rel=0.2)  # of rounded figures
 

@@ -12,12 +12,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import OptimSection
 from erann_dist.train import engine as engines
 from erann_dist.train.distributed import Workers, single_worker
 from erann_dist.train.engine import Engine, State, make_engine
-from erann_dist.train.work_plan import deal
+from erann_dist.train.work_plan import assign_micro_batches
 from tests.support.workers import CPU, run_workers
 
 STAGES = (0, 1, 2)
@@ -29,7 +29,7 @@ def new_engine(workers: Workers, kind: str, stage: int) -> Engine:
     torch.set_num_threads(1)
     torch.manual_seed(workers.rank)  # what is loaded counts
     optim = OptimSection(examples=1, zero_stage=stage, precision="fp16")
-    return make_engine(kind, ERANN.from_name("ERANN-3-1", 3), optim, 1, workers)
+    return make_engine(kind, build_model("ERANN-3-1", 3), optim, 1, workers)
 
 
 def take_steps(engine: Engine, workers: Workers, number: int) -> None:
@@ -42,7 +42,7 @@ def take_steps(engine: Engine, workers: Workers, number: int) -> None:
 
 
 def write(engine: Engine, workers: Workers) -> bytes | None:
-    state: State | None = {} if workers.is_first else None
+    state: State | None = {} if workers.is_rank_zero else None
     engine.state(state)
     return None if state is None else safetensors.torch.save(state)
 
@@ -120,7 +120,9 @@ def test_what_is_written_after_steps_is_what_a_plain_engine_makes_of_it(world_si
 def test_the_next_examples_are_the_same_for_any_number_of_workers() -> None:
     optim = OptimSection(global_batch=64, micro_batch=8, examples=1)
     for step in (0, 7):
-        expected = [example for micro_batch in deal(step, optim, 0, 1) for example in micro_batch.examples]
+        expected = [
+            example for micro_batch in assign_micro_batches(step, optim, 0, 1) for example in micro_batch.examples
+        ]
         for world_size in (2, 3, 4):
-            ranks = [deal(step, optim, rank, world_size) for rank in range(world_size)]
+            ranks = [assign_micro_batches(step, optim, rank, world_size) for rank in range(world_size)]
             assert [e for dealt in ranks for mb in dealt if mb.weight for e in mb.examples] == expected

@@ -4,7 +4,6 @@ import re
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +15,8 @@ from safetensors.torch import load_file
 
 from erann_dist.data import loader
 from erann_dist.data.cache import ClipCache
-from erann_dist.data.loader import BadClips, Crops, load, random_crops
+from erann_dist.data.clip_reader import ReadStats
+from erann_dist.data.loader import BadClips, Crops, Loader, random_crops
 from erann_dist.data.manifest import Manifest, load_manifest
 from erann_dist.data.sampling import BalancedSampler, class_lists
 from erann_dist.errors import UserError
@@ -75,8 +75,8 @@ def crops_of(manifest: Manifest, steps: int = 6) -> list[Crops]:
     return [random_crops(manifest, sampler.draw(positions), positions, 5, CROP) for positions in blocks]
 
 
-def samples(manifest: Manifest, cache: ClipCache | None = None, form: str = "flac", **options: object) -> torch.Tensor:
-    batches = load(manifest, crops_of(manifest), threads=2, cache=cache, cache_form=form, **options)
+def samples(manifest: Manifest, cache: ClipCache | None = None, **options: object) -> torch.Tensor:
+    batches = Loader(manifest, crops_of(manifest), threads=2, cache=cache, **options)
     return torch.stack([batch.pcm for batch in batches])
 
 
@@ -154,7 +154,7 @@ def test_a_tar_that_is_replaced_in_mid_run(server: Server, longer: int, monkeypa
     """By another object of the same size or of another: never data."""
     monkeypatch.setattr(loader, "FETCH_AHEAD_BYTES", 1)  # else all clips are there already
     manifest = remote(server)
-    batches = load(manifest, crops_of(manifest, 40), threads=2, ahead_bytes=1)
+    batches = Loader(manifest, crops_of(manifest, 40), threads=2, ahead_bytes=1)
     next(batches)
     for number in range(5):
         name = f"audioset-{number:06d}.tar"
@@ -175,23 +175,23 @@ def test_a_tar_that_is_another_of_the_same_size_is_never_data(server: Server) ->
 @pytest.mark.parametrize("form", ["flac", "pcm"])
 def test_the_cache_takes_the_place_of_s3(server: Server, shards: Path, tmp_path: Path, form: str) -> None:
     manifest, expected = remote(server), samples(load_manifest(shards))
-    read = Counter[str]()
-    cache = ClipCache(tmp_path / "cache", 64 << 20)
-    assert torch.equal(samples(manifest, cache, form, read=read), expected)
-    assert read["clips_origin"] >= 40 > 0
-    assert read["clips_origin"] + read["clips_cache"] == 96
+    read = ReadStats()
+    cache = ClipCache(tmp_path / "cache", 64 << 20, form)
+    assert torch.equal(samples(manifest, cache, stats=read), expected)
+    assert read.counts["clips_origin"] >= 40 > 0
+    assert read.counts["clips_origin"] + read.counts["clips_cache"] == 96
     server.faults = always(DENIED)
-    again = Counter[str]()
-    assert torch.equal(samples(manifest, ClipCache(tmp_path / "cache", 64 << 20), form, read=again), expected)
-    assert again["clips_cache"] == 96
-    assert again["clips_origin"] == 0
+    again = ReadStats()
+    assert torch.equal(samples(manifest, ClipCache(tmp_path / "cache", 64 << 20, form), stats=again), expected)
+    assert again.counts["clips_cache"] == 96
+    assert again.counts["clips_origin"] == 0
     # A cache that is spoiled is filled again from S3.
     server.faults = lambda request: None
     for path in (tmp_path / "cache").glob("slab-*"):
         path.write_bytes(bytes(byte ^ 255 for byte in path.read_bytes()))
-    third = Counter[str]()
-    assert torch.equal(samples(manifest, ClipCache(tmp_path / "cache", 64 << 20), form, read=third), expected)
-    assert third["clips_origin"] >= 40
+    third = ReadStats()
+    assert torch.equal(samples(manifest, ClipCache(tmp_path / "cache", 64 << 20, form), stats=third), expected)
+    assert third.counts["clips_origin"] >= 40
     shutil.rmtree(tmp_path / "cache")
 
 
@@ -266,7 +266,7 @@ def test_what_is_asked_for_twice_before_it_comes_is_kept_once(server: Server, tm
     rows = np.repeat(np.arange(8), 4)
     with closing(ClipCache(tmp_path, 1 << 30)) as cache:
         for _ in range(2):
-            list(load(manifest, [random_crops(manifest, rows, rows, 0, CROP)], threads=2, cache=cache))
+            list(Loader(manifest, [random_crops(manifest, rows, rows, 0, CROP)], threads=2, cache=cache))
     kept = sum(path.stat().st_size for path in tmp_path.glob("slab-*"))
     assert kept <= int(manifest.sizes[:8].sum()) * 2  # one record each, and one more if both threads were at it at once
 
@@ -276,7 +276,7 @@ def test_closing_in_an_outage_does_not_wait_for_its_end(server: Server, monkeypa
     monkeypatch.setattr(s3, "LONGEST_PAUSE_S", 60.0)
     monkeypatch.setattr(s3, "PATIENT_S", 90.0)
     manifest = remote(server)
-    batches = load(manifest, crops_of(manifest, 40), threads=2, ahead_bytes=1)
+    batches = Loader(manifest, crops_of(manifest, 40), threads=2, ahead_bytes=1)
     next(batches)
     server.faults = lambda request: INTERNAL_ERROR if request.path.endswith(".tar") else None
     time.sleep(0.5)  # till requests have failed
@@ -296,7 +296,7 @@ def test_a_size_that_can_not_be_had_is_asked_for_by_one_thread(server: Server, m
 
     monkeypatch.setattr(S3Folder, "size_and_version", refuse)
     with pytest.raises(UserError, match="could not be read"):
-        list(load(manifest, crops_of(manifest), threads=2))
+        list(Loader(manifest, crops_of(manifest), threads=2))
     assert len(asked) == len(set(asked))
 
 
@@ -312,5 +312,5 @@ def test_many_requests_run_at_once(server: Server, monkeypatch: pytest.MonkeyPat
         return slow(5.0)
 
     server.faults = answer_late
-    list(load(manifest, crops_of(manifest, 2), threads=2))
+    list(Loader(manifest, crops_of(manifest, 2), threads=2))
     assert sum(moment < came[0] + 5 for moment in came) > S3_REQUESTS // 2  # before the first answer

@@ -13,7 +13,7 @@ import webdataset
 from erann_dist.data.manifest import Manifest, load_manifest
 from erann_dist.data.streaming import register_s3_opener, stream_clips
 from erann_dist.errors import UserError
-from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model
 from erann_dist.storage import s3
 from erann_dist.storage.folder import Folder, open_folder
 from erann_dist.train.model_folder import ModelInfo, save_model
@@ -261,7 +261,7 @@ def test_tag_a_set_in_s3(server: Server, shards: Path, tmp_path: Path, monkeypat
     ids = [f"/m/{c:03d}" for c in range(3)]
     torch.manual_seed(0)
     info = ModelInfo("ERANN-2-1", "tagging", ids, ids, 44_100)
-    save_model(open_folder(str(tmp_path / "m")), ERANN.from_name("ERANN-2-1", 3), info, {}, "")
+    save_model(open_folder(str(tmp_path / "m")), build_model("ERANN-2-1", 3), info, {}, "")
     tables = []
     for url, name in (("s3://sounds/set", "there"), (str(shards), "here")):
         result = tag_set(str(tmp_path / "m"), url, tmp_path / name, "none", 1, "cpu", lambda event: None)

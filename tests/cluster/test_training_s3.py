@@ -70,14 +70,14 @@ def test_a_run_in_s3_is_the_run_on_a_disk(server: Server, tone_shards: Path, tmp
 
 def lose_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The process is lost in a step, as seen from the run's folder."""
-    compute = trainer._Training._compute
+    compute = trainer.Trainer.train_step
 
-    def lost(self: trainer._Training, number: int) -> None:
+    def lost(self: trainer.Trainer, number: int) -> None:
         if number == step:
             raise ConnectionResetError("the process is gone")
         compute(self, number)
 
-    monkeypatch.setattr(trainer._Training, "_compute", lost)
+    monkeypatch.setattr(trainer.Trainer, "train_step", lost)
 
 
 def test_resumed_from_s3_with_a_spoiled_checkpoint(

@@ -247,7 +247,7 @@ def test_what_ended_a_run_is_in_its_log(erann, recipe: Path, tmp_path: Path, mon
     assert (why["step"], why["told"]) == (0, False)
     assert launched <= why["launched"] <= why["time"] <= time.time()
 
-    compute = trainer._Training._compute
+    compute = trainer.Trainer.train_step
 
     def interrupted(self: Any, step: int) -> None:
         if step == 1:
@@ -255,7 +255,7 @@ def test_what_ended_a_run_is_in_its_log(erann, recipe: Path, tmp_path: Path, mon
         compute(self, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Training, "_compute", interrupted)
+        patch.setattr(trainer.Trainer, "train_step", interrupted)
         assert_refused(erann(*arguments), 143, "told to stop by SIGTERM: stopped at step 2 of")
     assert [(line["step"], line["told"]) for line in ended()] == [(0, False), (2, True)]
     shown = erann("runs", tmp_path / "runs", "mine").out

@@ -40,24 +40,24 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     place, saved = Path(config["place"]), Path(config["place"]) / "saved"
     first = int(saved.read_text()) if saved.exists() else 0
     own = {"pid": os.getpid(), "rank": workers.rank, "world_size": workers.world_size, "from": first}
-    own |= {"failure": workers.failure, "launched": workers.launched}
+    own |= {"failure": workers.failure and workers.failure.text, "launched": workers.launched}
     write_text(place / f"worker-{time.time_ns()}-{workers.rank}", json.dumps(own))
 
     def save(step: int) -> None:
-        if workers.is_first:
+        if workers.is_rank_zero:
             write_text(saved, str(step))
             emit(CheckpointSaved(step, str(saved), 0.0, 0.0))
-        workers.wait_for_all()
+        workers.barrier()
 
     for step in range(first, config["steps"]):
         if "watchdog_s" in config:
             faulthandler.dump_traceback_later(config["watchdog_s"], exit=True)
-        notice = workers.notice()
-        told = torch.tensor([float(notice is not None)])
+        reason = workers.stop_request()
+        told = torch.tensor([float(reason is not None)])
         dist.all_reduce(told)
         if told.item():
             save(step)
-            raise Stopped(f"stopped at step {step}: {notice}")
+            raise Stopped(f"stopped at step {step}: {reason and reason.text}")
         if step == config.get("fault_step") and workers.rank == workers.world_size - 1:
             if config["fault"] == "user error":
                 raise UserError("clip 7 is bad")
@@ -68,7 +68,7 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
                 if config["fault"] == "S3 away":
                     raise Unavailable("s3://bucket/set/0.tar could not be read: S3 can't do it now")
                 time.sleep(SECONDS)
-        if workers.is_first:
+        if workers.is_rank_zero:
             write_text(place / "step", str(step + 1))
         time.sleep(config["step_s"])
         if (step + 1) % config["every"] == 0:
@@ -79,11 +79,13 @@ def count_steps(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
 COMMAND = """
 import json, sys
 from cluster.launch import launch
+from cluster.launch_spec import LaunchSpec
 from erann_dist.errors import UserError
 from tests.support.counting import count_steps
 config, options = json.loads(sys.argv[1])
 try:
-    launch(count_steps, config, heeds_notice=True, on_event=lambda event: print(event, file=sys.stderr), **options)
+    spec = LaunchSpec(count_steps, config, handles_stop=True, **options)
+    launch(spec, lambda event: print(event, file=sys.stderr))
 except UserError as error:
     print(f"erann: {error}", file=sys.stderr)
     sys.exit(error.exit_code)

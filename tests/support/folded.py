@@ -9,7 +9,7 @@ import soundfile
 import torch
 import yaml
 
-from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model
 from erann_dist.storage.folder import open_folder
 from erann_dist.train.model_folder import ModelInfo, save_model
 from shards.sources.rows import Source, SourceRow, rows_table
@@ -72,5 +72,5 @@ def a_model(folder: Path, variant: str = "ERANN-3-1", labels: int = 5, seed: int
     torch.manual_seed(seed)
     names = [f"l{i}" for i in range(labels)]
     info = ModelInfo(variant, "tagging", names, names, 44_100)
-    save_model(open_folder(str(folder)), ERANN.from_name(variant, labels), info, {}, "")
+    save_model(open_folder(str(folder)), build_model(variant, labels), info, {}, "")
     return str(folder)

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from erann_dist.data.loader import BadClips, Crops, load, random_crops, whole_clips
+from erann_dist.data.loader import BadClips, Crops, Loader, random_crops, whole_clips
 from erann_dist.data.manifest import concatenate, load_manifest
 from erann_dist.errors import UserError
 from shards.sources.audioset import read_audioset
@@ -35,7 +35,7 @@ def test_wav_shards_give_the_same_crops(tone_shards: Path, tmp_path: Path) -> No
     wav = pack_here(read_audioset(*write_tone_set(tmp_path, 40)), tmp_path / "wav", codec="wav")
     rows = np.arange(40)
     crops = [
-        next(load(m, [random_crops(m, rows, rows, 7, 30_000)], threads=2, ahead_bytes=1 << 20)).pcm
+        next(Loader(m, [random_crops(m, rows, rows, 7, 30_000)], threads=2, ahead_bytes=1 << 20)).pcm
         for m in (load_manifest(tone_shards), load_manifest(wav))
     ]
     assert torch.equal(crops[0], crops[1])
@@ -48,7 +48,7 @@ def test_crops_are_the_clips_samples_in_order(tone_shards: Path) -> None:
     for start in range(0, 120, 6):
         positions = np.arange(start, start + 6)
         requests.append(random_crops(manifest, rng.integers(len(manifest), size=6), positions, 5, 50_000))
-    batches = list(load(manifest, requests, threads=3, ahead_bytes=1 << 20))
+    batches = list(Loader(manifest, requests, threads=3, ahead_bytes=1 << 20))
     assert [b.crops for b in batches] == requests
     for batch in batches:
         for row, start, count, pcm in zip(
@@ -82,7 +82,7 @@ def test_a_damaged_clip_is_named_and_ends_the_load(tone_shards: Path, tmp_path: 
     path.write_bytes(data)
     requests = [whole_clips(manifest, np.array([row]), 70_000) for row in range(40)]
     threads_before = threading.active_count()
-    batches = load(manifest, requests, threads=2, ahead_bytes=1 << 20)
+    batches = Loader(manifest, requests, threads=2, ahead_bytes=1 << 20)
     assert [next(batches).crops.rows[0] for _ in range(11)] == list(range(11))
     with pytest.raises(UserError, match=rf"{path.name}: clip {manifest.keys[11]} is damaged"):
         next(batches)
@@ -96,7 +96,7 @@ def test_a_shard_cut_short_is_named(tone_shards: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50_000])
     rows = np.flatnonzero(manifest.shards == 0)
     with pytest.raises(UserError, match=f"{path.name}: 50000 bytes, the set's tables say .* cut or replaced"):
-        list(load(manifest, [Crops(rows, rows * 0, rows * 0 + 1, 10)], threads=2, ahead_bytes=1 << 20))
+        list(Loader(manifest, [Crops(rows, rows * 0, rows * 0 + 1, 10)], threads=2, ahead_bytes=1 << 20))
 
 
 def test_a_missing_shard_is_named(tone_shards: Path, tmp_path: Path) -> None:
@@ -105,14 +105,14 @@ def test_a_missing_shard_is_named(tone_shards: Path, tmp_path: Path) -> None:
     Path(str(manifest.tars[0])).unlink()
     rows = np.flatnonzero(manifest.shards == 0)
     with pytest.raises(UserError, match=f"{manifest.tars[0].name}: No such file"):
-        list(load(manifest, [whole_clips(manifest, rows, 70_000)], threads=2, ahead_bytes=1 << 20))
+        list(Loader(manifest, [whole_clips(manifest, rows, 70_000)], threads=2, ahead_bytes=1 << 20))
 
 
 def test_stopping_early_leaves_no_thread_and_no_open_file(tone_shards: Path) -> None:
     manifest = load_manifest(tone_shards)
     gc.collect()  # what other tests' exceptions hold
     threads_before, files_before = threading.active_count(), len(list(Path("/proc/self/fd").iterdir()))
-    batches = load(
+    batches = Loader(
         manifest,
         (whole_clips(manifest, np.array([r % 40]), 70_000) for r in range(10**6)),
         threads=3,
@@ -148,7 +148,7 @@ def test_bad_clips_are_replaced_by_a_function_of_the_position(tone_shards: Path,
     bad_clips = BadClips(3)
     positions = np.arange(80).reshape(8, 10)
     crops = [random_crops(manifest, block % 40, block, 5, 30_000) for block in positions]
-    batches = list(load(manifest, crops, threads=threads, bad_clips=bad_clips, substitute=substitute))
+    batches = list(Loader(manifest, crops, threads=threads, bad_clips=bad_clips, substitute=substitute))
     assert bad_clips.found.keys() == {manifest.keys[row].as_py() for row in (3, 11, 12)}
     for block, batch in zip(positions, batches, strict=True):
         drawn = block % 40
@@ -171,7 +171,7 @@ def test_one_bad_clip_too_many(tone_shards: Path, tmp_path: Path) -> None:
         return random_crops(manifest, np.array([0]), np.array([position]), 5, 30_000)
 
     with pytest.raises(UserError, match=r"clip \w+ is damaged; .* bad clip number 3, data.max_bad_clips is 2"):
-        list(load(manifest, crops, threads=1, bad_clips=BadClips(2), substitute=substitute))
+        list(Loader(manifest, crops, threads=1, bad_clips=BadClips(2), substitute=substitute))
 
 
 def test_a_bad_clips_namesake_in_another_set_is_sound(tone_shards: Path, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_bad_clips_namesake_in_another_set_is_sound(tone_shards: Path, tmp_pat
     for rows in ([3, 43, 3], [43, 3, 43]):
         crops = [random_crops(both, np.array([row]), np.array([p]), 5, 30_000) for p, row in enumerate(rows)]
         bad_clips = BadClips(1)
-        batches = list(load(both, crops, threads=1, bad_clips=bad_clips, substitute=substitute))
+        batches = list(Loader(both, crops, threads=1, bad_clips=bad_clips, substitute=substitute))
         assert [int(batch.crops.rows[0]) for batch in batches] == [20 if row == 3 else row for row in rows]
         assert len(bad_clips.found) == 1
 
@@ -199,7 +199,7 @@ def test_a_shard_that_is_another_of_the_same_size_is_never_data(tone_shards: Pat
     path.write_bytes(os.urandom(path.stat().st_size))
     rows = np.flatnonzero(manifest.shards == 0)[:1]
     with pytest.raises(UserError, match=rf"^{path}: clip {manifest.keys[rows[0]]} is damaged; check .* erann verify"):
-        list(load(manifest, [whole_clips(manifest, rows, 70_000)], threads=2))
+        list(Loader(manifest, [whole_clips(manifest, rows, 70_000)], threads=2))
 
 
 def test_a_shard_that_is_cut_while_it_is_read(tone_shards: Path, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_shard_that_is_cut_while_it_is_read(tone_shards: Path, tmp_path: Path)
     last = int(np.argmax(manifest.offsets))
     path = Path(str(manifest.tars[manifest.shards[last]]))
     rows = np.flatnonzero(manifest.shards == manifest.shards[last])
-    batches = load(
+    batches = Loader(
         manifest,
         [whole_clips(manifest, rows[:1], 70_000)] * 2 + [whole_clips(manifest, np.array([last]), 70_000)],
         threads=1,
@@ -224,7 +224,7 @@ def test_a_shard_that_is_replaced_while_it_is_read_is_read_on(tone_shards: Path,
     shards = copy_tree(tone_shards, tmp_path / "shards")
     manifest, files = load_manifest(shards), whole_files(tone_shards)
     rows = np.flatnonzero(manifest.shards == 0)
-    batches = load(
+    batches = Loader(
         manifest, [whole_clips(manifest, rows[i : i + 1], 70_000) for i in range(8)], threads=1, ahead_bytes=1
     )
     found = [next(batches)]

@@ -15,7 +15,7 @@ from erann_dist.data.sources import load_sources
 from erann_dist.recipe import DataSource, OptimSection, Recipe
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.train.augment import clip_positions
-from erann_dist.train.work_plan import deal, make_sampler
+from erann_dist.train.work_plan import assign_micro_batches, make_sampler
 
 Mode = Literal["balanced", "uniform", "sequential"]
 MODES: list[Mode] = ["balanced", "uniform", "sequential"]
@@ -63,7 +63,7 @@ def worker_steps(recipe: Recipe, sampler: Sampler, steps: range, world_size: int
         [
             [
                 sampler.draw(clip_positions(mb.examples, augment.mixup, augment.partner))
-                for mb in deal(step, recipe.optim, rank, world_size)
+                for mb in assign_micro_batches(step, recipe.optim, rank, world_size)
                 if mb.weight == 1
             ]
             for rank in range(world_size)

@@ -8,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from erann_dist.models.log_mel import LogMel, padded_frames
+from erann_dist.models.log_mel import ERANN_MEL, LogMel
 
 RATE = 44_100
 
@@ -78,8 +78,8 @@ def test_frame_counts_for_every_half_second() -> None:
     for halves in range(1, 61):
         samples = halves * 22_050
         assert log_mel(torch.zeros(1, samples)).shape == (1, 1, 128, 64 * halves)
-        assert log_mel(torch.zeros(1, samples - 1)).shape[-1] == padded_frames(samples - 1) == 64 * halves
-        assert padded_frames(samples + 1) == 64 * (halves + 1)
+        assert log_mel(torch.zeros(1, samples - 1)).shape[-1] == ERANN_MEL.frames(samples - 1) == 64 * halves
+        assert ERANN_MEL.frames(samples + 1) == 64 * (halves + 1)
 
 
 def test_batch_equals_one_by_one() -> None:

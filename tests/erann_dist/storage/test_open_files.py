@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from erann_dist.data.cache import ClipCache, ClipId
-from erann_dist.data.loader import load, random_crops
+from erann_dist.data.loader import Loader, random_crops
 from erann_dist.data.manifest import Manifest, load_manifest
 from erann_dist.storage import open_files
 from erann_dist.storage.open_files import OpenFile, OpenFiles
@@ -77,7 +77,7 @@ def samples(clips: Manifest, cache: ClipCache | None = None) -> tuple[torch.Tens
     rows = np.tile(np.arange(len(clips)), 2)
     crops = [random_crops(clips, part, part, 0, 8000) for part in np.split(rows, 10)]
     most, found = 0, []
-    for batch in load(clips, crops, threads=4, ahead_bytes=1, cache=cache):
+    for batch in Loader(clips, crops, threads=4, ahead_bytes=1, cache=cache):
         most = max(most, open_below(Path(str(clips.tars[0].folder))))
         found.append(batch.pcm)
     return torch.stack(found), most

@@ -9,7 +9,7 @@ from erann_dist.recipe import AugmentSection
 from erann_dist.train.augment import (
     Inputs,
     clip_positions,
-    draw_choices,
+    draw_augment_params,
     interpolate,
     make_inputs,
     mix_modified,
@@ -25,8 +25,8 @@ def inputs(examples: np.ndarray, seed: int = 3, **keys: object) -> tuple[torch.T
     positions = clip_positions(examples, augment.mixup, augment.partner)
     pcm = np.stack([np.random.default_rng(p).integers(-9000, 9000, 22_050, dtype=np.int16) for p in positions])
     targets = torch.eye(5)[positions % 5]
-    choices = draw_choices(examples, 64, seed, augment)
-    return pcm, targets, make_inputs(torch.from_numpy(pcm), targets, choices, LogMel(), augment)
+    params = draw_augment_params(examples, 128, 64, seed, augment)
+    return pcm, targets, make_inputs(torch.from_numpy(pcm), targets, params, LogMel(), augment)
 
 
 @pytest.mark.parametrize("mixup_on", ["waveform", "log_mel"])
@@ -88,16 +88,16 @@ def test_log_mels_are_mixed_by_the_share(mixup: str) -> None:
 @pytest.mark.parametrize("mixup", ["standard", "modified"])
 def test_silence_mixed_as_log_mel_is_at_the_floor(mixup: str) -> None:
     augment = AugmentSection.model_validate({"mixup": mixup, "mixup_on": "log_mel", "pitch_shift": 2})
-    choices = draw_choices(EXAMPLES, 64, 0, augment)
+    params = draw_augment_params(EXAMPLES, 128, 64, 0, augment)
     pcm = torch.zeros(16, 22_050, dtype=torch.int16)
-    mixed = make_inputs(pcm, torch.zeros(16, 5), choices, LogMel(), augment).log_mel
+    mixed = make_inputs(pcm, torch.zeros(16, 5), params, LogMel(), augment).log_mel
     torch.testing.assert_close(mixed, torch.full_like(mixed, -100.0))
 
 
 def shifts(augment: AugmentSection, examples: np.ndarray, seed: int = 0) -> np.ndarray:
     """The semitones of each crop, as they were drawn."""
     drawn = np.zeros(len(clip_positions(examples, augment.mixup, augment.partner)), int)
-    for semitones, crops in draw_choices(examples, 64, seed, augment).shifted.items():
+    for semitones, crops in draw_augment_params(examples, 128, 64, seed, augment).shifted.items():
         assert (drawn[crops.numpy()] == 0).all()  # each is shifted once
         drawn[crops.numpy()] = semitones
     return drawn
@@ -165,7 +165,7 @@ def test_silent_clips_mix_to_finite_values() -> None:
 
 def test_spec_augment_masks() -> None:
     examples = np.arange(2000)
-    mask = spec_augment_mask(draw_choices(examples, 1024, 0, AugmentSection()), 1024)[:, 0].numpy()
+    mask = spec_augment_mask(draw_augment_params(examples, 128, 1024, 0, AugmentSection()), 128, 1024)[:, 0].numpy()
     columns, rows = mask.all(axis=1), mask.all(axis=2)  # (M, T) time masks, (M, 128) frequency masks
     assert np.array_equal(mask, columns[:, None, :] | rows[:, :, None])
     assert columns.sum(axis=1).max() <= 2 * 64

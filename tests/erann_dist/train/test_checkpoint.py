@@ -18,7 +18,7 @@ from erann_dist.log.events import CheckpointSaved, Event, Incident
 from erann_dist.recipe import CheckpointSection
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.train import checkpoint
-from erann_dist.train.async_checkpoint import Saver
+from erann_dist.train.async_checkpoint import CheckpointWriter
 from erann_dist.train.checkpoint import Facts, Start, Superseded
 
 
@@ -264,15 +264,15 @@ def test_a_writer_that_was_cut_off_comes_too_late_to_do_harm(run: LocalFolder, s
     assert torch.equal(checkpoint.load(run, name)[1]["model.w"], torch.full((2, 3), 4.0))
 
 
-def in_background(start: Start, **settings: int) -> Saver:
-    saver = Saver(start, CheckpointSection(**settings), always)
+def in_background(start: Start, **settings: int) -> CheckpointWriter:
+    saver = CheckpointWriter(start, CheckpointSection(**settings), always)
     saver.state["model.w"] = torch.zeros(2, 3)
     return saver
 
 
-def finish(saver: Saver) -> list[Event]:
+def finish(saver: CheckpointWriter) -> list[Event]:
     assert saver.is_done(60.0)
-    return saver.finish()
+    return saver.drain()
 
 
 def test_saves_in_the_background(run: LocalFolder, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +287,7 @@ def test_saves_in_the_background(run: LocalFolder, start: Start, monkeypatch: py
     saver = in_background(start)
     saver.begin(facts_of(5), stall_s=0.25)
     assert not saver.is_done(0.0)
-    assert saver.finish() == []
+    assert saver.drain() == []
     assert steps(run) == []
     go_on.set()
     (event,) = finish(saver)
@@ -376,7 +376,7 @@ def test_old_ones_that_can_not_be_deleted_are_told(
 
 
 def test_a_damaged_record_of_an_evaluation_is_an_incident(run: LocalFolder, start: Start) -> None:
-    saver = Saver(start, CheckpointSection(keep_last=3, keep_best=1), always)
+    saver = CheckpointWriter(start, CheckpointSection(keep_last=3, keep_best=1), always)
     for step in (1, 2, 3):
         saver.begin(facts_of(step), 0.0)
         events = finish(saver)

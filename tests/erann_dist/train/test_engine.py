@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import OptimSection
 from erann_dist.train import engine as engines
 from erann_dist.train.distributed import Workers
@@ -23,7 +24,7 @@ LR = 1e-5
 def new_model() -> ERANN:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    return ERANN.from_name("ERANN-3-1", 3)
+    return build_model("ERANN-3-1", 3)
 
 
 def new_engine(kind: str, stage: int, workers: Workers, **optim: object) -> Engine:
@@ -46,7 +47,7 @@ def take_step(engine: Engine, workers: Workers, number: int, factor: float = 1.0
     loss = loss_of(engine.forward(inputs, None), targets)
     loss = loss * (factor if workers.rank == workers.world_size - 1 else 1.0)
     engine.backward(loss)
-    total = workers.sum(loss.detach().clone())
+    total = workers.all_reduce_sum(loss.detach().clone())
     engine.step(LR, total)
     return total.item()
 

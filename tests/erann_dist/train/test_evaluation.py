@@ -8,11 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from erann_dist.data.loader import load, whole_clips
+from erann_dist.data.loader import Loader, whole_clips
 from erann_dist.data.manifest import load_manifest
 from erann_dist.data.sources import count_reported
 from erann_dist.models.erann import ERANN
 from erann_dist.models.log_mel import LogMel
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import DataSource
 from erann_dist.train import evaluation
 from erann_dist.train.distributed import Workers, single_worker
@@ -24,7 +25,7 @@ from tests.support.workers import CPU, run_workers
 def score(workers: Workers, shards: str, clips: int = 40) -> tuple[np.ndarray, np.ndarray] | None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = ERANN.from_name("ERANN-2-1", 3)
+    model = build_model("ERANN-2-1", 3)
     predictions = evaluation.score(
         model, load_manifest(Path(shards)).select(np.arange(40) < clips), workers, loader_threads=2
     )
@@ -70,10 +71,10 @@ def test_scores_are_the_models_on_the_whole_clip(tone_shards: Path) -> None:
     with single_worker(CPU) as workers:
         scores, _ = score(workers, str(tone_shards))
     torch.manual_seed(0)
-    model = ERANN.from_name("ERANN-2-1", 3).eval()
+    model = build_model("ERANN-2-1", 3).eval()
     for row in (0, 17, 39):
         crops = whole_clips(manifest, np.array([row]), int(manifest.samples[row]))
-        (batch,) = load(manifest, [crops], threads=1)
+        (batch,) = Loader(manifest, [crops], threads=1)
         with torch.no_grad():
             expected = model(LogMel()(batch.pcm.float() / 32768)).sigmoid()[0]
         np.testing.assert_allclose(scores[row], expected, atol=1e-6)
@@ -85,7 +86,7 @@ def test_clips_of_one_length(tone_shards: Path) -> None:
     same = manifest.select(padded == padded.max())
     assert len(same) % evaluation.MICRO_BATCH
     with single_worker(CPU) as workers:
-        model = ERANN.from_name("ERANN-2-1", 3)
+        model = build_model("ERANN-2-1", 3)
         predictions = evaluation.score(model, same, workers, loader_threads=1)
     assert predictions
     assert np.isfinite(predictions.scores).all()
@@ -126,7 +127,7 @@ def test_predictions_and_detail(tone_shards: Path, tmp_path: Path) -> None:
 def diverged(bias: float) -> ERANN:
     """A model as a training that diverged leaves it."""
     torch.manual_seed(0)
-    model = ERANN.from_name("ERANN-2-1", 3)
+    model = build_model("ERANN-2-1", 3)
     with torch.no_grad():
         model.fc2.bias[1] = bias
     return model

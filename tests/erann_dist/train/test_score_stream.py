@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from erann_dist.data.manifest import load_manifest
-from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model
 from erann_dist.train import evaluation
 from erann_dist.train.distributed import Workers
 from shards.sources.audioset import read_audioset
@@ -18,7 +18,7 @@ from tests.support.workers import run_workers
 def score_both_ways(workers: Workers, shards: str) -> tuple[np.ndarray, np.ndarray] | None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = ERANN.from_name("ERANN-2-1", 3)
+    model = build_model("ERANN-2-1", 3)
     manifest = load_manifest(Path(shards))
     predictions = evaluation.score(model, manifest, workers, loader_threads=2)
     scores = evaluation.score_stream(model, "tagging", manifest, workers, threads=2)

@@ -18,13 +18,14 @@ from torch import Tensor
 from erann_dist.data.manifest import load_manifest
 from erann_dist.errors import Stopped, UsageError, UserError
 from erann_dist.log.events import CheckpointSaved, Evaluated, Event, Finished, Incident, Started, Step
+from erann_dist.models.erann import ERANN
 from erann_dist.recipe import Recipe
 from erann_dist.storage.folder import LocalFolder
-from erann_dist.train import checkpoint, trainer, watchdog
+from erann_dist.train import checkpoint, evaluation, trainer, watchdog
 from erann_dist.train.checkpoint import Superseded
 from erann_dist.train.distributed import Workers, single_worker
 from erann_dist.train.trainer import example_losses, train
-from erann_dist.train.work_plan import Draws
+from erann_dist.train.work_plan import SamplePlan
 from tests.conftest import small_recipe
 from tests.support.workers import CPU, of_kind, run_workers, train_alone, train_on
 
@@ -57,7 +58,7 @@ def test_an_undefined_loss_ends_the_run(
     with pytest.raises(UserError) as error:
         train_alone(recipe)
     clips = load_manifest(str(tone_shards))
-    keys = Draws(recipe, clips).keys(2)
+    keys = SamplePlan(recipe, clips).keys(2)
     assert len(keys) > 8
     assert str(error.value) == (
         f"step 3: the loss is {value}; clips {', '.join(keys[:8])}, …; last checkpoint "
@@ -69,10 +70,9 @@ def test_an_undefined_loss_ends_the_run(
 def test_the_keys_of_a_step_are_its_clips(tone_shards: Path, tmp_path: Path) -> None:
     recipe = small_recipe(tone_shards, tmp_path / "run")
     clips = load_manifest(str(tone_shards))
-    draws = Draws(recipe, clips)
+    draws = SamplePlan(recipe, clips)
     for step in (0, 5):
-        dealt = trainer.deal(step, recipe.optim, 0, 1)
-        rows = np.concatenate([crops.rows for crops in draws.crops(dealt)])
+        rows = np.concatenate([crops.rows for crops in draws.crops([step], 0, 1)])
         assert sorted(draws.keys(step)) == sorted({clips.keys[int(row)].as_py() for row in rows})
 
 
@@ -87,7 +87,7 @@ def test_bad_steps_are_skipped_within_the_budget_and_remembered(
     incidents = of_kind(events, Incident)
     assert [(each.step, each.kind) for each in incidents] == [(2, "bad_step"), (3, "bad_step")]
     assert incidents[0].text.startswith("skipped: the loss is nan; clips ")
-    assert set(incidents[0].keys) == set(Draws(recipe, load_manifest(str(tone_shards))).keys(1))
+    assert set(incidents[0].keys) == set(SamplePlan(recipe, load_manifest(str(tone_shards))).keys(1))
     folder = tmp_path / "run" / "checkpoints"
     first, *skipped = (load_file(folder / f"step-0000000{n}-0001" / "state.safetensors") for n in (1, 2, 3))
     for state in skipped:
@@ -170,7 +170,7 @@ def test_a_start_that_was_replaced_writes_no_model(
     tone_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = small_recipe(tone_shards, tmp_path / "run")
-    score = trainer.evaluation.score
+    score = evaluation.score
 
     def replaced_meanwhile(*arguments: Any, **settings: Any) -> Any:
         checkpoint.begin(LocalFolder(recipe.run_url))
@@ -298,14 +298,14 @@ def test_memory_that_is_too_small_says_what_would_fit(
     tone_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A GPU's memory, played by a model that takes no more than 3 examples at once."""
-    forward = trainer.ERANN.forward
+    forward = ERANN.forward
 
     def small(self: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if len(x) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, x, mask)
 
-    monkeypatch.setattr(trainer.ERANN, "forward", small)
+    monkeypatch.setattr(ERANN, "forward", small)
     recipe = small_recipe(tone_shards, tmp_path / "run", optim={"global_batch": 12, "micro_batch": 4})
     with pytest.raises(
         UserError, match=r"too small for optim.micro_batch=4 of 44100 samples; optim.micro_batch=2 would"

@@ -21,7 +21,7 @@ from erann_dist.recipe import OptimSection
 from erann_dist.train import evaluation
 from erann_dist.train.distributed import Workers, single_worker
 from erann_dist.train.trainer import example_losses, train
-from erann_dist.train.work_plan import deal, learning_rate, make_sampler
+from erann_dist.train.work_plan import assign_micro_batches, learning_rate, make_sampler
 from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.support.workers import CPU, losses, of_kind, train_alone, train_on
 
@@ -33,7 +33,7 @@ BATCHES = st.tuples(st.integers(1, 9), st.integers(1, 6), st.integers(1, 9)).fil
 def test_each_example_of_a_step_is_dealt_once(sizes: tuple[int, int, int], step: int) -> None:
     micro_batches, micro_batch, world_size = sizes
     optim = OptimSection(global_batch=micro_batches * micro_batch, micro_batch=micro_batch, examples=1)
-    ranks = [deal(step, optim, rank, world_size) for rank in range(world_size)]
+    ranks = [assign_micro_batches(step, optim, rank, world_size) for rank in range(world_size)]
     assert len({len(dealt) for dealt in ranks}) == 1
     counted = [mb.examples for dealt in ranks for mb in dealt if mb.weight == 1]
     assert np.array_equal(np.concatenate(counted), step * optim.global_batch + np.arange(optim.global_batch))

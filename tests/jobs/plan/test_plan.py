@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from erann_dist.data.manifest import Manifest, load_manifest
 from erann_dist.recipe import Recipe
 from erann_dist.train.augment import clip_positions
-from erann_dist.train.work_plan import deal, make_sampler
+from erann_dist.train.work_plan import assign_micro_batches, make_sampler
 from jobs.plan.plan import Cluster, Reads, Setting, plan, reckon
 from jobs.plan.simulation import NodeReads, Simulation
 from shards.listed import write_listed_set
@@ -50,7 +50,7 @@ def one_by_one(recipe: Recipe, clips: Manifest, nodes: list[list[int]], steps: i
         read, cached, left = Counter[str](), set[int](), room
         for step in range(steps):
             for rank in ranks:
-                for micro_batch in deal(step, recipe.optim, rank, world_size):
+                for micro_batch in assign_micro_batches(step, recipe.optim, rank, world_size):
                     needed = clip_positions(micro_batch.examples, recipe.augment.mixup, recipe.augment.partner)
                     for row in sampler.draw(needed).tolist():
                         size = int(clips.sizes[row])

@@ -37,13 +37,13 @@ from jobs.preflight.verdicts import (
     supply_verdict,
     versions_verdict,
 )
-from jobs.training.probe_run import Trial, are_enough, counted
+from jobs.training.probe_run import ProbeResult, are_enough, counted
 from tests.conftest import copy_tree, small_recipe
 
 A, B, C = (Node(f"id-{n}", f"10.0.0.{n}", f"gpu-{n}", {"CPU": 8.0, "GPU": 4.0}) for n in (1, 2, 3))
 HERE = Facts("3.11.7", {"torch": "2.11.0", "torchaudio": "2.11.0", "ray": "2.60.0"}, "13.0", "/app", {"a.py": "0"}, 8)
 GPU = Gpu("H200", free=140 * 10**9, total=141 * 10**9, has_bf16=True)
-TRIAL = Trial(
+TRIAL = ProbeResult(
     step_s=0.5, steps=10, data_wait=0.01, workers=2, device="cuda:0", hosts=["a", "b"], checkpoint_s=2, stall_s=0.1
 )
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from erann_dist.errors import Stopped, UserError
-from erann_dist.models.erann import ERANN
+from erann_dist.models.spec import build_model
 from erann_dist.recipe import Recipe, check, read_tree
 from erann_dist.storage.folder import open_folder
 from erann_dist.train.model_folder import initialise
@@ -131,9 +131,9 @@ def test_fine_tuning_begins_with_the_models_weights(shards: Path, tmp_path: Path
     url = a_model(tmp_path / "m")
     (tmp_path / "run").mkdir()
     (tmp_path / "m").rename(tmp_path / "run" / "model")
-    given = ERANN.from_name("ERANN-3-1", 5)
+    given = build_model("ERANN-3-1", 5)
     initialise(given, str(tmp_path / "run"), [])  # a run's folder will do
-    ours = ERANN.from_name("ERANN-3-1", 3)
+    ours = build_model("ERANN-3-1", 3)
     fresh = {name: value.clone() for name, value in ours.state_dict().items()}
     initialise(ours, f"{tmp_path}/run/model", ["fc1", "fc2"])
     for name, value in ours.state_dict().items():

@@ -1,0 +1,43 @@
+"""What all models have in common."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from erann_dist.models.log_mel import MelConfig
+
+# of the weights: he, after He et al. (2015), as the model says; pytorch, that of torch's layers.
+Initialisation = Literal["he", "pytorch"]
+
+
+class AudioModel(nn.Module):
+    """A network from log-mel spectrograms in dB (B, 1, mel bins, frames) to logits (B, N).
+
+    Apply a sigmoid (tagging) or a softmax (classification) to the logits for probabilities.
+    """
+
+    def __init__(self, name: str, num_classes: int, front_end: MelConfig) -> None:
+        """name: model.variant."""
+        super().__init__()
+        self.name = name
+        self.num_classes = num_classes
+        self.front_end = front_end
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask: optional (B, 1, mel bins, frames) bool, SpecAugment's: what is True becomes the mean, 0."""
+        raise NotImplementedError
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_macs(model: AudioModel, frames: int) -> int:
+    """Multiply-accumulate operations of the convolutions and FC layers for one clip. model: on torch's meta device."""
+    model.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.empty(1, 1, model.front_end.mel_bins, frames, device="meta"))
+    return counter.get_total_flops() // 2
