@@ -74,7 +74,7 @@ def wait_for_capacity(
                 missing = _missing(bundle, least, found)
                 if now - began >= seconds:
                     waited = f" after {seconds:g} s" if seconds else ""
-                    raise NoCapacity(f"{missing}{waited}; start fewer (run.workers) or add nodes")
+                    raise NoCapacity(f"{missing}{waited}", fix="start fewer (run.workers) or add nodes")
                 if not said:
                     emit(f"{missing}; waiting up to {seconds:g} s for more")
                     said = True

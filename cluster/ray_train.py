@@ -52,7 +52,7 @@ from erann_dist.words import count
 _ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 _USERS_ANSWER_TIMEOUT = os.environ.get(_ANSWER_TIMEOUT)
 _BLAME_S = 3.0  # in which the loss of a worker is known to Ray
-AGAIN = "run the same command again to go on from the last checkpoint"
+_AGAIN = "run the same command again to resume from the last checkpoint"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def run_on_ray(spec: LaunchSpec, on_event: Emit) -> None:
                 # A fault of this program or of the machine: in full, for whoever is to find it.
                 print(error, file=sys.stderr)
                 times = f" {failures} times in a row without a new checkpoint, at last" if spec.max_failures else ""
-                raise UserError(f"the workers failed{times}: {text}; {AGAIN}")
+                raise UserError(f"the workers failed{times}: {text}", fix=_AGAIN)
 
 
 @contextmanager
@@ -149,8 +149,8 @@ def _lost_cluster_in_one_line() -> Iterator[None]:
         yield
     except RayError as error:
         if any(isinstance(cause, OutOfMemoryError) for cause in _causes(error)):
-            raise UserError(f"{_OUT_OF_MEMORY}; free some, or add nodes, and {AGAIN}") from error
-        raise UserError(f"the Ray cluster is lost ({type(error).__name__}); {AGAIN}") from error
+            raise UserError(f"{_OUT_OF_MEMORY}", fix=f"free some, or add nodes, and {_AGAIN}") from error
+        raise UserError(f"the Ray cluster is lost ({type(error).__name__})", fix=_AGAIN) from error
 
 
 @dataclass

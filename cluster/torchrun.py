@@ -220,8 +220,8 @@ def _raise_cause(ends: list[_End], codes: dict[int, int], has_checkpoints: bool)
         # A fault of this program or of the machine: in full, for whoever is to find it.
         print(first.error, end="", file=sys.stderr)
     how = first.error.splitlines()[-1] if isinstance(first.error, str) else _how(codes[first.rank])
-    again = "run the same command again" + " to go on from the last checkpoint" * has_checkpoints
-    raise UserError(f"the workers failed: worker {first.rank}: {how}; {again}")
+    again = "run the same command again" + " to resume from the last checkpoint" * has_checkpoints
+    raise UserError(f"the workers failed: worker {first.rank}: {how}", fix=again)
 
 
 def _how(code: int) -> str:

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: shown as one line, never as a traceback.
+"""Errors that are the user's to fix: shown as one line, never as a traceback.
 
 Exit codes of the `erann` command: 2 when what was typed can't be used (a command, an option, a recipe, a path that
 does not exist), 1 when the work failed on what it found (data, shards, checkpoints), 130 after Ctrl-C, 143 when a run
@@ -76,9 +76,17 @@ def naming(file: str | Path) -> Iterator[None]:
 
 
 class UserError(Exception):
-    """The work can't go on with what was found. The message is one line: what, which file or key, what to do."""
+    """The work can't continue with what was found. The message is one line: what, which file or key, what to do."""
 
     exit_code = 1
+
+    def __init__(self, text: str, fix: str = "") -> None:
+        """fix: what to do, where a caller may show it apart from the text."""
+        super().__init__(text, fix)
+        self.text, self.fix = text, fix
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.fix}" if self.fix else self.text
 
 
 class UsageError(UserError):

@@ -12,21 +12,13 @@ import pyarrow.compute as pc
 
 from erann_dist.data.manifest import REPORT, SHARDS, SetInfo, list_hash, read_manifest, read_table
 from erann_dist.storage.folder import Folder
-from shards.sources import esc50, ravdess, urbansound8k
+from shards.sources.data_sets import find_data_set
 
 EXAMPLES = 16_000_000  # the AudioSet recipe's
 EXAMPLES_ORIGIN = "500,000 iterations, our default for a number that the paper leaves out, of its batch of 32"
 OVERLOADED = 1.0  # of full scale: a clip with a higher peak was clipped when it was packed
 NEAR_SILENCE = 1e-4  # -80 dB of full scale
 _BINS = 20  # of the histogram, about
-
-# The data sets whose folds must keep what belongs together apart from the rest, and how a key names it.
-RECORDINGS: dict[str, tuple[str, Callable[[str], str]]] = {
-    "esc50": ("Freesound recording", esc50.recording),
-    "esc10": ("Freesound recording", esc50.recording),
-    "urbansound8k": ("Freesound recording", urbansound8k.recording),
-    "ravdess": ("actor", ravdess.recording),
-}
 
 
 def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
@@ -81,14 +73,21 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
 def shared_recordings(name: str, keys: Iterable[str], folds: Iterable[int | None]) -> dict[str, list[int]]:
     """The recordings, or actors, whose clips stand in two folds or more, and in which.
 
-    name: one of RECORDINGS. keys, folds: of the official list's clips, whether they could be packed or not.
+    name: of a shard set. keys, folds: of the official list's clips, whether they could be packed or not.
     """
-    found = _folds_of_recordings(name, keys, folds)
+    kind_and_recording = _recordings_of(name)
+    found = _folds_of_recordings(kind_and_recording[1], keys, folds) if kind_and_recording else {}
     return {recording: sorted(folds) for recording, folds in sorted(found.items()) if len(folds) > 1}
 
 
-def _folds_of_recordings(name: str, keys: Iterable[str], folds: Iterable[int | None]) -> dict[str, set[int]]:
-    _, recording = RECORDINGS[name]
+def _recordings_of(name: str) -> tuple[str, Callable[[str], str]] | None:
+    found = find_data_set(name)
+    return found[0].recordings if found else None
+
+
+def _folds_of_recordings(
+    recording: Callable[[str], str], keys: Iterable[str], folds: Iterable[int | None]
+) -> dict[str, set[int]]:
     found = defaultdict(set)
     for key, fold in zip(keys, folds, strict=True):
         if fold is not None and "-" in key:  # the lists can hold files of one's own, under other names
@@ -97,12 +96,14 @@ def _folds_of_recordings(name: str, keys: Iterable[str], folds: Iterable[int | N
 
 
 def _recordings(name: str, rows: pa.Table) -> dict[str, Any] | None:
-    if name not in RECORDINGS:
+    known = _recordings_of(name)
+    if known is None:
         return None
+    kind, recording = known
     keys, folds = rows["key"].to_pylist(), rows["fold"].to_pylist()
     return {
-        "kind": RECORDINGS[name][0],
-        "count": len(_folds_of_recordings(name, keys, folds)),
+        "kind": kind,
+        "count": len(_folds_of_recordings(recording, keys, folds)),
         "shared": shared_recordings(name, keys, folds),
     }
 

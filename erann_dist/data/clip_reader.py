@@ -26,19 +26,20 @@ from erann_dist.storage.slow_reads import SlowReads
 class BadClip(UserError):
     """A clip that is damaged where it comes from, or does not decode."""
 
-    def __init__(self, key: str, message: str) -> None:
-        super().__init__(key, message)
+    def __init__(self, key: str, text: str, fix: str) -> None:
+        super().__init__(text, fix)
         self.key = key
+        self.args = (key, text, fix)  # by which it travels between processes
 
-    def __str__(self) -> str:
-        return str(self.args[1])
+
+class _DamagedError(Exception):
+    """The bytes of a clip are not those that were packed: what they are."""
 
 
 def bad_clip(manifest: Manifest, row: int, problem: str) -> BadClip:
-    """The error for a clip that "is ..." something, or that a decoder finds fault with."""
+    """The error for a clip that "is damaged", or "does not decode"."""
     tar, key = manifest.tars[manifest.shards[row]], manifest.keys[row].as_py()
-    problem = problem if problem.startswith("is ") else f"does not decode: {problem}"
-    return BadClip(key, f"{tar}: clip {key} {problem}; check the set with erann verify {tar.folder}")
+    return BadClip(key, f"{tar}: clip {key} {problem}", f"check the set with erann verify {tar.folder}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,8 +106,10 @@ class ClipReader:
                 if self._cache and self._cache.keeping and not (fetched and self._cache.has(self._clip_id(row))):
                     self._keep(self._cache, row)
                 return
-            except DecodeError as error:
+            except _DamagedError as error:
                 problem = str(error)
+            except DecodeError as error:
+                problem = f"does not decode: {error}"
         raise bad_clip(self._manifest, row, problem)
 
     def stop(self) -> None:
@@ -149,7 +152,7 @@ class ClipReader:
     def _read_origin(self, row: int, careful: bool, fetched: Future[bytes] | None) -> None:
         """The clip as it is in its tar, into the thread's buffer.
 
-        Raises UserError, and DecodeError when it is not what was packed.
+        Raises UserError, and _DamagedError when it is not what was packed.
         """
         m = self._manifest
         data = clip_buffer().room(int(m.sizes[row]))
@@ -159,12 +162,12 @@ class ClipReader:
                 file = self._files.get(int(m.shards[row]), lambda: _opened(tar))
                 size = os.preadv(file.descriptor, [data], int(m.offsets[row]))
             if size != len(data):
-                raise DecodeError("is cut short")
+                raise _DamagedError("is cut short")
         else:
             data[:] = fetched.result() if fetched else self.fetch(row, careful)
         self._count("origin", len(data))
         if isal_zlib.crc32(data) != m.crc32s[row]:
-            raise DecodeError("is damaged")
+            raise _DamagedError("is damaged")
 
     @contextmanager
     def _named(self, row: int) -> Iterator[None]:

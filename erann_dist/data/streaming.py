@@ -118,7 +118,7 @@ def decode_clips(
         try:
             return buffer.crop(0, int(manifest.samples[clip.row]))
         except DecodeError as error:
-            raise bad_clip(manifest, clip.row, str(error)) from error
+            raise bad_clip(manifest, clip.row, f"does not decode: {error}") from error
 
     def decoded(pool: ThreadPoolExecutor) -> Iterator[tuple[int, npt.NDArray[np.int16]]]:
         pending: deque[tuple[int, Future[npt.NDArray[np.int16]]]] = deque()

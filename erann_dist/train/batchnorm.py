@@ -17,7 +17,7 @@ class RunningStatistics:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
         (self._momentum,) = {layer.momentum or 0.0 for layer in layers} or {0.0}
         for layer in layers:
             layer.momentum = 1.0

@@ -1,7 +1,7 @@
 """The commands that make and check shard sets."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -9,9 +9,12 @@ from erann_dist.errors import UsageError, UserError
 from jobs.cli.options import Address, Endpoint, Json, Shards, examples
 from jobs.terminal.progress import console
 from jobs.terminal.show import facts_page, packed_page, repaired_page, show, verified_page
-from shards.sources.rows import Source
+from shards.sources.data_sets import DATA_SETS, Options, read_source, read_source_of
 
-Kind = Literal["audioset", "esc50", "urbansound8k", "ravdess", "folder"]
+if TYPE_CHECKING:
+    Kind = str
+else:
+    Kind = Literal[tuple(DATA_SETS)]
 
 _AUDIOSET = "audioset"
 _OTHERS = "esc50, urbansound8k, ravdess, folder"
@@ -43,42 +46,8 @@ _PACKING = "how to pack"
 Quick = Annotated[bool, typer.Option("--quick", help="Compare sizes and tables only; read nothing of the tars.")]
 
 
-def read_source(
-    kind: str,
-    segments: Path | None,
-    audio: Path | None,
-    classes: Path | None,
-    root: Path | None,
-    esc10: bool,
-    labels: Path | None,
-) -> Source:
-    """A data set's rows. Raises UsageError when an option that it needs is not there; UserError."""
-    from shards.sources.audioset import CLASSES, read_audioset
-    from shards.sources.esc50 import read_esc50
-    from shards.sources.folder import read_folder, read_listed_folder
-    from shards.sources.ravdess import read_ravdess
-    from shards.sources.urbansound8k import read_urbansound8k
-
-    with console.status("reading the source"):
-        if kind == "audioset":
-            if segments is None or audio is None:
-                raise UsageError("audioset needs --segments and --audio")
-            return read_audioset(segments, audio, classes or CLASSES)
-        if root is None:
-            raise UsageError(f"{kind} needs --root")
-        match kind:
-            case "esc50":
-                return read_esc50(root, esc10)
-            case "urbansound8k":
-                return read_urbansound8k(root)
-            case "ravdess":
-                return read_ravdess(root)
-            case _:
-                return read_listed_folder(root, labels) if labels else read_folder(root)
-
-
 def pack(
-    kind: Annotated[Kind, typer.Argument(metavar="|".join(Kind.__args__), help="The data set.", show_default=False)],
+    kind: Annotated[Kind, typer.Argument(metavar="|".join(DATA_SETS), help="The data set.", show_default=False)],
     out: Annotated[str, typer.Option(metavar="URL", help="The shard set: a folder or s3://bucket/prefix.")],
     segments: Segments = None,
     audio: Audio = None,
@@ -122,7 +91,8 @@ def pack(
     for place in (audio, root):
         if place and isinstance(folder, LocalFolder) and Path(folder.url).absolute().is_relative_to(place.absolute()):
             raise UsageError(f"--out {out}: lies in {place}, whose sound is packed; choose another place")
-    source = read_source(kind, segments, audio, classes, root, esc10, labels)
+    with console.status("reading the source"):
+        source = read_source(kind, Options(segments, audio, classes, root, esc10, labels))
     packing = Packing(sample_rate, codec, clips_per_shard, order, min_seconds, skip_silent)
     try:
         result = run(source, folder, packing, address)
@@ -160,9 +130,8 @@ def repair(
     info = read_info(folder)
     if not info.packing:
         raise UserError(f"{folder}: its tars were not made by erann pack, which alone could rebuild them")
-    name = info.name
-    kind = "esc50" if name == "esc10" else name
-    source = read_source(kind, segments, audio, classes, root, name == "esc10", labels)
+    with console.status("reading the source"):
+        source = read_source_of(info.name, Options(segments, audio, classes, root, labels=labels))
     show(run(folder, source, quick, address), as_json, repaired_page)
 
 

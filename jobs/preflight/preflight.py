@@ -25,7 +25,6 @@ from cluster.preflight import collectives, facts, storage
 from cluster.preflight.facts import Facts, Gpu
 from cluster.preflight.probes import Node, answers, crew_of, living_nodes, probes_on
 from cluster.preflight.storage import Reading
-from cluster.ray_train import AGAIN
 from cluster.stop_request import no_stop_request
 from erann_dist.data.manifest import Manifest
 from erann_dist.errors import NoCapacity, UsageError, UserError
@@ -178,7 +177,7 @@ class _Checks:
                 bundle, run.min_workers, run.max_workers, seconds=0, emit=lambda _: None, stop=no_stop_request
             )
         except NoCapacity as error:
-            workers, no_room = 0, str(error).rpartition("; ")[0]  # what to do is said by the verdict
+            workers, no_room = 0, error.text  # what to do is in the verdict
             # There is no need to wait for more.
             self._say(nodes_verdict(self.recipe, bundle, living_nodes(), [], no_room, {}, {}, []))
         # The nodes are listed last: one that has just come may have got a worker.
@@ -320,8 +319,7 @@ class _Checks:
             )
             trial = take_steps(self.recipe, scratch, workers, self.address)
         except UserError as error:
-            text = str(error).removesuffix(f"; {AGAIN}")
-            self._say(judge("step", "", [Problem(text, "as it says; the same would end the run")]))
+            self._say(judge("step", "", [Problem(error.text, "as it says; the same would end the run")]))
             return None
         self._say(step_verdict(self.recipe, trial, all_reduce_s, list(site.gpus.values())))
         return trial

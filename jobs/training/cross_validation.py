@@ -26,11 +26,10 @@ from erann_dist.train.model_folder import initialise, require_layers
 from jobs.runs.summary import evaluations
 from jobs.training import paper
 from jobs.training.pretrain import metrics_of
+from shards.sources.data_sets import DATA_SETS, ShardSetFacts, find_data_set
 
 _ENOUGH = 0.99  # of a data set's clips: some can't be had or decoded any more
 Folds = Literal["official", "present", "actors"]
-# By the name of the shard set: folds, clips.
-_OFFICIAL = {"esc50": (5, 2000), "esc10": (5, 400), "urbansound8k": (10, 8732), "ravdess": (4, 1440)}
 
 
 class Rates(Section):
@@ -173,10 +172,13 @@ def _divide(clips: Manifest, protocol: Protocol) -> Division:
             f"{url}: has {len(folds)} folds, and a cross-validation needs two; its list of clips names them"
         )
     # A set of the user's own has the folds and clips that it has.
-    number, full_size = _OFFICIAL.get(info.name, (None, size))
+    known = find_data_set(info.name)
+    facts = known[1] if known else ShardSetFacts()
+    number, full_size = facts.folds, facts.clips or size
     missing = sorted(set(range(1, number + 1)) - set(folds)) if number else []
-    if protocol.folds == "actors" and info.name != "ravdess":
-        raise UsageError(f"protocol.folds is actors, which is for ravdess; {url} is {info.name}")
+    if protocol.folds == "actors" and not (known and known[0].folds_by_actor):
+        names = ", ".join(name for name, each in DATA_SETS.items() if each.folds_by_actor)
+        raise UsageError(f"protocol.folds is actors, which is for {names}; {url} is {info.name}")
     if protocol.folds == "official" and missing:
         raise UserError(
             f"{url}: without {info.name}'s fold {', '.join(map(str, missing))}; protocol.folds=present runs those that "

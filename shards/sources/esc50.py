@@ -44,8 +44,3 @@ def read_esc50(root: Path, esc10: bool = False) -> Source:
     ids = list(names.values())
     labels = [name.replace("_", " ") for name in ids]
     return Source("esc10" if esc10 else "esc50", "classification", ids, labels, rows, files.warnings)
-
-
-def recording(key: str) -> str:
-    """The Freesound recording that a clip is from: fold-RECORDING-take-target."""
-    return key.split("-")[1]

@@ -40,8 +40,3 @@ def _row(stem: bytes) -> SourceRow:
     if not 1 <= emotion <= len(LABELS):
         return SourceRow(key, [], None, name, fold=fold, reason="wrong label", detail=f"emotion {emotion:02d}")
     return SourceRow(key, [emotion - 1], None, name, fold=fold)
-
-
-def recording(key: str) -> str:
-    """The actor, who must not be in two folds."""
-    return f"actor {key.split('-')[-1]}"

@@ -47,8 +47,3 @@ def read_urbansound8k(root: Path) -> Source:
     rows = locate(rows_table(row for _, row in listed), place, files)
     names = [label.replace("_", " ") for label in LABELS]
     return Source("urbansound8k", "classification", LABELS, names, rows, files.warnings)
-
-
-def recording(key: str) -> str:
-    """The Freesound recording that a clip is from."""
-    return key.split("-")[0]

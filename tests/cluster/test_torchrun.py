@@ -22,7 +22,7 @@ from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
 from tests.support.commands import ERANN, Running
 from tests.support.counting import gone, running
 
-AGAIN = "run the same command again to go on from the last checkpoint"
+AGAIN = "run the same command again to resume from the last checkpoint"
 TORCHRUN = {"launcher": "torchrun", "num_workers": 2}
 
 

@@ -26,6 +26,7 @@ from jobs.training import cross_validation, scheduler
 from jobs.training.cross_validation import CrossValidation, load_cross_validation
 from jobs.training.finetune import finetune
 from jobs.training.pretrain import check_run, only_one
+from shards.sources.data_sets import DATA_SETS, DataSet, ShardSetFacts
 from tests.conftest import small_recipe
 from tests.support.folded import LABELS, a_model, write_folded_set, write_protocol
 from tests.support.workers import train_alone
@@ -269,7 +270,8 @@ def test_the_folds_of_ones_own_set_are_those_that_it_has(tmp_path: Path) -> None
 
 def test_clips_that_a_data_set_lacks_are_counted(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_protocol(tmp_path / "t.yaml", shards)
-    monkeypatch.setitem(cross_validation._OFFICIAL, "tones", (3, 19))
+    tones = DataSet(lambda options: pytest.fail("is not read"), shard_sets={"tones": ShardSetFacts(3, 19)})
+    monkeypatch.setitem(DATA_SETS, "tones", tones)
     division = load_cross_validation(path, [], None).division
     assert (division.missing_clips, division.not_comparable) == (1, "18 clips of 19")
     monkeypatch.setattr(cross_validation, "_ENOUGH", 0.9)

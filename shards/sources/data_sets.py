@@ -1,0 +1,122 @@
+"""The data sets that `erann pack` reads. Another one is a file here and an entry in DATA_SETS."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from erann_dist.errors import UsageError
+
+if TYPE_CHECKING:
+    from shards.sources.rows import Source
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `erann pack` was given to find a data set. Each data set says which of them it needs."""
+
+    segments: Path | None = None
+    audio: Path | None = None
+    classes: Path | None = None
+    root: Path | None = None
+    esc10: bool = False
+    labels: Path | None = None
+
+
+@dataclass(frozen=True)
+class ShardSetFacts:
+    """What is known of the shard sets of one name that are made of a data set."""
+
+    folds: int | None = None  # official ones, and the clips in them
+    clips: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)  # that make it, besides where the files are
+
+
+@dataclass(frozen=True)
+class DataSet:
+    read: Callable[[Options], "Source"]  # raises UsageError or UserError: which file, which line, what is wrong
+    needs: tuple[str, ...] = ("root",)  # options
+    shard_sets: Mapping[str, ShardSetFacts] = field(default_factory=dict)  # by name
+    # What clips in different folds must not share, and the one that a clip is from, by its key.
+    recordings: tuple[str, Callable[[str], str]] | None = None
+    folds_by_actor: bool = False
+
+
+def _audioset(options: Options) -> "Source":
+    from shards.sources.audioset import CLASSES, read_audioset
+
+    assert options.segments
+    assert options.audio
+    return read_audioset(options.segments, options.audio, options.classes or CLASSES)
+
+
+def _esc50(options: Options) -> "Source":
+    from shards.sources.esc50 import read_esc50
+
+    assert options.root
+    return read_esc50(options.root, options.esc10)
+
+
+def _urbansound8k(options: Options) -> "Source":
+    from shards.sources.urbansound8k import read_urbansound8k
+
+    assert options.root
+    return read_urbansound8k(options.root)
+
+
+def _ravdess(options: Options) -> "Source":
+    from shards.sources.ravdess import read_ravdess
+
+    assert options.root
+    return read_ravdess(options.root)
+
+
+def _folder(options: Options) -> "Source":
+    from shards.sources.folder import read_folder, read_listed_folder
+
+    assert options.root
+    return read_listed_folder(options.root, options.labels) if options.labels else read_folder(options.root)
+
+
+DATA_SETS = {
+    "audioset": DataSet(_audioset, ("segments", "audio"), {"audioset": ShardSetFacts()}),
+    "esc50": DataSet(
+        _esc50,
+        shard_sets={"esc50": ShardSetFacts(5, 2000), "esc10": ShardSetFacts(5, 400, {"esc10": True})},
+        recordings=("Freesound recording", lambda key: key.split("-")[1]),  # fold-RECORDING-take-target
+    ),
+    "urbansound8k": DataSet(
+        _urbansound8k,
+        shard_sets={"urbansound8k": ShardSetFacts(10, 8732)},
+        recordings=("Freesound recording", lambda key: key.split("-")[0]),
+    ),
+    "ravdess": DataSet(
+        _ravdess,
+        shard_sets={"ravdess": ShardSetFacts(4, 1440)},
+        recordings=("actor", lambda key: f"actor {key.split('-')[-1]}"),
+        folds_by_actor=True,
+    ),
+    "folder": DataSet(_folder, shard_sets={"folder": ShardSetFacts()}),
+}
+
+
+def find_data_set(shard_set: str) -> tuple[DataSet, ShardSetFacts] | None:
+    """The data set that shard sets of this name are made of."""
+    found = ((each, each.shard_sets[shard_set]) for each in DATA_SETS.values() if shard_set in each.shard_sets)
+    return next(found, None)
+
+
+def read_source(name: str, options: Options) -> "Source":
+    """A data set's rows. Raises UsageError when an option that it needs is not there; UserError."""
+    data_set = DATA_SETS[name]
+    if any(getattr(options, need) is None for need in data_set.needs):
+        raise UsageError(f"{name} needs {' and '.join(f'--{need}' for need in data_set.needs)}")
+    return data_set.read(options)
+
+
+def read_source_of(shard_set: str, options: Options) -> "Source":
+    """The rows that a shard set of this name was made of. Raises as read_source does."""
+    name = next((name for name, each in DATA_SETS.items() if shard_set in each.shard_sets), None)
+    if name is None:
+        raise UsageError(f"no data set is known that a shard set {shard_set!r} is made of")
+    return read_source(name, replace(options, **DATA_SETS[name].shard_sets[shard_set].options))
