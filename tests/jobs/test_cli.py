@@ -25,7 +25,7 @@ from erann_dist.data.manifest import MANIFEST
 from erann_dist.log.run_log import read_log
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.train import trainer
-from jobs.cli import __main__
+from jobs.cli.__main__ import app, main
 from jobs.training import study
 from shards.sources.audioset import read_audioset
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
@@ -82,7 +82,7 @@ def erann(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
         monkeypatch.setattr(sys, "argv", ["erann", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            __main__.main()
+            main()
         return Outcome(int(stop.value.code or 0), *capfd.readouterr())
 
     return run
@@ -125,7 +125,7 @@ def test_the_examples_arguments_are_understood(erann, command: str) -> None:
     assert examples
     for example in examples:
         words = example.split()
-        node, context = typer.main.get_command(__main__.app), None
+        node, context = typer.main.get_command(app), None
         while hasattr(node, "commands"):
             context = typer.Context(node, info_name=words[0], parent=context)
             node = node.commands[words.pop(0)]

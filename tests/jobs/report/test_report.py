@@ -27,7 +27,7 @@ from erann_dist.log.events import Evaluated, Finished, Incident
 from erann_dist.log.run_log import read_log
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.train.evaluation import Predictions, read_predictions, write_scores
-from jobs.cli import __main__
+from jobs.cli.__main__ import main
 from jobs.html import page
 from jobs.report.classes import class_table, confusion_matrix
 from jobs.report.clips import Clip, Label, Sound, best_and_worst, clip_losses, gallery
@@ -487,7 +487,7 @@ def erann(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["erann", "report", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            __main__.main()
+            main()
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return int(stop.value.code or 0), out, err.strip()

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from erann_dist.log.events import Ended, Evaluated, Finished, Incident, IncidentKind
 from erann_dist.storage.folder import LocalFolder
-from jobs.cli import __main__
+from jobs.cli.__main__ import main
 from jobs.runs.summary import list_runs, show_run
 from tests.support.run_logs import started, step, write_log
 
@@ -122,7 +122,7 @@ def erann(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         monkeypatch.setattr(sys, "argv", ["erann", "runs", *map(str, arguments)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
-            __main__.main()
+            main()
         out, err = capfd.readouterr()
         assert "Traceback" not in err
         return int(stop.value.code or 0), out, err.strip()

@@ -16,7 +16,7 @@ from erann_dist.data.manifest import load_manifest
 from erann_dist.errors import UserError
 from erann_dist.log.events import Event
 from erann_dist.storage.folder import LocalFolder
-from jobs.cli import __main__
+from jobs.cli.__main__ import main
 from jobs.terminal.show import study_page
 from jobs.training import paper, study
 from tests.conftest import copy_tree
@@ -241,7 +241,7 @@ def test_what_is_refused(
     }
     monkeypatch.setattr(sys, "argv", ["erann", "study", *(each.format(**names) for each in arguments)])
     with pytest.raises(SystemExit) as end:
-        __main__.main()
+        main()
     assert end.value.code == 2
     assert line in capsys.readouterr().err.replace("\n", " ")
     assert not (tmp_path / "runs").exists()
