@@ -5,9 +5,10 @@ where the command runs; Ray hands them on every 10 s.
 """
 
 from dataclasses import asdict
+from typing import Any
 
 from erann_dist.clock import steady_time
-from erann_dist.log.events import Emit, Evaluated, Event, Incident, Started, Step
+from erann_dist.log.events import Evaluated, Event, Incident, Started, Step
 from erann_dist.log.run_log import CommandGoodput
 
 _STEP = {
@@ -27,38 +28,41 @@ _OTHERS = {
 }
 
 
-def with_gauges(emit: Emit, run: str) -> Emit:
-    """The same reader of events, that keeps the gauges of a run too. For a process that is connected to Ray."""
-    from ray.util.metrics import Gauge
+class GaugeSink:
+    """Keeps the gauges of a run, in a process that is connected to Ray."""
 
-    described = {name: Gauge(f"erann_{name}", text, tag_keys=("run",)) for name, text in (_STEP | _OTHERS).items()}
-    goodput = CommandGoodput()
-    incidents = 0
+    def __init__(self, run: str) -> None:
+        self._run = run
+        self._gauges = {name: _gauge(name, text) for name, text in (_STEP | _OTHERS).items()}
+        self._goodput = CommandGoodput()
+        self._incidents = 0
 
-    def gauge(name: str, value: float) -> None:
-        if name not in described:
-            described[name] = Gauge(f"erann_{name}", "Of the last evaluation.", tag_keys=("run",))
-        described[name].set(value, {"run": run})
-
-    def read(event: Event) -> None:
-        nonlocal incidents
-        emit(event)
-        goodput.add(event)
+    def event(self, event: Event) -> None:
+        self._goodput.add(event)
         if isinstance(event, Started):
-            gauge("step", event.step)
-            gauge("steps", event.steps)
-            gauge("workers", event.workers)
-            gauge("incidents", incidents)
+            self._set("step", event.step)
+            self._set("steps", event.steps)
+            self._set("workers", event.workers)
+            self._set("incidents", self._incidents)
         elif isinstance(event, Step):
             values = asdict(event)
             for name in _STEP:
-                gauge(name, values[name])
-            gauge("goodput", goodput.at(steady_time()))
+                self._set(name, values[name])
+            self._set("goodput", self._goodput.at(steady_time()))
         elif isinstance(event, Evaluated) and event.averaged is None:
             for name, value in event.metrics.items():
-                gauge(f"eval_{name}", value)
+                self._set(f"eval_{name}", value)
         elif isinstance(event, Incident):
-            incidents += 1
-            gauge("incidents", incidents)
+            self._incidents += 1
+            self._set("incidents", self._incidents)
 
-    return read
+    def _set(self, name: str, value: float) -> None:
+        if name not in self._gauges:
+            self._gauges[name] = _gauge(name, "Of the last evaluation.")
+        self._gauges[name].set(value, {"run": self._run})
+
+
+def _gauge(name: str, text: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    return Gauge(f"erann_{name}", text, tag_keys=("run",))

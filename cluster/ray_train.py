@@ -40,12 +40,12 @@ from torch._C._distributed_c10d import FileStore
 
 from cluster.capacity import Bundle, bundle_of, capacity_for, wait_for_capacity
 from cluster.event_bus import EventPump, Place, open_event_bus
-from cluster.gauges import with_gauges
+from cluster.gauges import GaugeSink
 from cluster.launch_spec import LaunchSpec
 from cluster.stop_request import first_of, no_stop_request, signals_as_stop_request
 from erann_dist.clock import set_time, steady_time
 from erann_dist.errors import Stopped, Unavailable, UserError
-from erann_dist.log.events import Emit, Event, Incident, Interruption, Phase, StopRequest
+from erann_dist.log.events import Emit, Event, Incident, Interruption, Phase, StopRequest, both
 from erann_dist.train.distributed import Workers
 from erann_dist.words import count
 
@@ -87,7 +87,7 @@ def run_on_ray(spec: LaunchSpec, on_event: Emit) -> None:
         open_event_bus() as bus,
     ):
         if spec.run:
-            on_event = with_gauges(on_event, spec.run)
+            on_event = both(on_event, GaugeSink(spec.run).event)
         resources = ray.cluster_resources()
         bundle = bundle_of(spec.device, least)
         if embedded and any(resources.get(kind, 0) < least for kind in bundle):

@@ -48,7 +48,7 @@ def demo(folder: Path) -> dict[str, Any]:
         workers = f"{recipe.run.max_workers} DeepSpeed workers on an embedded Ray cluster"
         _title(f"3 of 5  pretrain {recipe.model.variant}: {workers}")
         with RunView() as view:
-            result = pretrain(recipe, "auto", None, view)
+            result = pretrain(recipe, "auto", None, view.event)
     _title("4 of 5  evaluated on the held-out list; its model folder is written")
     _title("5 of 5  tag a clip of the held-out list")
     held_out = read_audioset(synthetic.eval_segments, synthetic.audio, synthetic.classes)

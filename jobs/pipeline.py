@@ -110,7 +110,7 @@ def run_pipeline(plan: Plan, address: str | None) -> dict[str, Any]:
     with signals_as_stop_request(), _cluster(plan, address):
         console.print(f"1 of 2  pretrain {plan.pretrain.model.variant}, and evaluate it", style="bold")
         with RunView() as view:
-            pretrained = pretrain(plan.pretrain, "auto", address, view)
+            pretrained = pretrain(plan.pretrain, "auto", address, view.event)
         console.print(f"2 of 2  fine-tune on {len(plan.validations)} data sets", style="bold")
         with FleetView() as fleet:
             finetuned = finetune(plan.validations, address, fleet)

@@ -402,7 +402,7 @@ def read_run(world: World) -> list[Callable[[], object]]:
         for name in ("metrics.jsonl", ".step"):
             copied.write(name, run.read(name))
         with closing(RunLog(copied, 2)) as log:
-            log.log(step(3))
+            log.event(step(3))
         shutil.rmtree(copied.url)
 
     return [

@@ -146,3 +146,11 @@ Event = (
 )
 Emit = Callable[[Event], None]
 StopRequest = Callable[[], Interruption | None]  # why the workers are to stop, once that is known
+
+
+def both(first: Emit, second: Emit) -> Emit:
+    def emit(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return emit

@@ -1,4 +1,4 @@
-"""A run's log: metrics.jsonl, the same for TensorBoard, and what they say of the time that counted.
+"""A run's log: metrics.jsonl, the other sinks of its events, and how much of the time counted.
 
 One JSON object a line, {"event": a class of events.py, "time": unix time, ...its fields}. A start of the run that goes
 on from a checkpoint takes the lines of later steps out, for it writes them anew. What happened stays: starts,
@@ -35,10 +35,10 @@ from erann_dist.log.events import (
     Started,
     Step,
 )
-from erann_dist.log.sinks.tensorboard import TensorBoardLog
+from erann_dist.log.sinks import SINKS
 from erann_dist.storage.folder import Folder, LocalFolder
 
-LOG, TENSORBOARD = "metrics.jsonl", "tensorboard"
+LOG = "metrics.jsonl"
 _REACHED = ".step"  # a file beside it on a disk: the last step that was done, in decimal digits
 UPLOAD_S = 30.0  # between uploads to S3
 
@@ -73,7 +73,7 @@ class Lost:
 
 
 class RunLog:
-    """The log of a run that goes on from a step: metrics.jsonl and TensorBoard's files. Close it at the end.
+    """The log of a run that resumes after a step: metrics.jsonl, and the other sinks. Close it at the end.
 
     In a folder on a disk it is complete at every moment; lines for which the disk has no room follow when it has some.
     To S3 it is uploaded in the background; an upload that fails is tried again at the next one. A start of the run that
@@ -104,16 +104,17 @@ class RunLog:
             self._copy = _Copy(directory, folder, self.lines)
         self._file = (directory / LOG).open("ab", buffering=0)
         self._unwritten = b""
-        self._tensorboard = TensorBoardLog(directory / TENSORBOARD, from_step + 1)
+        self._sinks = [open_sink(directory, from_step) for open_sink in SINKS.values()]
 
-    def log(self, event: Event) -> None:
+    def event(self, event: Event) -> None:
         if isinstance(event, EvaluationProgress | Phase):
             return
         line = as_line(event, steady_time())
         self._unwritten += f"{strict_json.dumps(line)}\n".encode()
         self._write()
         self.lines.append(_accounted(line))
-        self._log_scalars(event)
+        for sink in self._sinks:
+            sink.event(event)
         if isinstance(event, Started | CheckpointSaved):
             self.flush()
 
@@ -128,24 +129,11 @@ class RunLog:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
-    def _log_scalars(self, event: Event) -> None:
-        if isinstance(event, Step):
-            for name, value in asdict(event).items():
-                if name not in ("step", "steps", "seconds") and value is not None:
-                    self._tensorboard.add_scalar(f"train/{name}", value, event.step)
-        elif isinstance(event, Evaluated):
-            for name, value in event.metrics.items():
-                self._tensorboard.add_scalar(f"eval{'_averaged' * bool(event.averaged)}/{name}", value, event.step)
-        elif isinstance(event, Incident):
-            self._tensorboard.add_text("incidents", f"{event.kind}: {event.text}", event.step)
-        else:
-            return
-        self._tensorboard.flush()
-
     @property
     def problem(self) -> str | None:
-        """Why the last upload failed, if it did, or why TensorBoard's file could not be written at some time."""
-        return (self._copy.problem if self._copy else None) or self._tensorboard.problem
+        """Why the last upload failed, if it did, or what another sink misses."""
+        problems = [self._copy.problem if self._copy else None, *(sink.problem for sink in self._sinks)]
+        return next((problem for problem in problems if problem), None)
 
     def flush(self) -> None:
         """Upload now; it does not wait for that."""
@@ -158,7 +146,8 @@ class RunLog:
         self._file.close()
         if self._step:
             self._step.close()
-        self._tensorboard.close()
+        for sink in self._sinks:
+            sink.close()
         if self._copy:
             self._copy.close()
             self._scratch.cleanup()

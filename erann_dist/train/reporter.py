@@ -21,7 +21,7 @@ class Reporter:
         """log: on rank 0."""
         self.log = log
         self._run = run
-        self._sinks: list[Emit] = [log.log, emit] if log else []
+        self._sinks: list[Emit] = [log.event, emit] if log else []
         self._problems: dict[str, IncidentKind] = {}  # of caches, storage and the log: a line each
         self._reported: set[str] = set()
         self._is_storage_reported = any(line.get("kind") == "storage" for line in log.found) if log else False

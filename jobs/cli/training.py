@@ -46,7 +46,7 @@ def pretrain(
     loaded = load_recipe(find_recipe(recipe), settings, note)
     try:
         with RunView() as view:
-            result = run(loaded, resume, address, view)
+            result = run(loaded, resume, address, view.event)
     except (KeyboardInterrupt, Stopped):
         console.print(f"run the same command again to resume from the last checkpoint in {loaded.run_url}")
         raise
@@ -199,7 +199,7 @@ def evaluate(
             raise UsageError(f"{model}: --out is needed, a folder on this machine")
         out = Path(find_model(model).url, "evaluations", f"{Path(shards).name}{part}")
     with RunView() as view:
-        result = run(model, source, out, launcher or ("none" if workers == 1 else "ray"), workers, device, view)
+        result = run(model, source, out, launcher or ("none" if workers == 1 else "ray"), workers, device, view.event)
     if is_first_process():
         show(result, as_json, evaluation_page)
 
@@ -235,7 +235,7 @@ def tag(
     workers = workers or 1
     launcher = launcher or ("none" if workers == 1 else "ray")
     with RunView() as view:
-        result = jobs.tag_set(model, sets[0], out, launcher, workers, device or "auto", view)
+        result = jobs.tag_set(model, sets[0], out, launcher, workers, device or "auto", view.event)
     if is_first_process():
         show(result, as_json, tagged_page)
 

@@ -91,7 +91,7 @@ def bar(title: str, total: int) -> Iterator[Bar]:
 class RunView:
     """Shows a run's events: what happened in lines, and below them, on a terminal, how things stand.
 
-    Use as a context, and call it with each event.
+    Use as a context, and give it each event.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class RunView:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def __call__(self, event: Event) -> None:
+    def event(self, event: Event) -> None:
         self._status.update(event)
         step = f"step {event.step}: " if self._steps or event.step else ""  # no training, no steps
         if isinstance(event, Phase):

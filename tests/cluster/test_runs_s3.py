@@ -52,15 +52,15 @@ def steps(folder: Folder) -> list[int]:
 
 def test_the_log_is_uploaded_when_asked_for_and_at_the_end(server: Server, folder: Folder) -> None:
     log = RunLog(folder, 0)
-    log.log(started())
+    log.event(started())
     wait_until(lambda: read_log(folder))
-    log.log(step(1))
-    log.log(CheckpointSaved(1, "there", 0.1, 0.0))
+    log.event(step(1))
+    log.event(CheckpointSaved(1, "there", 0.1, 0.0))
     wait_until(lambda: len(read_log(folder)) == 3)
-    log.log(step(2))
+    log.event(step(2))
     log.flush()
     wait_until(lambda: steps(folder) == [1, 2])
-    log.log(step(3))
+    log.event(step(3))
     assert steps(folder) == [1, 2]
     log.close()
     assert log.problem is None
@@ -74,7 +74,7 @@ def test_the_log_is_uploaded_when_asked_for_and_at_the_end(server: Server, folde
 def test_the_log_is_uploaded_now_and_then(server: Server, folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("erann_dist.log.run_log.UPLOAD_S", 0.1)
     log = RunLog(folder, 0)
-    log.log(step(1))
+    log.event(step(1))
     wait_until(lambda: steps(folder) == [1])
     log.close()
 
@@ -82,12 +82,12 @@ def test_the_log_is_uploaded_now_and_then(server: Server, folder: Folder, monkey
 def test_the_next_start_goes_on_from_what_was_uploaded(server: Server, folder: Folder) -> None:
     log = RunLog(folder, 0)
     for done in (1, 2, 3):
-        log.log(step(done))
+        log.event(step(done))
     log.close()
     log = RunLog(folder, 2)
     assert [line["step"] for line in log.found] == [1, 2, 3]
     assert steps(folder) == [1, 2]  # at once
-    log.log(step(3, loss=0.5))
+    log.event(step(3, loss=0.5))
     log.close()
     assert [line["loss"] for line in read_log(folder) if line["event"] == "Step"] == [1.0, 1.0, 0.5]
 
@@ -95,10 +95,10 @@ def test_the_next_start_goes_on_from_what_was_uploaded(server: Server, folder: F
 def test_an_outage_does_not_end_the_run_and_loses_nothing(server: Server, folder: Folder) -> None:
     log = RunLog(folder, 0)
     server.faults = always(INTERNAL_ERROR)
-    log.log(started())
+    log.event(started())
     wait_until(lambda: log.problem)
     assert "metrics.jsonl" in str(log.problem)
-    log.log(step(1))
+    log.event(step(1))
     server.faults = lambda request: None
     log.flush()
     wait_until(lambda: log.problem is None)
@@ -110,38 +110,38 @@ def test_an_outage_does_not_end_the_run_and_loses_nothing(server: Server, folder
 def test_an_outage_at_the_end_is_told(server: Server, folder: Folder) -> None:
     log = RunLog(folder, 0)
     server.faults = always(DROP)
-    log.log(step(1))
+    log.event(step(1))
     log.close()
     assert "metrics.jsonl could not be" in str(log.problem)
 
 
 def test_an_upload_whose_answer_was_lost_is_not_taken_for_anothers(server: Server, folder: Folder) -> None:
     log = RunLog(folder, 0)
-    log.log(started())
+    log.event(started())
     wait_until(lambda: read_log(folder))
-    log.log(step(1))
+    log.event(step(1))
     server.faults = always(LOSE, "PutObject")
     log.flush()
     wait_until(lambda: log.problem and "metrics.jsonl could not be written" in log.problem)
     assert steps(folder) == [1]
     server.faults = lambda request: None
-    log.log(step(2))
+    log.event(step(2))
     log.close()
     assert steps(folder) == [1, 2]
 
 
 def test_a_start_that_was_replaced_no_longer_uploads_the_log(server: Server, folder: Folder) -> None:
     old = RunLog(folder, 0)
-    old.log(started(launched=1.0))
+    old.event(started(launched=1.0))
     wait_until(lambda: read_log(folder))
-    old.log(step(1))
+    old.event(step(1))
     new = RunLog(folder, 0)
-    new.log(started(launched=2.0))
+    new.event(started(launched=2.0))
     wait_until(lambda: len(read_log(folder)) == 2)
-    old.log(step(2, loss=9.0))
+    old.event(step(2, loss=9.0))
     old.close()
     assert [line["launched"] for line in read_log(folder)] == [1.0, 2.0]
-    new.log(step(1, loss=5.0))
+    new.event(step(1, loss=5.0))
     new.close()
     lines = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
     assert [line.get("launched", line.get("loss")) for line in lines] == [1.0, 2.0, 5.0]
@@ -150,13 +150,13 @@ def test_a_start_that_was_replaced_no_longer_uploads_the_log(server: Server, fol
 def test_a_start_wins_over_one_that_uploads_once_more(server: Server, folder: Folder) -> None:
     """The old one uploads after the new one read the log, and before it says that it started."""
     old = RunLog(folder, 0)
-    old.log(started(launched=1.0))
+    old.event(started(launched=1.0))
     wait_until(lambda: read_log(folder))
     new = RunLog(folder, 0)
-    old.log(step(1, loss=9.0))
+    old.event(step(1, loss=9.0))
     old.close()
     assert steps(folder) == [1]
-    new.log(started(launched=2.0))
+    new.event(started(launched=2.0))
     new.close()
     assert [line["launched"] for line in read_log(folder)] == [1.0, 2.0]
 
@@ -164,7 +164,7 @@ def test_a_start_wins_over_one_that_uploads_once_more(server: Server, folder: Fo
 def test_a_single_fault_is_no_problem(server: Server, folder: Folder) -> None:
     log = RunLog(folder, 0)
     server.faults = once(DROP, "PutObject")
-    log.log(step(1))
+    log.event(step(1))
     log.close()
     assert log.problem is None
     assert steps(folder) == [1]

@@ -8,42 +8,61 @@ import os
 import socket
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 
 from erann_dist.errors import in_one_line
+from erann_dist.log.events import Evaluated, Event, Incident, Step
 
+FOLDER = "tensorboard"
 _NUMBERS = count()  # of this process's files, which may be made in the same second
 
 
-class TensorBoardLog:
-    """The events of one start of a run. Close it at the end."""
+class TensorBoardSink:
+    """The events of one start of a run: scalars train/… and eval/…, and incidents as text."""
 
     def __init__(self, folder: Path, from_step: int) -> None:
-        """What files that are there have of from_step and later does not count any more."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        """What files that are there have of steps after from_step does not count any more."""
+        from tensorboard.compat.proto import event_pb2
 
-        self._event = Event
+        self._record = event_pb2.Event
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
-        self._path = folder / name
+        self._path = folder / FOLDER / name
         self._file: io.FileIO | None = None
         self._unwritten = b""
         self.problem: str | None = None
-        self._add(Event(step=from_step, file_version="brain.Event:2"))
-        self._add(Event(step=from_step, session_log=SessionLog(status=SessionLog.START)))
-        self.flush()
+        self._add(event_pb2.Event(step=from_step + 1, file_version="brain.Event:2"))
+        self._add(
+            event_pb2.Event(step=from_step + 1, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+        )
+        self._flush()
 
-    def add_scalar(self, name: str, value: float, step: int) -> None:
+    def event(self, event: Event) -> None:
+        if isinstance(event, Step):
+            for name, value in asdict(event).items():
+                if name not in ("step", "steps", "seconds") and value is not None:
+                    self._add_scalar(f"train/{name}", value, event.step)
+        elif isinstance(event, Evaluated):
+            for name, value in event.metrics.items():
+                self._add_scalar(f"eval{'_averaged' * bool(event.averaged)}/{name}", value, event.step)
+        elif isinstance(event, Incident):
+            self._add_text("incidents", f"{event.kind}: {event.text}", event.step)
+        else:
+            return
+        self._flush()
+
+    def _add_scalar(self, name: str, value: float, step: int) -> None:
         from torch.utils.tensorboard.summary import scalar
 
-        self._add(self._event(step=step, summary=scalar(name, value)))
+        self._add(self._record(step=step, summary=scalar(name, value)))
 
-    def add_text(self, name: str, text: str, step: int) -> None:
+    def _add_text(self, name: str, text: str, step: int) -> None:
         from torch.utils.tensorboard.summary import text as summary_of
 
-        self._add(self._event(step=step, summary=summary_of(name, text)))
+        self._add(self._record(step=step, summary=summary_of(name, text)))
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Write what is unwritten, as far as the disk takes it; `problem` is why it did not take all."""
         try:
             if self._file is None:
@@ -58,7 +77,7 @@ class TensorBoardLog:
             )
 
     def close(self) -> None:
-        self.flush()
+        self._flush()
         if self._file:
             with suppress(OSError):
                 self._file.close()

@@ -48,10 +48,10 @@ def test_every_event_is_a_line_at_once(tmp_path: Path) -> None:
     with opened(tmp_path, 0) as log:
         assert log.found == []
         for event in (started(), step(1), Incident(1, "bad_clip", "a.tar: clip x", keys=["x"]), Evaluated(1, 4, {})):
-            log.log(event)
+            log.event(event)
             line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
             assert line == as_line(event, line["time"])
-        log.log(EvaluationProgress(1, 1, 4))
+        log.event(EvaluationProgress(1, 1, 4))
     assert kinds(read_log(LocalFolder(str(tmp_path)))) == [
         ("Started", 0),
         ("Step", 1),
@@ -62,13 +62,13 @@ def test_every_event_is_a_line_at_once(tmp_path: Path) -> None:
 
 def test_what_is_computed_again_is_taken_out_and_what_happened_stays(tmp_path: Path) -> None:
     with opened(tmp_path, 0) as log:
-        log.log(started(launched=5.0))
+        log.event(started(launched=5.0))
         for done in (1, 2, 3, 4):
-            log.log(step(done))
-            log.log(Evaluated(done, 4, {"mAP": done / 10}))
-            log.log(CheckpointSaved(done, "there", 0.1, 0.0))
-        log.log(Incident(4, "cache", "full"))
-        log.log(step(5))
+            log.event(step(done))
+            log.event(Evaluated(done, 4, {"mAP": done / 10}))
+            log.event(CheckpointSaved(done, "there", 0.1, 0.0))
+        log.event(Incident(4, "cache", "full"))
+        log.event(step(5))
     last = read_log(LocalFolder(str(tmp_path)))[-1]
     for _ in range(2):  # the second start finds nothing more to take out
         with opened(tmp_path, 2) as log:
@@ -91,7 +91,7 @@ def test_a_line_that_a_kill_cut_short_is_taken_out(tmp_path: Path) -> None:
         (tmp_path / "metrics.jsonl").write_bytes(whole.encode() + b"\n" + cut)
         assert read_log(LocalFolder(str(tmp_path))) == [json.loads(whole)]
         with opened(tmp_path, 1) as log:
-            log.log(step(2, loss=float("nan")))
+            log.event(step(2, loss=float("nan")))
         first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
         assert first == json.loads(whole)
         assert (second["step"], second["loss"]) == (2, None)
@@ -115,11 +115,11 @@ def test_lines_that_are_no_events_are_not_read(tmp_path: Path) -> None:
 
 def test_a_process_that_was_replaced_no_longer_writes_into_the_log(tmp_path: Path) -> None:
     with opened(tmp_path, 0) as old:
-        old.log(step(1))
+        old.event(step(1))
         with opened(tmp_path, 1) as new:
-            old.log(step(2, loss=9.0))
-            new.log(step(2, loss=5.0))
-            old.log(step(3, loss=9.0))
+            old.event(step(2, loss=9.0))
+            new.event(step(2, loss=5.0))
+            old.event(step(3, loss=9.0))
     assert [line["loss"] for line in read_log(LocalFolder(str(tmp_path)))] == [1.0, 5.0]
 
 
@@ -128,13 +128,13 @@ def test_tensorboard_has_the_scalars_and_forgets_what_is_computed_again(tmp_path
 
     with opened(tmp_path, 0) as log:
         for done in (1, 2, 3):
-            log.log(step(done, loss=float(done)))
+            log.event(step(done, loss=float(done)))
     (first,) = (tmp_path / "tensorboard").iterdir()
     first.rename(first.with_name("events.out.tfevents.1"))  # the names tell the order by the second
     with opened(tmp_path, 1) as log:
-        log.log(step(2, loss=20.0))
-        log.log(Evaluated(2, 4, {"mAP": 0.5}))
-        log.log(Evaluated(2, 4, {"mAP": 0.6}, averaged=3))
+        log.event(step(2, loss=20.0))
+        log.event(Evaluated(2, 4, {"mAP": 0.5}))
+        log.event(Evaluated(2, 4, {"mAP": 0.6}, averaged=3))
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(each.step, each.value) for each in found.Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
     assert [round(each.value, 3) for each in found.Scalars("eval/mAP")] == [0.5]
@@ -157,10 +157,10 @@ def test_tensorboards_file_follows_when_the_disk_has_room_again(
 
     with opened(tmp_path, 0) as log:
         (path,) = (tmp_path / "tensorboard").iterdir()
-        log._tensorboard._file = Limited(path, "ab")
+        log._sinks[0]._file = Limited(path, "ab")
         for done in (1, 2, 3, 4):
             full = done in (2, 3)
-            log.log(step(done, loss=float(done)))
+            log.event(step(done, loss=float(done)))
             assert bool(log.problem) == (done >= 2)
         assert str(path) in log.problem
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -306,5 +306,5 @@ def test_every_kind_of_event_is_read_back(tmp_path: Path, event: type) -> None:
         }
     )
     with opened(tmp_path, 0) as log:
-        log.log(made)
+        log.event(made)
     assert [line["event"] for line in read_log(LocalFolder(str(tmp_path)))] == [event.__name__]

@@ -44,7 +44,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> io
 def test_what_happens_is_a_line_of_its_own(shown: io.StringIO) -> None:
     with progress.RunView() as view:
         for event in HISTORY:
-            view(event)
+            view.event(event)
     for line in (
         "training on 40 clips, evaluating on 20, 2 workers on cpu, 2 hosts",
         f"step 3: {TEXTS[0]}",
@@ -67,7 +67,7 @@ def lines(text: str) -> list[str]:
 def test_a_terminal_shows_how_the_run_stands(shown: io.StringIO) -> None:
     with progress.RunView() as view:
         for event in HISTORY[:-2]:
-            view(event)
+            view.event(event)
     *_, step_, loss, speed, evaluation, checkpoint, goodput, _ = lines(shown.getvalue())
     assert re.search(r"step +[━╸╺]+ +8 of 10$", step_)
     assert re.fullmatch(r"loss +0\.2500  learning rate 1\.00e-03  gradient norm 1  \(0:\d\d:\d\d ago\)", loss)
@@ -81,7 +81,7 @@ def test_a_terminal_shows_how_the_run_stands(shown: io.StringIO) -> None:
 def test_a_terminal_shows_an_evaluation_while_it_goes_on(shown: io.StringIO) -> None:
     with progress.RunView() as view:
         for event in HISTORY[:4]:
-            view(event)
+            view.event(event)
     assert any(re.search(r"scoring +[━╸╺]+ +7 of 20 clips$", line) for line in lines(shown.getvalue()))
 
 
@@ -89,15 +89,15 @@ def test_a_terminal_shows_an_evaluation_while_it_goes_on(shown: io.StringIO) -> 
 def test_a_restart_is_not_shown_as_further_than_it_is(shown: io.StringIO) -> None:
     with progress.RunView() as view:
         for event in (started(), step(8), started(4)):
-            view(event)
+            view.event(event)
     assert re.search(r"step +[━╸╺]+ +4 of 10$", lines(shown.getvalue())[-3])
 
 
 @pytest.mark.parametrize("shown", [False, True], indirect=True)
 def test_an_evaluation_alone_has_a_bar(shown: io.StringIO) -> None:
     with progress.RunView() as view:
-        view(EvaluationProgress(0, 20, 20))
-        view(Evaluated(0, 20, {"accuracy": 0.5}))
+        view.event(EvaluationProgress(0, 20, 20))
+        view.event(Evaluated(0, 20, {"accuracy": 0.5}))
     assert "score" in shown.getvalue()
     assert "20/20" in shown.getvalue()
     assert "accuracy 0.5000  on 20 clips" in lines(shown.getvalue())
@@ -106,9 +106,9 @@ def test_an_evaluation_alone_has_a_bar(shown: io.StringIO) -> None:
 @pytest.mark.parametrize("shown", [False], indirect=True)
 def test_a_file_gets_a_line_now_and_then(shown: io.StringIO) -> None:
     with progress.RunView() as view:
-        view(started())
+        view.event(started())
         for done in range(1, 11):
-            view(step(done, loss=0.5))
+            view.event(step(done, loss=0.5))
     trained = [line for line in shown.getvalue().splitlines() if line.startswith("train  ")]
     assert "train  1/10  loss 0.5000" in trained[0]
     assert (
