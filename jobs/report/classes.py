@@ -23,7 +23,7 @@ def class_table(per_class: Sequence[dict[str, Any]], column: str, confusion: lis
     rows = []
     for rank, c in enumerate(order, 1):
         of_class = per_class[c]
-        cells = [Markup('<td class="rank">{}</td>').format(rank), page.text(of_class["name"])]
+        cells = [page.element("rank", rank), page.text(of_class["name"])]
         cells.append(page.bar_cell(of_class[column] or 0.0))
         cells += [page.number(score(of_class[name])) for name in columns]
         cells.append(page.number(f"{of_class[counts]:,}"))
@@ -48,29 +48,24 @@ def confusion_matrix(names: Sequence[str], confusion: list[list[int]]) -> Markup
     """Rows are the true classes, columns those that the clips were taken for."""
     if len(names) > _MATRIX:
         return page.soft(f"{len(names)} classes are too many for a matrix; the table says what each is taken for.")
-    head = Markup().join(Markup('<th scope="col"><span>{}</span></th>').format(name) for name in names)
-    rows = Markup("\n").join(
-        Markup('<tr><th scope="row">{}</th>{}</tr>').format(
-            names[true], Markup().join(_cell(names, true, c, count, sum(counts)) for c, count in enumerate(counts))
-        )
+    lines = [
+        (names[true], [_cell(names, true, c, count, sum(counts)) for c, count in enumerate(counts)])
         for true, counts in enumerate(confusion)
-    )
-    matrix = Markup(
-        '<div class="scroll matrix {}"><table>\n<thead><tr><td></td>{}</tr></thead>\n<tbody>\n{}</tbody></table></div>'
-    ).format("wide" if len(names) >= _WIDE else "", head, rows)
+    ]
+    matrix = page.element("matrix", names, lines, "wide" if len(names) >= _WIDE else "")
     return matrix + page.soft(
         "A row for each true class, a column for each that its clips were taken for; the deeper the colour, the larger "
         "the share of the row's clips. What is right stands on the diagonal."
     )
 
 
-def _cell(names: Sequence[str], true: int, taken: int, count: int, clips: int) -> Markup:
+def _cell(names: Sequence[str], true: int, taken: int, count: int, clips: int) -> dict[str, Any] | None:
     if not count:
-        return Markup("<td></td>")
+        return None
     opacity = 0.15 + 0.85 * count / clips
     css = " ".join(filter(None, ("hit" if true == taken else "miss", "deep" if opacity > _DEEP else "")))
-    said = f"{names[true]} taken for {names[taken]}: {count:,} of {clips:,}"
-    return Markup('<td class="{}" style="--a:{:.2f}" title="{}">{}</td>').format(css, opacity, said, count)
+    title = f"{names[true]} taken for {names[taken]}: {count:,} of {clips:,}"
+    return {"css": css, "opacity": opacity, "title": title, "count": count}
 
 
 def score(value: float | None) -> str:

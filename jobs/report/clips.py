@@ -34,12 +34,11 @@ _HEARD_S, _MP3_LEVEL = 60, 0.6  # of a clip's sound: 10 s take some 100 kB
 _HERTZ = {500: "500", 2000: "2k", 8000: "8k"}
 
 
-def _hertz_ticks() -> Markup:
-    """Frequencies at their height in a picture."""
+def _hertz_ticks() -> list[tuple[float, str]]:
+    """Heights in a picture, and the frequencies there."""
     corners = mel(torch.tensor([ERANN_MEL.f_min, ERANN_MEL.f_max, *map(float, _HERTZ)]))
     heights = ((corners[2:] - corners[0]) / (corners[1] - corners[0])).tolist()
-    ticks = zip(heights, _HERTZ.values(), strict=True)
-    return Markup().join(Markup('<i style="bottom:{:.1%}">{}</i>').format(height, text) for height, text in ticks)
+    return list(zip(heights, _HERTZ.values(), strict=True))
 
 
 _HERTZ_TICKS = _hertz_ticks()
@@ -100,7 +99,10 @@ def clips_section(runs: Sequence[Run]) -> Markup:
     return page.section(
         "The worst and the best clips",
         page.soft(" ".join([f"By the {loss}; ✓ marks the true labels.", *notes])),
-        Markup("<h3>worst</h3>\n{}\n<h3>best</h3>\n{}").format(*galleries),
+        page.element("subheading", "worst"),
+        next(galleries),
+        page.element("subheading", "best"),
+        next(galleries),
     )
 
 
@@ -125,7 +127,7 @@ def _sounds_of(run: Run, rows: Sequence[int]) -> tuple[list[Sound], str]:
 
 def gallery(clips: Iterable[tuple[Clip, Sound | None, str]]) -> Markup:
     """Clips, each with its picture and a player if its sound is there, and with what is said of it."""
-    return Markup('<div class="clips">\n{}\n</div>').format(Markup("\n").join(_clip(*each) for each in clips))
+    return page.element("gallery", [_clip(*each) for each in clips])
 
 
 def _data_url(kind: str, data: bytes) -> str:
@@ -133,27 +135,16 @@ def _data_url(kind: str, data: bytes) -> str:
 
 
 def _clip(clip: Clip, sound: Sound | None, said: str) -> Markup:
-    picture = Markup()
-    if sound:
-        seconds = f"{sound.seconds:.3g} s"
-        picture = Markup(
-            '<div class="spectrogram"><img src="{}" alt="log-mel spectrogram of {}">{}<i class="time">0 s</i>'
-            '<i class="time end">{}</i></div><audio controls preload="none" src="{}"></audio>'
-        ).format(
-            _data_url("image/png", sound.picture), clip.key, _HERTZ_TICKS, seconds, _data_url("audio/mpeg", sound.mp3)
-        )
-    labels = Markup().join(
-        Markup('<li class="{}"><span>{}{}</span>{}<em>{}</em></li>').format(
-            "true" if label.is_true else "",
-            "✓ " if label.is_true else "",
-            label.name,
-            page.bar(label.score),
-            percent(label.score),
-        )
+    heard = sound and {
+        "picture": _data_url("image/png", sound.picture),
+        "mp3": _data_url("audio/mpeg", sound.mp3),
+        "seconds": f"{sound.seconds:.3g} s",
+    }
+    labels = [
+        {"name": label.name, "score": label.score, "share": percent(label.score), "is_true": label.is_true}
         for label in clip.labels
-    )
-    caption = Markup('<figcaption><code>{}</code> <span class="soft">{}</span></figcaption>').format(clip.key, said)
-    return Markup("<figure>{}{}<ul>{}</ul></figure>").format(picture, caption, labels)
+    ]
+    return page.element("clip", clip.key, said, heard, _HERTZ_TICKS, labels)
 
 
 def clip_losses(predictions: Predictions, task: Task) -> npt.NDArray[np.float64]:

@@ -76,7 +76,7 @@ def _charts(
     """metric: the name of the evaluations' chart, if there is one. last: the last step."""
     titles = {"loss": "loss", **({_METRIC: metric} if metric else {}), "lr": "learning rate"}
     titles["clips_per_s"] = "clips/s decoded"
-    charts = Markup()
+    drawings = []
     for key, title in titles.items():
         figure, axes = page.drawing(*_SIZE)
         # The same place in each drawing, whatever its labels: the charts of a page stand below each other.
@@ -89,11 +89,8 @@ def _charts(
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         axes.set_xlabel("step", color=SOFT, loc="right")
         drawing = page.svg(figure, f"{name}-{key}", f"{title} over the steps")
-        charts += Markup("<figure><figcaption>{}</figcaption>{}</figure>").format(title, drawing)
-    marks = Markup().join(
-        Markup('<span><i style="background:{}"></i>{}</span>').format(colour, title) for colour, title in legend
-    )
-    return Markup('<div class="charts">{}</div><p class="legend">{}</p>').format(charts, marks)
+        drawings.append((title, drawing))
+    return page.element("charts", drawings, list(legend))
 
 
 def _last_step(lines: Sequence[Line]) -> int:

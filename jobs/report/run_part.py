@@ -23,7 +23,7 @@ def run_part(run: Run, name: str) -> Markup:
     """All that is known of a run. name: of no other part of the page."""
     return Markup("\n").join(
         [
-            Markup('<h1>{}</h1>\n<p class="soft">{}</p>').format(run.name, _what(run)),
+            page.element("heading", run.name, _what(run)),
             notes(run.notes),
             page.figures(_figures(run)),
             page.section("Curves", _curves(run, name)),
@@ -40,24 +40,19 @@ def brief_run_part(run: Run, name: str) -> Markup:
     """A run among others of its kind, to be unfolded."""
     metric = main_metric(run)
     title = f"{METRICS[metric]} {score(run.metrics[metric])}" if run.metrics and metric else run.standing["state"]
-    return Markup("<details>\n<summary><b>{}</b> <span>{}</span></summary>\n{}\n</details>").format(
-        run.name,
-        title,
-        Markup("\n").join(
-            [
-                notes(run.notes),
-                page.figures(_figures(run)),
-                _curves(run, name),
-                Markup("<h3>Data</h3>"),
-                _data(run),
-                Markup("<h3>Time and machine</h3>"),
-                _machine(run),
-                _incidents(run),
-                Markup("<h3>Recipe</h3>"),
-                recipe(run),
-            ]
-        ),
-    )
+    parts = [
+        notes(run.notes),
+        page.figures(_figures(run)),
+        _curves(run, name),
+        page.element("subheading", "Data"),
+        _data(run),
+        page.element("subheading", "Time and machine"),
+        _machine(run),
+        _incidents(run),
+        page.element("subheading", "Recipe"),
+        recipe(run),
+    ]
+    return page.element("details", run.name, title, parts)
 
 
 def main_metric(run: Run) -> str | None:
@@ -66,11 +61,11 @@ def main_metric(run: Run) -> str | None:
 
 
 def notes(lines: Sequence[str]) -> Markup:
-    return Markup("\n").join(Markup('<p class="note">{}</p>').format(line) for line in lines)
+    return Markup("\n").join(page.element("note", line) for line in lines)
 
 
 def recipe(run: Run) -> Markup:
-    return Markup("<pre>{}</pre>").format(run.recipe_text) if run.recipe_text else page.soft("Not there.")
+    return page.element("preformatted", run.recipe_text) if run.recipe_text else page.soft("Not there.")
 
 
 def _what(run: Run) -> str:
@@ -137,7 +132,7 @@ def _data(run: Run) -> Markup:
     facts: list[tuple[str, str | Markup]] = []
     if metrics := run.metrics:
         share = f"{metrics['clips']:,} of {metrics['listed']:,} listed clips ({percent(metrics['coverage'])})"
-        facts += [("coverage", share), ("hash of the list", Markup("<code>{}</code>").format(metrics["list_hash"]))]
+        facts += [("coverage", share), ("hash of the list", page.element("code", metrics["list_hash"]))]
     if run.recipe:
         facts.insert(0, ("evaluated on", "; ".join(map(_source, run.recipe.data.eval))))
         facts.append(("trained on", "; ".join(map(_source, run.recipe.data.train))))

@@ -24,7 +24,7 @@ def study_part(study: Study, name: str) -> Markup:
     head, *others = sections
     return Markup("\n").join(
         [
-            Markup('<h1>{}</h1>\n<p class="soft">{}</p>').format(study.name, _what(study)),
+            page.element("heading", study.name, _what(study)),
             notes([*_failures(study.result), *study.result.get("notes", []), *study.notes]),
             head,
             *curves,
@@ -113,7 +113,7 @@ def _best_steps(result: dict[str, Any]) -> list[Markup]:
     ]
     foot = [[page.text("mean"), page.number(score(result["best_mean"])), page.number("")]]
     return [
-        Markup("<h3>Not the result: the best step, selected on the test fold</h3>"),
+        page.element("subheading", "Not the result: the best step, selected on the test fold"),
         page.soft(
             "The step was selected by the accuracy on the very clips that it is reported on, so these figures are too "
             "high. They tell what others report who do so, and whether training went on for too long."
@@ -130,7 +130,7 @@ def _data(runs: Sequence[Run]) -> list[Markup]:
             page.number(f"{run.metrics['clips']:,}"),
             page.number(f"{run.metrics['listed']:,}"),
             page.number(percent(run.metrics["coverage"])),
-            Markup("<td><code>{}…</code></td>").format(run.metrics["list_hash"][:16]),
+            page.text(page.element("code", f"{run.metrics['list_hash'][:16]}…")),
         ]
         for run in runs
         if run.metrics

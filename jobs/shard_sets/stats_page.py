@@ -64,19 +64,16 @@ def _head(result: dict[str, Any]) -> Markup:
         ("content", result["content_hash"]),
         ("source", result["source_hash"]),
     ]
-    rows = [(name, Markup("{}").format(value)) for name, value in facts]
-    rows += [(f"hash of the {name}", Markup("<code>{}</code>").format(value)) for name, value in hashes]
+    rows: list[tuple[str, str | Markup]] = list(facts)
+    rows += [(f"hash of the {name}", page.element("code", value)) for name, value in hashes]
     origin = "indexed from existing tars" if result["indexed"] else "packed"
-    return Markup('<h1>{}</h1>\n<p class="soft">a shard set for {}, {}</p>\n{}\n{}').format(
-        result["name"],
-        result["task"],
-        origin,
-        page.figures(figures),
-        page.section(
-            "The set",
-            page.facts(rows),
-            page.soft("Two evaluations were on the same clips if they show the same hash of the packed clips."),
-        ),
+    hint = page.soft("Two evaluations were on the same clips if they show the same hash of the packed clips.")
+    return Markup("\n").join(
+        [
+            page.element("heading", result["name"], f"a shard set for {result['task']}, {origin}"),
+            page.figures(figures),
+            page.section("The set", page.facts(rows), hint),
+        ]
     )
 
 
@@ -92,7 +89,7 @@ def _coverage(result: dict[str, Any]) -> Markup:
     else:
         parts = [
             page.paragraph(f"{coverage['packed']:,} of {coverage['listed']:,} listed clips are in the set."),
-            page.bar(*_bar(coverage["packed"], coverage["listed"], coverage["listed"])),
+            page.element("bar", *_bar(coverage["packed"], coverage["listed"], coverage["listed"])),
         ]
         notes = []
         if coverage["duplicates"]:
@@ -103,7 +100,7 @@ def _coverage(result: dict[str, Any]) -> Markup:
             parts.append(page.soft(" ".join(notes)))
     for column in ("split", "fold"):
         if groups := coverage[column + "s"]:
-            parts.append(Markup("<h3>by {}</h3>\n{}").format(column, _coverage_table(column, groups)))
+            parts += [page.element("subheading", f"by {column}"), _coverage_table(column, groups)]
     return page.section("Coverage", *parts)
 
 
@@ -117,7 +114,7 @@ def _coverage_table(column: str, groups: list[dict[str, Any]]) -> Markup:
                 page.bar_cell(*_bar(group["packed"], group["listed"], most)),
                 page.number(f"{group['packed']:,}"),
                 *_listed_cells(group),
-                Markup("<td><code>{}…</code></td>").format(group["list_hash"][:16]),
+                page.text(page.element("code", f"{group['list_hash'][:16]}…")),
             ]
             for group in groups
         ],
@@ -127,23 +124,21 @@ def _coverage_table(column: str, groups: list[dict[str, Any]]) -> Markup:
 def _classes(result: dict[str, Any]) -> Markup:
     ranked = sorted(result["per_class"], key=lambda c: (-c["packed"], c["name"]))
     most = max(c["listed"] or c["packed"] for c in ranked) or 1
-    notes = [Markup("The commonest class first.")]
+    notes: list[str | Markup] = ["The commonest class first."]
     if len(ranked) > _LONG:
-        notes.append(
-            Markup('<span class="screen">All {:,} are in the table, which scrolls.</span>').format(len(ranked))
-        )
+        notes.append(page.element("on_screen", f"All {len(ranked):,} are in the table, which scrolls."))
     if result["task"] == "tagging":
-        notes.append(Markup("A clip with several labels counts in each of its classes."))
+        notes.append("A clip with several labels counts in each of its classes.")
     if not result["indexed"]:
-        notes.append(Markup("The pale part of a bar is listed and not in the set."))
+        notes.append("The pale part of a bar is listed and not in the set.")
     parts = [page.paragraph(Markup(" ").join(notes))]
     if absent := result["without_clips"]:
-        without = Markup('<span class="warn">{:,} without clips:</span> {}.')
         names = "; ".join(absent)  # many of AudioSet's have commas
-        parts.append(page.paragraph(without.format(len(absent), names)))
+        without = page.element("warning", f"{len(absent):,} without clips:")
+        parts.append(page.paragraph(Markup(" ").join([without, f"{names}."])))
     rows = [
         [
-            Markup('<td class="rank">{}</td>').format(rank),
+            page.element("rank", rank),
             page.text(c["name"]),
             page.bar_cell(*_bar(c["packed"], c["listed"], most)),
             page.number(f"{c['packed']:,}"),
@@ -188,10 +183,9 @@ def _formats(result: dict[str, Any]) -> Markup:
         "Formats and peaks",
         page.paragraph("What the clips were before they were packed: codec, rate, channels."),
         page.table(["format", "", "clips:n", "share:n"], rows),
-        Markup(
-            "<p><b>{:,}</b> clips ({}) were overloaded: their peak lies above full scale and was clipped. <b>{:,}</b> "
-            "({}) are near silence: their peak lies below −80 dB of full scale.</p>"
-        ).format(loud, percent(loud / result["clips"]), quiet, percent(quiet / result["clips"])),
+        page.element(
+            "peaks", f"{loud:,}", percent(loud / result["clips"]), f"{quiet:,}", percent(quiet / result["clips"])
+        ),
     )
 
 
@@ -201,7 +195,7 @@ def _reasons(result: dict[str, Any]) -> Markup:
     rows = []
     for r in result["reasons"]:
         example = ": ".join(filter(None, (r["example"]["source"], r["example"]["detail"])))
-        cell = Markup('<td><code>{}</code><br><span class="soft">{}</span></td>').format(r["example"]["key"], example)
+        cell = page.element("example", r["example"]["key"], example)
         rows.append([page.text(r["reason"]), page.number(f"{r['count']:,}"), page.number(percent(r["share"])), cell])
     return page.section(
         "What did not get in", page.table(["reason", "rows:n", "share of all rows:n", "the first of them"], rows)
@@ -217,12 +211,7 @@ def _balanced(result: dict[str, Any]) -> Markup:
         *((f"{times(visits[key])} ×", f"{name} clip") for key, name in _VISITS.items()),
     ]
     origin = f" ({EXAMPLES_ORIGIN})" if balanced["examples"] == EXAMPLES else ""
-    text = Markup(
-        "<p>Balanced sampling visits the {:,} classes with clips equally often, so that the clips of a rare class are "
-        "heard again and again. The plot and the column <i>repeats</i> of the classes show how often a class's own "
-        "list is gone through. A clip with several labels is drawn through each of its classes; how often a clip is "
-        "drawn in all is what the figures of the least, the median and the most drawn say.</p>"
-    ).format(balanced["classes"])
+    text = page.element("balanced", f"{balanced['classes']:,}")
     more = page.soft(
         f"Over all clips of the set, one clip for each example{origin}. Mixup with a fresh partner draws two: then "
         "every figure doubles."
@@ -247,11 +236,7 @@ def _recordings(result: dict[str, Any]) -> Markup:
     )
     return page.section(
         f"Folds and {kind}s",
-        Markup(
-            '<p><span class="warn">{:,} of {:,} {}s stand in more than one fold.</span> Who evaluates by folds tests '
-            "on parts of what was trained on. The official folds are like that; the clips that did not get in are "
-            "counted too.</p>"
-        ).format(len(shared), count, kind),
+        page.element("shared_folds", f"{len(shared):,}", f"{count:,}", kind),
         table,
     )
 
