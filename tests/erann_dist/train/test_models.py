@@ -1,19 +1,19 @@
-"""What a model may be like, shown with one that is added as a user would add it: without BatchNorm, with dropout."""
+"""What a model may be like, shown with that of docs/extending.md: without BatchNorm, with dropout."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from erann_dist.data.sources import load_source
 from erann_dist.errors import Stopped, UserError
 from erann_dist.log.events import Emit, Interruption, Step
+from erann_dist.models import spec
 from erann_dist.models.base import AudioModel
-from erann_dist.models.log_mel import MelConfig
-from erann_dist.models.spec import MODELS, ModelSpec
 from erann_dist.recipe import Recipe
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.train.distributed import single_worker
@@ -22,31 +22,13 @@ from erann_dist.train.model_folder import initialise, load_model
 from erann_dist.train.trainer import train
 from tests.conftest import small_recipe
 from tests.support.workers import CPU, train_alone
-
-MEL = MelConfig(512, 441, 32, 100.0, 8000.0, "htk", 50)
-
-
-class Pooled(AudioModel):
-    """The mean over time, a layer with dropout, and one to the labels."""
-
-    def __init__(self, name: str, num_classes: int) -> None:
-        super().__init__(name, num_classes, MEL)
-        self.hidden = nn.Linear(MEL.mel_bins, 16)
-        self.dropout = nn.Dropout(0.5)
-        self.last = nn.Linear(16, num_classes)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = x / 50 if mask is None else (x / 50).masked_fill(mask, 0.0)
-        logits: Tensor = self.last(self.dropout(torch.relu(self.hidden(x.mean(dim=(1, 3))))))
-        return logits
+from tests.test_extending import follow
 
 
 @pytest.fixture(autouse=True)
-def pooled(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = ModelSpec(
-        "POOLED", str.upper, lambda name, classes, _: Pooled(name, classes), ("hidden", "last"), "A POOLED"
-    )
-    monkeypatch.setitem(MODELS, "POOLED", spec)
+def pooled(monkeypatch: pytest.MonkeyPatch) -> type[AudioModel]:
+    model: type[AudioModel] = follow("A model", spec, monkeypatch)["Pooled"]
+    return model
 
 
 def recipe_of(shards: Path, run: Path) -> Recipe:
@@ -85,15 +67,15 @@ def test_dropout_is_the_same_after_a_stop(tone_shards: Path, tmp_path: Path) -> 
     assert all(torch.equal(whole[name], stopped[name]) for name in whole)
 
 
-def test_weights_fit_only_the_same_model(tone_shards: Path, tmp_path: Path) -> None:
+def test_weights_fit_only_the_same_model(tone_shards: Path, tmp_path: Path, pooled: Callable[[str, int], Any]) -> None:
     train_alone(recipe_of(tone_shards, tmp_path / "run"))
     folder = str(tmp_path / "run")
-    kept = Pooled("POOLED", 3)
+    kept = pooled("POOLED", 3)
     initialise(kept, folder, ["last"])
     trained = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert torch.equal(kept.hidden.weight, trained["hidden.weight"])
     assert not torch.equal(kept.last.weight, trained["last.weight"])
     with pytest.raises(UserError, match=r"has 3 labels, the clips have 7; add last to model.fresh$"):
-        initialise(Pooled("POOLED", 7), folder, ["hidden"])
+        initialise(pooled("POOLED", 7), folder, ["hidden"])
     with pytest.raises(UserError, match=r"POOLED has no layer fc2; its last ones are hidden and last$"):
         initialise(kept, folder, ["fc2"])
