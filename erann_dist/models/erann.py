@@ -53,6 +53,8 @@ class Variant:
 class ARB(nn.Module):
     """Audio residual block ARB(x, y, c) of Table 2: (B, c_in, F, T) -> (B, c_out, F / x, T / y)."""
 
+    memory_format = torch.channels_last
+
     def __init__(self, c_in: int, c_out: int, stride: tuple[int, int]) -> None:
         super().__init__()
         (k1_f, k2_f, p_f), (k1_t, k2_t, p_t) = (_KERNELS[s] for s in stride)
@@ -68,7 +70,7 @@ class ARB(nn.Module):
         h = self.conv1(F.leaky_relu(self.bn1(x), NEGATIVE_SLOPE))
         # Faster than NCHW on CPU and on tensor cores. Converting here, not the weights, suits DeepSpeed, which
         # flattens contiguous weights; from the first block on it is a no-op.
-        h = h.contiguous(memory_format=torch.channels_last)
+        h = h.contiguous(memory_format=self.memory_format)
         h = self.conv2(F.leaky_relu(self.bn2(h), NEGATIVE_SLOPE))
         if self.shortcut is None:
             return h + x

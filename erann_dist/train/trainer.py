@@ -25,13 +25,14 @@ from erann_dist.data.sources import load_sources
 from erann_dist.errors import Stopped, UsageError, UserError
 from erann_dist.log.events import Emit, Incident
 from erann_dist.log.run_log import RunLog
+from erann_dist.models.base import AudioModel
 from erann_dist.models.log_mel import LogMel
 from erann_dist.models.spec import build_model
 from erann_dist.recipe import Recipe
 from erann_dist.storage.folder import open_folder
 from erann_dist.train import memory, resume
 from erann_dist.train.async_checkpoint import AsyncCheckpoints
-from erann_dist.train.augment import draw_augment_params, make_inputs
+from erann_dist.train.augment import Inputs, draw_augment_params, make_inputs
 from erann_dist.train.batchnorm import RunningStatistics
 from erann_dist.train.checkpoint import Facts
 from erann_dist.train.distributed import Workers
@@ -57,9 +58,6 @@ class BatchSource(Protocol):
     def close(self) -> None: ...
 
 
-MakeLoader = Callable[..., BatchSource]
-
-
 def example_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
     """Each example's loss (M,): binary cross-entropy averaged over the classes, or cross-entropy. targets: (M, N)."""
     if task == "tagging":
@@ -67,59 +65,16 @@ def example_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def train(
-    recipe: Recipe, workers: Workers, emit: Emit, incident: str | None = None, make_loader: MakeLoader = Loader
-) -> None:
-    """Train, evaluate and write the model folder; resume from the run's last checkpoint if it has one.
-
-    incident: what the command found wrong with the run's checkpoints or results, one line for the log.
-    make_loader: gets what Loader gets.
-    All workers call it. Rank 0's events go to `emit` and to the run's log.
-    Raises UserError, and Stopped after a request to stop (`Workers.stop_request`), when the checkpoint is written.
-    """
-    if workers.world_size > (most := recipe.optim.global_batch // recipe.optim.micro_batch):
-        raise UsageError(f"{workers.world_size} workers for {most} micro-batches a step; start at most {most}")
-    if recipe.optim.precision == "fp16" and workers.device.type == "cpu":
-        raise UsageError("optim.precision fp16 needs a GPU; bf16 and fp32 run on CPUs")
-    if recipe.optim.compile:
-        require_compiler(workers.device)
-    with (
-        watching(recipe.run_url, workers.rank, recipe.run.hang_timeout) as watchdog,
-        shared_clips(recipe.data.train) as clips,
-        ExitStack() as resources,
-    ):
-        eval_clips = load_sources(recipe.data.eval)
-        require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
-        run = Run(recipe, workers, clips, eval_clips, open_folder(recipe.run_url), watchdog)
-        try:
-            trainer = Trainer(run, emit, resources, make_loader)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU's memory is too small for the weights of {recipe.model.variant} and their optimizer's state; "
-                "use a smaller model.variant"
-            ) from error
-        if incident and workers.failure is None:  # once, in the first of this command's starts
-            trainer.damaged.insert(0, incident)
-        try:
-            trainer.train()
-            return
-        except torch.OutOfMemoryError:
-            trainer.model.zero_grad()
-        # After the exception, which holds on to what was computed.
-        raise memory.too_small(trainer.model, recipe.optim, recipe.data.crop_samples)
-
-
 class Trainer:
     """One start of a run's workers, on one of them."""
 
-    def __init__(self, run: Run, emit: Emit, resources: ExitStack, make_loader: MakeLoader = Loader) -> None:
+    def __init__(self, run: Run, emit: Emit, resources: ExitStack) -> None:
         """resources: closed when the training ends, however it does."""
         recipe, workers = run.recipe, run.workers
         self.run, self.optim, self.workers = run, recipe.optim, workers
         torch.set_num_threads(recipe.run.threads)
         torch.manual_seed(recipe.run.seed)  # of the initial weights
-        self.model = build_model(recipe.model.variant, run.clips.num_classes, recipe.model.initialisation)
-        self.model.to(workers.device)
+        self.model = self.make_model().to(workers.device)
         self.front_end = LogMel(self.model.front_end).to(workers.device)
         self.has_dropout = any(isinstance(layer, torch.nn.Dropout) for layer in self.model.modules())
         writer, self.resumed_from, self.damaged = resume.claim(run, resources)
@@ -142,7 +97,7 @@ class Trainer:
             resources.enter_context(closing(self.cache))
         self.read = ReadStats()
         self.plan = SamplePlan(recipe, run.clips)
-        self.batches = self._load_batches(make_loader, resources)
+        self.batches = self._load_batches(resources)
         self.results, self.metrics = StepResults(workers.device), StepMetrics(self.read.counts)
 
         log = resources.enter_context(closing(RunLog(run.folder, self.first_step))) if workers.is_rank_zero else None
@@ -150,6 +105,30 @@ class Trainer:
         self.reporter.ignore(progress.bad_clips)
         self.checkpoints = AsyncCheckpoints(run, writer, self.reporter.emit)
         self.finisher = Finisher(run, self.model, self.checkpoints, self.reporter, self.read.slow)
+
+    # A measurement that leaves out a part of the work overrides these.
+
+    def make_model(self) -> AudioModel:
+        """A model with new weights, from torch's generator."""
+        section = self.run.recipe.model
+        return build_model(section.variant, self.run.clips.num_classes, section.initialisation)
+
+    def make_loader(self, crops: Iterator[MicroBatchCrops]) -> BatchSource:
+        """What reads this worker's micro-batches."""
+        return Loader(
+            self.run.clips,
+            crops,
+            threads=self.run.recipe.data.loader_threads,
+            cache=self.cache,
+            bad_clips=self.bad_clips,
+            substitute=self.plan.substitute,
+            stats=self.read,
+            pin_memory=self.workers.device.type == "cuda",
+        )
+
+    def make_inputs(self, batch: DeviceBatch) -> Inputs:
+        """The front end and the augmentation."""
+        return make_inputs(batch.pcm, batch.targets, batch.params, self.front_end, self.run.recipe.augment)
 
     def train(self) -> None:
         """From the first step to the end of the run, or until a stop is requested."""
@@ -202,7 +181,7 @@ class Trainer:
         waiting = time.perf_counter()
         batch = next(self.batches)
         self.metrics.data_wait_s += time.perf_counter() - waiting
-        inputs = make_inputs(batch.pcm, batch.targets, batch.params, self.front_end, self.run.recipe.augment)
+        inputs = self.make_inputs(batch)
         if self.has_dropout:
             torch.manual_seed(keyed_seed(self.run.recipe.run.seed, DROPOUT, batch.first_example))
         logits = self.engine.forward(inputs.log_mel, inputs.mask)
@@ -212,21 +191,12 @@ class Trainer:
         self.statistics.add(batch.weight)
         return loss.detach()
 
-    def _load_batches(self, make_loader: MakeLoader, resources: ExitStack) -> Iterator[DeviceBatch]:
+    def _load_batches(self, resources: ExitStack) -> Iterator[DeviceBatch]:
         """This worker's micro-batches to the end of the run."""
         recipe, workers, clips = self.run.recipe, self.workers, self.run.clips
         bins, frames = self.model.front_end.mel_bins, self.model.front_end.frames(recipe.data.crop_samples)
         steps = range(self.first_step, self.run.steps)
-        loader = make_loader(
-            clips,
-            self.plan.crops(steps, workers.rank, workers.world_size),
-            threads=recipe.data.loader_threads,
-            cache=self.cache,
-            bad_clips=self.bad_clips,
-            substitute=self.plan.substitute,
-            stats=self.read,
-            pin_memory=workers.device.type == "cuda",
-        )
+        loader = self.make_loader(self.plan.crops(steps, workers.rank, workers.world_size))
         resources.enter_context(closing(loader))
         batches = (
             DeviceBatch(
@@ -296,3 +266,48 @@ class Trainer:
         self.checkpoints.finish()
         reasons = [reason for reason in self.workers.all_gather(self.workers.stop_request()) if reason]
         raise Stopped(f"{reasons[0].text}: stopped at step {step} of {self.run.steps}, whose checkpoint is saved")
+
+
+MakeTrainer = Callable[[Run, Emit, ExitStack], Trainer]
+
+
+def train(
+    recipe: Recipe, workers: Workers, emit: Emit, incident: str | None = None, make_trainer: MakeTrainer = Trainer
+) -> None:
+    """Train, evaluate and write the model folder; resume from the run's last checkpoint if it has one.
+
+    incident: what the command found wrong with the run's checkpoints or results, one line for the log.
+    make_trainer: gets what Trainer gets.
+    All workers call it. Rank 0's events go to `emit` and to the run's log.
+    Raises UserError, and Stopped after a request to stop (`Workers.stop_request`), when the checkpoint is written.
+    """
+    if workers.world_size > (most := recipe.optim.global_batch // recipe.optim.micro_batch):
+        raise UsageError(f"{workers.world_size} workers for {most} micro-batches a step; start at most {most}")
+    if recipe.optim.precision == "fp16" and workers.device.type == "cpu":
+        raise UsageError("optim.precision fp16 needs a GPU; bf16 and fp32 run on CPUs")
+    if recipe.optim.compile:
+        require_compiler(workers.device)
+    with (
+        watching(recipe.run_url, workers.rank, recipe.run.hang_timeout) as watchdog,
+        shared_clips(recipe.data.train) as clips,
+        ExitStack() as resources,
+    ):
+        eval_clips = load_sources(recipe.data.eval)
+        require_same_labels(clips.info, eval_clips.info, recipe.data.train[0].url, recipe.data.eval[0].url)
+        run = Run(recipe, workers, clips, eval_clips, open_folder(recipe.run_url), watchdog)
+        try:
+            trainer = make_trainer(run, emit, resources)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU's memory is too small for the weights of {recipe.model.variant} and their optimizer's state; "
+                "use a smaller model.variant"
+            ) from error
+        if incident and workers.failure is None:  # once, in the first of this command's starts
+            trainer.damaged.insert(0, incident)
+        try:
+            trainer.train()
+            return
+        except torch.OutOfMemoryError:
+            trainer.model.zero_grad()
+        # After the exception, which holds on to what was computed.
+        raise memory.too_small(trainer.model, recipe.optim, recipe.data.crop_samples)

@@ -89,7 +89,7 @@ class SamplePlan:
     def __init__(self, recipe: Recipe, clips: Manifest) -> None:
         self._recipe = recipe
         self._clips = clips
-        self._sampler = make_sampler(recipe, clips)
+        self.sampler = make_sampler(recipe, clips)
 
     def _positions(self, examples: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return clip_positions(examples, self._recipe.augment.mixup, self._recipe.augment.partner)
@@ -104,7 +104,7 @@ class SamplePlan:
         assigned = chain.from_iterable(assign_micro_batches(step, optim, rank, world_size) for step in steps)
         while block := list(islice(assigned, _DRAW_AHEAD)):
             needed = [self._positions(micro_batch.examples) for micro_batch in block]
-            drawn = np.split(self._sampler.draw(np.concatenate(needed)), np.cumsum([len(each) for each in needed])[:-1])
+            drawn = np.split(self.sampler.draw(np.concatenate(needed)), np.cumsum([len(each) for each in needed])[:-1])
             for micro_batch, positions, rows in zip(block, needed, drawn, strict=True):
                 crops = self._crop(rows, positions)
                 yield MicroBatchCrops(crops.rows, crops.starts, crops.counts, crops.length, positions, micro_batch)
@@ -113,12 +113,12 @@ class SamplePlan:
         """Another draw for a position whose clip is bad: the same on whatever worker it falls."""
         seed, positions = self._recipe.run.seed, np.array([position])
         others = keyed_integer(0, SUBSTITUTE_POSITIONS, seed, SUBSTITUTE, attempt, positions)
-        return self._crop(self._sampler.draw(others), positions)
+        return self._crop(self.sampler.draw(others), positions)
 
     def keys(self, step: int) -> list[str]:
         """The keys of a step's clips, as they were drawn."""
         batch = self._recipe.optim.global_batch
-        rows = self._sampler.draw(self._positions(np.arange(step * batch, (step + 1) * batch)))
+        rows = self.sampler.draw(self._positions(np.arange(step * batch, (step + 1) * batch)))
         keys: list[str] = self._clips.keys.take(np.unique(rows)).to_pylist()
         return keys
 

@@ -20,14 +20,13 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -39,29 +38,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.environment import WORKER_ENVIRONMENT, is_first_process
 from cluster.launch import launch
-from erann_dist.data.clip_reader import ClipReader
 from erann_dist.data.loader import Batch, Loader
-from erann_dist.data.manifest import Manifest
-from erann_dist.data.sampling import BalancedSampler, SequentialSampler, UniformSampler
 from erann_dist.data.sources import load_sources, load_train_and_eval
 from erann_dist.environment import end_with_parent
 from erann_dist.errors import UserError
 from erann_dist.log.events import Emit, Event, Step
-from erann_dist.log.run_log import RunLog
 from erann_dist.models.base import AudioModel
-from erann_dist.models.erann import ERANN, Variant
+from erann_dist.models.erann import ARB, ERANN, Variant
 from erann_dist.models.log_mel import ERANN_MEL, LogMel
 from erann_dist.models.spec import build_model
-from erann_dist.recipe import Recipe
-from erann_dist.train import augment, trainer
-from erann_dist.train.augment import clip_positions, draw_augment_params, make_inputs
-from erann_dist.train.batchnorm import RunningStatistics
+from erann_dist.recipe import AugmentSection, Recipe
+from erann_dist.train.augment import Inputs, clip_positions, draw_augment_params, make_inputs, spec_augment_mask
 from erann_dist.train.distributed import Workers, pick_device, process_group
 from erann_dist.train.engine import autocast
 from erann_dist.train.prefetch import DeviceBatch
-from erann_dist.train.step_results import StepResults
-from erann_dist.train.trainer import example_losses, train
-from erann_dist.train.watchdog import Watchdog
+from erann_dist.train.run import Run
+from erann_dist.train.trainer import BatchSource, Trainer, example_losses, train
 from erann_dist.train.work_plan import MicroBatchCrops, micro_batches_per_rank
 from jobs.bench.flops import peak_flops, training_flops
 from jobs.terminal.progress import console
@@ -80,17 +72,6 @@ _JOB_STEPS = 40
 _NULL_STEPS = 20  # for each of a real turn
 _NULL_MICRO_BATCH = 32
 _POOL = 4  # synthetic batches
-_PARTS: list[tuple[str, type, str]] = [  # of the loop: what it takes in them is measured
-    ("sampler", BalancedSampler, "draw"),
-    ("sampler", UniformSampler, "draw"),
-    ("sampler", SequentialSampler, "draw"),
-    ("statistics", RunningStatistics, "add"),
-    ("statistics", RunningStatistics, "update"),
-    ("outcomes", StepResults, "add"),
-    ("outcomes", StepResults, "drain"),
-    ("watchdog", Watchdog, "alive"),
-    ("events", RunLog, "log"),
-]
 
 
 @dataclass(frozen=True)
@@ -102,6 +83,7 @@ class Turn:
     warm_up: int  # steps
     steps: int
     null: bool = False  # with the null model
+    channels_last: bool = True  # the memory format of an ERANN's convolutions
     timed: bool = False  # measure what parts of the loop take, which costs some time
 
 
@@ -343,7 +325,7 @@ def run_job(path: Path) -> None:
 
 
 def _job_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
-    _train(config["turn"], workers, emit)
+    _train(config["turn"], workers, emit, {})
 
 
 def measure(turn: Turn, workers: Workers) -> Measured:
@@ -360,8 +342,7 @@ def measure(turn: Turn, workers: Workers) -> Measured:
 
 
 def _measure_bare(turn: Turn, workers: Workers) -> Measured:
-    with _null_network() if turn.null else nullcontext():
-        return _measured(turn, _bare(turn, workers))
+    return _measured(turn, _bare(turn, workers))
 
 
 def _measure_ours(turn: Turn, workers: Workers) -> Measured:
@@ -373,8 +354,7 @@ def _measure_ours(turn: Turn, workers: Workers) -> Measured:
         if windows and windows[-1].step == turn.warm_up:
             parts.clear()
 
-    with _timers(parts) if turn.timed else nullcontext():
-        _train(turn, workers, emit)
+    _train(turn, workers, emit, parts)
     return dataclasses.replace(_measured(turn, windows), parts_s={k: s / turn.steps for k, s in parts.items()})
 
 
@@ -398,7 +378,10 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
     torch.manual_seed(recipe.run.seed)
     torch.backends.cudnn.allow_tf32 = optim.precision == "tf32"
     clips = load_sources(recipe.data.train)
-    model = build_model(recipe.model.variant, clips.num_classes, recipe.model.initialisation).to(device)
+    model: AudioModel = NullModel("null", clips.num_classes)
+    if not turn.null:
+        model = build_model(recipe.model.variant, clips.num_classes, recipe.model.initialisation)
+    model.to(device)
     network: Any = model
     if workers.world_size > 1:
         network = DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -407,7 +390,7 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
     adam = torch.optim.Adam(model.parameters(), optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, optim.lr, 10**6, cycle_momentum=False)
     scaler = GradScaler(device.type, enabled=optim.precision == "fp16")
-    log_mel = LogMel(model.front_end).to(device)
+    log_mel = (NullLogMel if turn.null else LogMel)(model.front_end).to(device)
     per_rank = micro_batches_per_rank(optim, workers.world_size)
     examples = np.arange(optim.micro_batch)
     count = len(clip_positions(examples, mixing.mixup, mixing.partner))
@@ -422,7 +405,10 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
             pcm = pool[(step * per_rank + number) % len(pool)]
             params = draw_augment_params(examples + step * optim.global_batch, bins, frames, recipe.run.seed, mixing)
             batch = DeviceBatch(pcm, targets, params, 1.0, 0).map(lambda tensor: tensor.to(device, non_blocking=True))
-            inputs = make_inputs(batch.pcm, batch.targets, batch.params, log_mel, mixing)
+            if turn.null:
+                inputs = null_inputs(batch, log_mel, mixing)
+            else:
+                inputs = make_inputs(batch.pcm, batch.targets, batch.params, log_mel, mixing)
             with nullcontext() if workers.world_size == 1 or number == per_rank - 1 else network.no_sync():
                 with autocast(device, optim.precision):
                     logits = network(inputs.log_mel, inputs.mask)
@@ -449,31 +435,72 @@ class _EnoughError(Exception):
     """The turn's steps are done."""
 
 
-def _train(turn: Turn, workers: Workers, emit: Emit) -> None:
-    """Our loop, cut off by its loader behind the turn's steps: what follows a run's last step is not measured."""
-    # One step more than is counted: a loop may ask for batches ahead.
-    batches = (turn.warm_up + turn.steps + 1) * micro_batches_per_rank(turn.recipe.optim, workers.world_size)
-    load = Loader if turn.way in ("loader", "job") else _SyntheticLoader
-    with _null_network() if turn.null else nullcontext(), suppress(_EnoughError):
-        train(turn.recipe, workers, emit, make_loader=partial(_LimitedLoader, load, batches))
+def _train(turn: Turn, workers: Workers, emit: Emit, parts: dict[str, float]) -> None:
+    """Our loop, cut off by its loader after the turn's steps: what follows a run's last step is not measured."""
+    with suppress(_EnoughError):
+        train(turn.recipe, workers, emit, make_trainer=partial(_BenchTrainer, turn, parts))
 
 
-@contextmanager
-def _null_network() -> Iterator[None]:
-    """Next to no computation in the loop."""
-    with ExitStack() as patches:
-        patches.enter_context(patch.object(trainer, "build_model", NullModel))
-        patches.enter_context(patch.object(LogMel, "forward", _no_log_mel))
-        patches.enter_context(patch.object(ClipReader, "crop", lambda *_: None))
-        patches.enter_context(patch.dict(augment.MIXES, dict.fromkeys(augment.MIXES, lambda one, other, _: one)))
-        yield
+class _BenchTrainer(Trainer):
+    """The loop of a turn. parts: gets the seconds in parts of it, if the turn is timed."""
+
+    def __init__(self, turn: Turn, parts: dict[str, float], run: Run, emit: Emit, resources: ExitStack) -> None:
+        self._turn = turn
+        super().__init__(run, emit, resources)
+        if turn.null:
+            self.front_end = NullLogMel(self.model.front_end)
+        if turn.timed:
+            for part, owner, name in (
+                ("sampler", self.plan.sampler, "draw"),
+                ("statistics", self.statistics, "add"),
+                ("statistics", self.statistics, "update"),
+                ("outcomes", self.results, "add"),
+                ("outcomes", self.results, "drain"),
+                ("watchdog", run.watchdog, "alive"),
+                ("events", self.reporter, "emit"),
+            ):
+                setattr(owner, name, _timed(part, getattr(owner, name), parts))
+
+    def make_model(self) -> AudioModel:
+        if self._turn.null:
+            return NullModel("null", self.run.clips.num_classes)
+        model = super().make_model()
+        if not self._turn.channels_last:
+            for layer in model.modules():
+                if isinstance(layer, ARB):
+                    layer.memory_format = torch.contiguous_format
+        return model
+
+    def make_inputs(self, batch: DeviceBatch) -> Inputs:
+        augment = self.run.recipe.augment
+        return null_inputs(batch, self.front_end, augment) if self._turn.null else super().make_inputs(batch)
+
+    def make_loader(self, crops: Iterator[MicroBatchCrops]) -> BatchSource:
+        turn, pin_memory = self._turn, self.workers.device.type == "cuda"
+        # One step more than is counted: a loop may ask for batches ahead.
+        batches = (turn.warm_up + turn.steps + 1) * self.micro_batches
+        if turn.way not in ("loader", "job"):
+            return _LimitedLoader(_SyntheticLoader(crops, pin_memory), batches)
+        if turn.null:
+            null = _NullLoader(
+                self.run.clips, crops, threads=self.run.recipe.data.loader_threads, pin_memory=pin_memory
+            )
+            return _LimitedLoader(null, batches)
+        return _LimitedLoader(super().make_loader(crops), batches)
+
+
+class _NullLoader(Loader[MicroBatchCrops]):
+    """Reads and decodes nothing."""
+
+    def _decode_into(self, *_: object) -> None:
+        pass
 
 
 class _LimitedLoader:
     """So many batches of a loader's; then the turn is over."""
 
-    def __init__(self, load: Callable[..., Any], batches: int, *arguments: Any, **settings: Any) -> None:
-        self._loader = load(*arguments, **settings)
+    def __init__(self, loader: BatchSource, batches: int) -> None:
+        self._loader, self._batches = loader, iter(loader)
         self._left = batches
 
     def __iter__(self) -> "_LimitedLoader":
@@ -483,7 +510,7 @@ class _LimitedLoader:
         if not self._left:
             raise _EnoughError
         self._left -= 1
-        return next(self._loader)
+        return next(self._batches)
 
     def close(self) -> None:
         self._loader.close()
@@ -492,8 +519,8 @@ class _LimitedLoader:
 class _SyntheticLoader:
     """In place of Loader: the crops are drawn as ever, their samples lie in memory."""
 
-    def __init__(self, manifest: Manifest, batches: Iterable[MicroBatchCrops], *, pin_memory: bool, **_: Any) -> None:
-        self._crops = enumerate(batches)
+    def __init__(self, crops: Iterator[MicroBatchCrops], pin_memory: bool) -> None:
+        self._crops = enumerate(crops)
         self._pin_memory = pin_memory
 
     def __iter__(self) -> "_SyntheticLoader":
@@ -516,7 +543,7 @@ def _pool(count: int, length: int, pin_memory: bool) -> list[Tensor]:
 class NullModel(AudioModel):
     """Next to no computation in as many tensors as an ERANN has, with BatchNorms of ERANN-1-6's sizes."""
 
-    def __init__(self, name: str, num_classes: int, initialisation: str = "he") -> None:
+    def __init__(self, name: str, num_classes: int) -> None:
         super().__init__(name, num_classes, ERANN_MEL)
         with torch.device("meta"):
             real = ERANN(Variant(1, 6), num_classes)
@@ -532,27 +559,29 @@ class NullModel(AudioModel):
         return (x + everything)[:, None].expand(-1, self.num_classes)
 
 
-def _no_log_mel(self: LogMel, waveform: Tensor) -> Tensor:
-    return waveform.new_zeros(len(waveform), 1, self.config.mel_bins, self.config.frames(waveform.shape[-1]))
+class NullLogMel(LogMel):
+    """Zeros in place of a spectrogram."""
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        return waveform.new_zeros(len(waveform), 1, self.config.mel_bins, self.config.frames(waveform.shape[-1]))
 
 
-@contextmanager
-def _timers(parts: dict[str, float]) -> Iterator[None]:
-    """Counts the seconds in parts of the loop."""
+def null_inputs(batch: DeviceBatch, front_end: LogMel, augment: AugmentSection) -> Inputs:
+    """Next to no computation in place of the front end and the mixup."""
+    step = 2 if augment.mixup != "none" and augment.partner == "fresh" else 1
+    spectrogram = front_end(batch.pcm[::step].float() / 32768)
+    mask = spec_augment_mask(batch.params, *spectrogram.shape[-2:]) if augment.specaugment else None
+    return Inputs(spectrogram, mask, batch.targets[::step])
 
-    def timed(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arguments: Any, **settings: Any) -> Any:
-            began = time.perf_counter()
-            answer = function(*arguments, **settings)
-            parts[part] += time.perf_counter() - began
-            return answer
 
-        return run
+def _timed(part: str, function: Callable[..., Any], parts: dict[str, float]) -> Callable[..., Any]:
+    def run(*arguments: Any, **settings: Any) -> Any:
+        began = time.perf_counter()
+        answer = function(*arguments, **settings)
+        parts[part] += time.perf_counter() - began
+        return answer
 
-    with ExitStack() as patches:
-        for part, kind, name in _PARTS:
-            patches.enter_context(patch.object(kind, name, timed(part, getattr(kind, name))))
-        yield
+    return run
 
 
 def training_page(result: dict[str, Any]) -> None:

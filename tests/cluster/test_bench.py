@@ -108,7 +108,7 @@ def test_a_turn_leaves_nothing_in_a_gpus_cache(way: str, tmp_path: Path, monkeyp
     """The other ways' processes share its memory. Also when the turn fails."""
     emptied: list[str] = []
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise UserError("the GPU is too small")
 
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(way))
