@@ -53,7 +53,7 @@ from jobs.shard_sets.stats_page import html_page
 from jobs.terminal.show import show
 from jobs.training import cross_validation, finetune, pretrain, study
 from jobs.training.results import RESULTS
-from jobs.training.study_manifest import STUDY_MANIFEST, Mark, require_own, require_unchanged, write_mark
+from jobs.training.study_manifest import STUDY_MANIFEST, StudyManifest, require_own, require_unchanged, write_mark
 from shards import build, index
 from shards.clip import Packing
 from shards.repair import repair_tasks, why_different
@@ -320,7 +320,7 @@ def write_study(root: Path, shards: Path, clips: Any) -> None:
     for fold in validation.recipes:
         shutil.copytree(root / "runs/one", root / f"runs/t/fold-{fold}")
     folder = validation.folder
-    write_mark(folder, Mark("folds", "tones", {"protocol.shards": clips.info.content_hash}))
+    write_mark(folder, StudyManifest("folds", "tones", {"protocol.shards": clips.info.content_hash}))
     folder.write(RESULTS, json.dumps(cross_validation.results(validation, {3: "burned"})).encode())
     table = LocalFolder(str(root / "runs/grid"))
     cells = {"run": "a", "variant": "ERANN-3-1", "params_M": 1.0, "GMACs": 2.0, "clips_per_s_1": 3.0, "accuracy": 0.5}
@@ -435,8 +435,8 @@ def read_studies(world: World) -> list[Callable[[], object]]:
         lambda: reported("grid"),
         lambda: study._last_result(LocalFolder(str(world.root / "runs/grid"))),
         lambda: study._Measure(LocalFolder(str(world.root / "runs/grid"))),
-        lambda: require_own(folder, Mark("folds", "tones")),
-        lambda: require_unchanged(folder, Mark("folds", "tones", {"protocol.shards": "x"})),
+        lambda: require_own(folder, StudyManifest("folds", "tones")),
+        lambda: require_unchanged(folder, StudyManifest("folds", "tones", {"protocol.shards": "x"})),
         lambda: finetune.has_begun(folder),
         lambda: list_runs(str(world.root / "runs"), None),
     ]

@@ -13,7 +13,7 @@ from erann_dist.models.log_mel import LogMel
 from erann_dist.models.spec import build_model
 from erann_dist.recipe import AugmentSection, Recipe
 from erann_dist.train.augment import draw_augment_params
-from erann_dist.train.prefetch import DeviceBatch, feed
+from erann_dist.train.prefetch import DeviceBatch, prefetch_to_device
 from tests.conftest import small_recipe
 from tests.support.workers import losses, of_kind, run_workers, train_alone, train_events
 
@@ -52,7 +52,7 @@ def test_batches_arrive_whole_and_in_order() -> None:
             for n in numbers
         ]
 
-    for number, batch in zip(numbers, feed(load(), GPU), strict=True):
+    for number, batch in zip(numbers, prefetch_to_device(load(), GPU), strict=True):
         assert batch.pcm.device == batch.targets.device == GPU
         assert batch.weight == number
         assert bool((batch.pcm == number).all())

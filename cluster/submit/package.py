@@ -11,7 +11,15 @@ from erann_dist.versions import installed, pinned_requirements
 
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("erann_dist", "shards", "cluster", "jobs")
-_SUFFIXES = {".py", ".yaml", ".csv", ".sh"}  # of source and package data: whatever else lies there is not sent
+_SUFFIXES = {
+    ".py",
+    ".yaml",
+    ".csv",
+    ".sh",
+    ".html",
+    ".css",
+    ".js",
+}  # of source and package data: whatever else lies there is not sent
 _LIMIT = 100 * 2**20  # bytes: Ray takes no larger package
 # Of which the cluster has to have the versions that are here, since results and checkpoints depend on them. pip can
 # bring them along with a job, but not Python and Ray, whose versions matter too.

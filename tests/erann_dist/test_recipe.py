@@ -48,7 +48,12 @@ def test_defaults_and_overrides(path: Path) -> None:
         ("optim.pct_start=0", "optim.pct_start: input should be greater than 0, not 0"),
         ("model.initialisation=xavier", "model.initialisation: input should be 'he' or 'pytorch', not 'xavier'"),
         ("optim.zero_stage=3", "optim.zero_stage: .*not 3"),
-        ("model.variant=CNN14", "model.variant: 'CNN14' is no ERANN variant"),
+        (
+            "model.variant=RNN",
+            "model.variant: 'RNN' is no model; there are ERANN-<s_m>-<width>, .*; CNN14",
+        ),
+        ("model.variant=ERANN-7", "model.variant: 'ERANN-7' is no ERANN variant"),
+        ("model.variant=CNN14x", "model.variant: there is no 'CNN14x'; write CNN14"),
         ("model.variant=ERANN-5-1", "model.variant: there is no ERANN-5-1: s_m is 0, 1, 2 or 3"),
         ("data.crop_s=3.3", "data: crop_s is a whole number of half seconds, not 3.3"),
         ("optim.micro_batch=5", r"optim: micro_batch \(5\) must divide global_batch \(32\)"),

@@ -427,7 +427,11 @@ def test_models_and_shards_that_do_not_fit(erann, trained: Path, tone_shards: Pa
             changed("shape", variant="ERANN-3-2"),
             r"fc1.bias is \(128,\) in the file, \(256,\) in the model",
         ),
-        (changed("variant", variant="CNN14"), "config.json: not a model's configuration"),
+        (changed("variant", variant="CNN15"), "config.json: not a model's configuration .*CNN15"),
+        (
+            changed("front_end", variant="CNN14"),
+            "config.json: made for another front end than this program's CNN14 has",
+        ),
     ]
     for model, message in cases:
         assert_refused(erann("evaluate", model, tone_shards, "--out", tmp_path / "out"), 1, message)

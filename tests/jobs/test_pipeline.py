@@ -44,7 +44,7 @@ def test_settings_are_keys_of_sections() -> None:
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["finetune.0.set.model.fresh=[fc3]"], "ERANN has no layer fc3"),
+        (["finetune.0.set.model.fresh=[fc3]"], "ERANN-3-1 has no layer fc3"),
         (["finetune.1.set.model.variant=ERANN-2-1"], "two: the pretrained model: is an ERANN-3-1, model.variant is"),
         (["finetune.1.set.run.launcher=torchrun"], "run.launcher torchrun trains one run"),
         (["pretrain.set.run.launcher=torchrun"], "first.yaml: run.launcher torchrun trains one run"),

@@ -96,7 +96,7 @@ def test_a_shard_cut_short_is_named(tone_shards: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:50_000])
     rows = np.flatnonzero(manifest.shards == 0)
     with pytest.raises(UserError, match=f"{path.name}: 50000 bytes, the set's tables say .* cut or replaced"):
-        list(Loader(manifest, [Crops(rows, rows * 0, rows * 0 + 1, 10)], threads=2, ahead_bytes=1 << 20))
+        list(Loader(manifest, [Crops(rows, rows * 0, rows * 0 + 1, 10, None)], threads=2, ahead_bytes=1 << 20))
 
 
 def test_a_missing_shard_is_named(tone_shards: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from erann_dist.data.manifest import load_manifest
 from erann_dist.errors import Stopped, UsageError, UserError
-from erann_dist.log.events import CheckpointSaved, Evaluated, Event, Finished, Incident, Started, Step
+from erann_dist.log.events import CheckpointSaved, Evaluated, Event, Finished, Incident, Interruption, Started, Step
 from erann_dist.models.erann import ERANN
 from erann_dist.recipe import Recipe
 from erann_dist.storage.folder import LocalFolder
@@ -118,18 +118,19 @@ def train_until_told(workers: Workers, tree: dict[str, Any], told_rank: int, ste
     events: list[Event] = []
     asked = iter(range(10**6))
 
-    def notice() -> str | None:
-        return "node 10.0.0.7 goes" if workers.rank == told_rank and next(asked) >= step else None
+    def stop_request() -> Interruption | None:
+        reached = workers.rank == told_rank and next(asked) >= step
+        return Interruption("preemption", "node 10.0.0.7 goes") if reached else None
 
     try:
-        train(recipe, replace(workers, notice=notice), events.append)
+        train(recipe, replace(workers, stop_request=stop_request), events.append)
     except Stopped as stopped:
         return str(stopped), events
     return "", events
 
 
 @pytest.mark.parametrize("told_rank", [0, 1])
-def test_a_notice_loses_no_step(tone_shards: Path, tmp_path: Path, told_rank: int) -> None:
+def test_a_stop_request_loses_no_step(tone_shards: Path, tmp_path: Path, told_rank: int) -> None:
     """Whoever gets it, all workers stop at the same step, behind a checkpoint of it."""
     whole = small_recipe(tone_shards, tmp_path / "whole", run={"launcher": "ray", "workers": 2})
     expected = of_kind(train_on(2, whole), Step)
@@ -147,7 +148,7 @@ def test_a_notice_loses_no_step(tone_shards: Path, tmp_path: Path, told_rank: in
         assert torch.equal(weights(recipe)[name], value), name
 
 
-def test_a_notice_changes_nothing_of_the_mean_of_the_last_checkpoints(tone_shards: Path, tmp_path: Path) -> None:
+def test_a_stop_request_changes_nothing_of_the_mean_of_the_last_checkpoints(tone_shards: Path, tmp_path: Path) -> None:
     """What was saved because of it is no part of the mean, and pushes nothing out that is."""
     settings: dict[str, Any] = {
         "optim": {"examples": 96},

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from docker.utils.build import exclude_paths  # Docker's own reading of .dockerignore
 
+from cluster.submit.package import make_package
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -102,7 +104,8 @@ def test_nothing_else_is_sent(tmp_path: Path) -> None:
     for path in [".env", ".git/config", "data/a.tar", "runs/x", ".venv/bin/python", "id_rsa", "jobs/__pycache__/a.pyc"]:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    (tmp_path / "jobs" / "cli.py").touch()
+    (tmp_path / "jobs" / "cli").mkdir()
+    (tmp_path / "jobs" / "cli" / "__main__.py").touch()
     assert context(tmp_path) == ["jobs/cli/__main__.py"]
 
 
@@ -121,6 +124,16 @@ def test_the_copied_files_make_the_whole_program(tmp_path: Path) -> None:
         str(path.relative_to(ROOT))
         for package in ("erann_dist", "shards", "cluster", "jobs")
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml", ".csv", ".sh", ".typed")
+        if path.suffix in (".py", ".yaml", ".csv", ".sh", ".typed", ".html", ".css", ".js")
     }
     assert packed == expected
+
+
+def test_a_submitted_jobs_package_is_the_whole_program() -> None:
+    expected = {
+        str(path.relative_to(ROOT))
+        for folder in ("erann_dist", "shards", "cluster", "jobs")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and path.name not in ("py.typed", "Dockerfile")
+    }
+    assert make_package({}).source.keys() == expected

@@ -56,7 +56,7 @@ def test_the_source_and_the_recipe_go_along(tmp_path: Path, dry_run: DryRun) -> 
     assert len(source) == len(sent["files"]) - 1
     assert {"jobs/cli/__main__.py", "cluster/submit/driver.py", "jobs/recipes/audioset.yaml"} < set(source)
     assert {name.partition("/")[0] for name in source} == {"erann_dist", "shards", "cluster", "jobs"}
-    assert {Path(name).suffix for name in source} <= {".py", ".yaml", ".csv", ".sh"}
+    assert {Path(name).suffix for name in source} <= {".py", ".yaml", ".csv", ".sh", ".html", ".css", ".js"}
 
 
 def test_a_recipe_elsewhere_and_odd_values(tmp_path: Path, dry_run: DryRun) -> None:

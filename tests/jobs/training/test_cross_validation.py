@@ -192,7 +192,7 @@ def a_folder_in_place_of_weights(folder: Path) -> None:
         (bad_front_end, "made for another front end"),
         (cut_short, "model.safetensors: can't be read"),
         (lambda folder: config(folder, variant="ERANN-2-1"), "do not belong together"),
-        (lambda folder: config(folder, sample_rate=32_000), "takes 32000 Hz, ERANN is trained at 44100 Hz"),
+        (lambda folder: config(folder, sample_rate=32_000), "takes 32000 Hz, models are trained at 44100 Hz"),
         (lambda folder: config(folder, label_names=["one"]), "has 5 label_ids, but 1 label_names"),
         (lambda folder: config(folder, label_ids="l0l1l"), r"not a model's configuration \(label_ids: "),
         (lambda folder: config(folder, depth=3), r"not a model's configuration \(depth: "),
@@ -216,7 +216,7 @@ def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil:
     ("overrides", "line"),
     [
         (["model.variant=ERANN-2-1"], "is an ERANN-3-1, model.variant is ERANN-2-1"),
-        (["model.fresh=[fc3]"], "ERANN has no layer fc3"),
+        (["model.fresh=[fc3]"], "ERANN-3-1 has no layer fc3"),
         (["model.fresh=[]"], "has 5 labels, the clips have 3; add fc2 to model.fresh"),
         (["protocol.fold=present"], "no such key; did you mean folds"),
         (["protocol.folds=some"], "protocol: folds"),
