@@ -25,11 +25,11 @@ _DEMUXERS = (
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
-        "3gp aac ac3 aif aifc aiff amr ape asf au avi caf flac flv m4a m4v mka mkv mov mp2 mp3 mp4 oga ogg ogv opus "
-        "pcm raw snd sph ts tta voc w64 wav webm wma wv"
+        "3g2 3gp aac ac3 adts aif aifc aiff amr ape asf au avi bwf caf flac flv m4a m4b m4v mka mkv mov mp1 mp2 mp3 "
+        "mp4 oga ogg ogv opus pcm raw snd sph spx ts tta voc w64 wav wave webm wma wv"
     ).split()
 )
-LOSSLESS_SUFFIXES = frozenset(b".aif .aiff .flac .wav".split())
+LOSSLESS_SUFFIXES = frozenset(b".aif .aiff .bwf .flac .wav .wave".split())
 RESAMPLER = {"library": "soxr", "quality": "HQ"}
 Codec = Literal["flac", "wav"]
 

@@ -17,7 +17,7 @@ else:
     Kind = Literal[tuple(DATA_SETS)]
 
 _AUDIOSET = "audioset"
-_OTHERS = "esc50, urbansound8k, ravdess, folder"
+_OTHERS = "esc50, urbansound8k, ravdess, fsd50k, folder"
 Segments = Annotated[
     Path | None,
     typer.Option(help="Segment list, such as balanced_train_segments.csv[.gz].", rich_help_panel=_AUDIOSET),

@@ -45,8 +45,9 @@ def read_audioset(segments: Path, audio: Path, classes: Path = CLASSES) -> Sourc
     }
     nulls = {field.name: pa.nulls(count, field.type) for field in ROW_SCHEMA if field.name not in columns}
     rows = pa.table({**columns, **nulls}).select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
-    rows = locate(rows, _find(listed, files.table["stem"]), files)
-    return Source("audioset", "tagging", label_ids, label_names, rows, files.warnings)
+    place = _find(listed, files.table["stem"])
+    rows = locate(rows, place, files)
+    return Source("audioset", "tagging", label_ids, label_names, rows, files.notes(place))
 
 
 def read_classes(path: Path) -> tuple[list[str], list[str]]:
@@ -119,15 +120,30 @@ def _find(listed: pa.Table, stems: pa.ChunkedArray) -> pa.Array:
     """Where the file of each segment is in the list of files, or null."""
     place = pa.nulls(len(listed), pa.int32())
     # Most names end in a time in all of the list or nowhere in it, and few stems are soon searched.
-    timed = pa.array(np.flatnonzero(pc.match_substring_regex(stems, r"_[0-9.]+$").to_numpy()), pa.int32())
-    for names, candidates in _file_names(listed, timed, pa.array(np.arange(len(stems)), pa.int32())):
-        found = pc.index_in(names.cast(pa.binary()), value_set=stems.take(candidates).combine_chunks())
-        place = pc.coalesce(place, candidates.take(found))
+    timed = np.flatnonzero(pc.match_substring_regex(stems, _TIMED).to_numpy()).astype(np.int32)
+    for names in _timed_names(listed):
+        if not len(timed):
+            break
+        found = pc.index_in(names.cast(pa.binary()), value_set=stems.take(timed).combine_chunks())
+        place = pc.coalesce(place, pa.array(timed).take(found))
+        timed = np.delete(timed, pc.unique(found.drop_null()).to_numpy())
+    for names in _plain_names(listed):
+        place = pc.coalesce(place, pc.index_in(names.cast(pa.binary()), value_set=stems.combine_chunks()))
+    # A title comes before the id in what yt-dlp and youtube-dl write, and a format's number may follow it.
+    if place.null_count:
+        for pattern in _TITLED:
+            found = pc.struct_field(pc.extract_regex(stems.combine_chunks(), pattern), "id")
+            place = pc.coalesce(place, pc.index_in(listed["ytid"].combine_chunks().cast(pa.binary()), value_set=found))
     return place
 
 
-def _file_names(listed: pa.Table, timed: pa.Array, all_: pa.Array) -> Iterator[tuple[pa.Array, pa.Array]]:
-    """The stems under which people keep the clips, the most specific first, and which files may have such a one."""
+_TIMED = r"^.{11,}[_-][0-9]+(?:\.[0-9]+)?$"
+_ID = r"(?P<id>[A-Za-z0-9_-]{11})"
+_TITLED = (rf"\[{_ID}\](?:\.f[0-9]+)?$", rf"^{_ID}\.f[0-9]+(?:-[0-9]+)?$", rf".-{_ID}$")
+
+
+def _timed_names(listed: pa.Table) -> Iterator[pa.Array]:
+    """The stems with the segment's times under which people keep the clips, the most specific and commonest first."""
     ytid = listed["ytid"].combine_chunks()
     different = {name: pc.dictionary_encode(listed[name].combine_chunks()) for name in ("start", "end")}
 
@@ -141,9 +157,20 @@ def _file_names(listed: pa.Table, timed: pa.Array, all_: pa.Array) -> Iterator[t
     def milliseconds(seconds: float) -> str:
         return str(round(seconds * 1000))
 
-    yield joined(ytid, text("start", milliseconds), text("end", milliseconds)), timed
-    for form in ("{:.3f}".format, "{:g}".format, "{:.1f}".format):
-        yield joined(ytid, text("start", form), text("end", form)), timed
-        yield joined(ytid, text("start", form)), timed
-    yield pc.binary_join_element_wise("Y", ytid, ""), all_
-    yield ytid, all_
+    forms = (milliseconds, "{:.3f}".format, "{:g}".format, "{:.1f}".format)
+    for before in ("", "Y"):
+        names = pc.binary_join_element_wise(before, ytid, "")
+        for form in forms:
+            start, end = text("start", form), text("end", form)
+            yield joined(names, start, end)
+            yield joined(names, pc.binary_join_element_wise(start, end, "-"))
+            yield pc.binary_join_element_wise(names, start, end, "-")
+        for form in forms:
+            yield joined(names, text("start", form))
+
+
+def _plain_names(listed: pa.Table) -> Iterator[pa.Array]:
+    """The stems without times, the commonest first."""
+    ytid = listed["ytid"].combine_chunks()
+    for before, after in (("Y", ""), ("", ""), ("id_", ""), ("", "_out")):
+        yield pc.binary_join_element_wise(before, ytid, after, "")

@@ -71,6 +71,13 @@ def _ravdess(options: Options) -> "Source":
     return read_ravdess(options.root)
 
 
+def _fsd50k(options: Options) -> "Source":
+    from shards.sources.fsd50k import read_fsd50k
+
+    assert options.root
+    return read_fsd50k(options.root)
+
+
 def _folder(options: Options) -> "Source":
     from shards.sources.folder import read_folder, read_listed_folder
 
@@ -96,6 +103,7 @@ DATA_SETS = {
         recordings=("actor", lambda key: f"actor {key.split('-')[-1]}"),
         folds_by_actor=True,
     ),
+    "fsd50k": DataSet(_fsd50k, shard_sets={"fsd50k": ShardSetFacts()}),
     "folder": DataSet(_folder, shard_sets={"folder": ShardSetFacts()}),
 }
 

@@ -1,13 +1,13 @@
-"""ESC-50 and its subset ESC-10 (Piczak 2015), with the official folds: a folder with meta/esc50.csv and audio/."""
+"""ESC-50 and its subset ESC-10 (Piczak 2015), with the official folds: a folder in which esc50.csv and audio/ are."""
 
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erann_dist.errors import UsageError, UserError
+from erann_dist.errors import UserError
 from shards.sources.csvfile import fold_number, read_table
-from shards.sources.files import find_audio, locate
+from shards.sources.files import find_audio, find_list, locate, sound_folder
 from shards.sources.rows import Source, SourceRow, rows_table, safe_key
 
 _COLUMNS = ("filename", "fold", "target", "category", "esc10")
@@ -18,9 +18,7 @@ def read_esc50(root: Path, esc10: bool = False) -> Source:
 
     Raises UsageError or UserError: which file, which line, what is wrong.
     """
-    path = root / "meta" / "esc50.csv"
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; --root is the folder that holds meta/ and audio/")
+    path = find_list(root, "esc50.csv")
     lines: list[tuple[str, int, str, int]] = []  # stem, target, category, fold
     for where, line in read_table(path, _COLUMNS):
         if line["esc10"] not in ("True", "False"):
@@ -38,9 +36,10 @@ def read_esc50(root: Path, esc10: bool = False) -> Source:
     rows = rows_table(
         SourceRow(safe_key(stem), [index[target]], None, stem, fold=fold) for stem, target, _, fold in lines
     )
-    files = find_audio(root / "audio")
+    files = find_audio(sound_folder(path))
     stems = pa.array([stem.encode() for stem, *_ in lines])
-    rows = locate(rows, pc.index_in(stems, value_set=files.table["stem"].combine_chunks()), files)
+    place = pc.index_in(stems, value_set=files.table["stem"].combine_chunks())
+    rows = locate(rows, place, files)
     ids = list(names.values())
     labels = [name.replace("_", " ") for name in ids]
-    return Source("esc10" if esc10 else "esc50", "classification", ids, labels, rows, files.warnings)
+    return Source("esc10" if esc10 else "esc50", "classification", ids, labels, rows, files.notes(place))

@@ -29,6 +29,8 @@ FILE_SCHEMA = pa.schema(
 HDF5_SUFFIXES = (".h5", ".hdf5")
 _CHUNK = 65_536  # rows at a time that are Python objects: two million at once would take a gigabyte
 
+_EXAMPLES = 3  # How many names a note lists.
+_MOST_FOLDERS = 20_000  # that are searched for a data set's own list
 _Found = tuple[bytes, bytes, int | None, int | None]  # name, path, offset, size
 
 
@@ -36,13 +38,36 @@ _Found = tuple[bytes, bytes, int | None, int | None]  # name, path, offset, size
 class AudioFiles:
     """What was found below a folder."""
 
-    table: pa.Table  # FILE_SCHEMA; where two files have one stem, the one to take first: lossless, then by name
+    folder: Path
+    table: pa.Table  # FILE_SCHEMA; of files with one stem the one to take comes first: see find_audio
     passed_over: dict[str, int]  # suffix -> files that are no sound by their names
     warnings: list[str]
+
+    def notes(self, place: pa.Array | None = None) -> list[str]:
+        """For the user: what was odd about the files, and which of them are not used.
+
+        place: the files that rows were found for, as locate takes them; if not given, all files are used.
+        """
+        notes = list(self.warnings)
+        if place is not None:
+            stems = self.table["stem"].combine_chunks()
+            unused = pc.invert(pc.is_in(stems, value_set=pc.unique(stems.take(place.drop_null()))))
+            if count := pc.sum(unused).as_py():
+                names = self.table["name"].filter(unused)[:_EXAMPLES].to_pylist()
+                some = ", ".join(printable(name) for name in names) + (", …" if count > _EXAMPLES else "")
+                unmatched = f"{count:,} of {len(stems):,} sound files match no clip of the list"
+                notes.append(f"{self.folder}: {unmatched}: {some}")
+        if self.passed_over:
+            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in self.passed_over.items())
+            notes.append(f"{self.folder}: passed over, not sound by their names: {kinds}")
+        return notes
 
 
 def find_audio(folder: Path) -> AudioFiles:
     """The sound files below a folder, however deep, links followed; hidden files are left alone. Or of one archive.
+
+    Of several files with one stem an empty one comes last, a lossless one before the others, then the largest, which is
+    the one of the highest rate or the whole one.
 
     Raises UsageError when there is no such folder, UserError when it holds no sound file.
     """
@@ -59,8 +84,59 @@ def find_audio(folder: Path) -> AudioFiles:
     table = pa.concat_tables([*tables, _table(chunk)])
     if not len(table):
         raise UserError(f"{folder}: no sound file in it or below it{'; ' * bool(warnings)}{'; '.join(warnings[:1])}")
-    order = [("lossy", "ascending"), ("name", "ascending")]
-    return AudioFiles(table.sort_by(order).combine_chunks(), dict(sorted(passed_over.items())), warnings)
+    order = [("empty", "ascending"), ("lossy", "ascending"), ("bytes", "descending"), ("name", "ascending")]
+    table = _with_sizes(table).sort_by(order).combine_chunks().drop_columns(["empty", "bytes"])
+    return AudioFiles(folder, table, dict(sorted(passed_over.items())), warnings)
+
+
+def find_list(root: Path, name: str) -> Path:
+    """The data set's own list of that name, in the folder or below it; of several the one that is nearest.
+
+    Raises UsageError when there is none.
+    """
+    waiting = [root]
+    for folder in waiting:  # grows: level by level
+        try:
+            with os.scandir(folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+        except OSError:
+            continue
+        for entry in entries:
+            if entry.name == name and entry.is_file():
+                return folder / name
+        waiting += [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+        if len(waiting) > _MOST_FOLDERS:
+            break
+    raise UsageError(f"{root}: no {name} in it or below it; --root is the folder that the data set was unpacked to")
+
+
+def sound_folder(path: Path) -> Path:
+    """Where the clips of a list are: in audio, next to its folder or to the list itself; or anywhere below that."""
+    beside = (path.parent.parent / "audio", path.parent / "audio")
+    return next((folder for folder in beside if folder.is_dir()), path.parent)
+
+
+def _with_sizes(table: pa.Table) -> pa.Table:
+    """The files with their bytes, and whether they are empty while another of that stem is not.
+
+    Both are looked up only where several files have one stem.
+    """
+    stems = table["stem"].combine_chunks()
+    counts = stems.value_counts()
+    several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    index = pc.index_in(stems, value_set=several).fill_null(-1).to_numpy()
+    size = np.zeros(len(table), np.int64)
+    largest = np.zeros(len(several), np.int64)
+    for i in np.flatnonzero(index >= 0):
+        path, offset, inside = (table[name][int(i)].as_py() for name in ("path", "offset", "size"))
+        try:
+            size[i] = (inside or 1) if offset is not None else os.stat(path).st_size
+        except OSError:  # a link that leads nowhere
+            size[i] = 0
+        largest[index[i]] = max(largest[index[i]], size[i])
+    empty = (index >= 0) & (size == 0)
+    empty[empty] = largest[index[empty]] > 0
+    return table.append_column("empty", pa.array(empty)).append_column("bytes", pa.array(size))
 
 
 def locate(rows: pa.Table, place: pa.Array, files: AudioFiles) -> pa.Table:

@@ -34,11 +34,7 @@ def read_folder(root: Path) -> Source:
         for name, label in zip(names, classes, strict=True)
     )
     rows = report_duplicates(with_files(rows, pa.array(range(len(names)), pa.int32()), files))
-    notes = list(files.warnings)
-    if files.passed_over:
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in files.passed_over.items())
-        notes.append(f"{root}: passed over, no sound by their names: {kinds}")
-    return Source("folder", "classification", labels, labels, rows, notes)
+    return Source("folder", "classification", labels, labels, rows, files.notes())
 
 
 def read_listed_folder(root: Path, labels: Path) -> Source:

@@ -1,13 +1,13 @@
-"""UrbanSound8K (Salamon 2014), with its ten official folds: a folder with metadata/UrbanSound8K.csv and audio/."""
+"""UrbanSound8K (Salamon 2014), with its ten official folds: a folder in which UrbanSound8K.csv and the clips are."""
 
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erann_dist.errors import UsageError, UserError
+from erann_dist.errors import UserError
 from shards.sources.csvfile import fold_number, read_table
-from shards.sources.files import find_audio, locate
+from shards.sources.files import find_audio, find_list, locate, sound_folder
 from shards.sources.rows import Source, SourceRow, rows_table, safe_key
 
 # In the order of classID; the data set's page, urbansounddataset.weebly.com/urbansound8k.html.
@@ -23,9 +23,7 @@ def read_urbansound8k(root: Path) -> Source:
     Raises UsageError or UserError: which file, which line, what is wrong. A row whose class and classID, or the one in
     the file's name (RECORDING-CLASSID-occurrence-slice), disagree is reported as a wrong label.
     """
-    path = root / "metadata" / "UrbanSound8K.csv"
-    if not path.is_file():
-        raise UsageError(f"{path}: no such file; --root is the folder that holds metadata/ and audio/")
+    path = find_list(root, "UrbanSound8K.csv")
     listed = []
     for where, line in read_table(path, _COLUMNS):
         try:
@@ -41,9 +39,9 @@ def read_urbansound8k(root: Path) -> Source:
         listed.append((stem, row))
     if not listed:
         raise UserError(f"{path}: lists no clip")
-    files = find_audio(root / "audio")
+    files = find_audio(sound_folder(path))
     stems = pa.array([stem.encode() for stem, _ in listed])
     place = pc.index_in(stems, value_set=files.table["stem"].combine_chunks())
     rows = locate(rows_table(row for _, row in listed), place, files)
     names = [label.replace("_", " ") for label in LABELS]
-    return Source("urbansound8k", "classification", LABELS, names, rows, files.warnings)
+    return Source("urbansound8k", "classification", LABELS, names, rows, files.notes(place))

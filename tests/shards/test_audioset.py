@@ -38,6 +38,17 @@ def write(path: Path, *lines: str) -> Path:
         "abc-_efghi1_30.000_40.000.opus",
         "abc-_efghi1_30000_40000.webm",
         "deep/er/abc-_efghi1.WAV",
+        "Speech/abc-_efghi1_30.0-40.0.ogg",
+        "Speech/abc-_efghi1-30.000-40.000.wav",
+        "abc-_efghi1_30000.wav",
+        "Yabc-_efghi1_30000.wav",
+        "Yabc-_efghi1_30.000.wav",
+        "id_abc-_efghi1.wav",
+        "abc-_efghi1_out.wav",
+        "A title [abc-_efghi1].webm",
+        "Caf\u00e9-abc-_efghi1.m4a",
+        "abc-_efghi1.f140.m4a",
+        "A title [abc-_efghi1].f140.m4a",
     ],
 )
 def test_usual_names_are_found(tmp_path: Path, name: str) -> None:

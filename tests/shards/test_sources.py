@@ -17,6 +17,7 @@ from shards.sources import esc50, ravdess, urbansound8k
 from shards.sources.audioset import read_audioset
 from shards.sources.files import find_audio
 from shards.sources.folder import read_folder, read_listed_folder
+from shards.sources.fsd50k import read_fsd50k
 from shards.sources.rows import Source, SourceRow, safe_key
 from tests.conftest import pack_here
 from tests.shards.test_audioset import touch, write
@@ -168,7 +169,7 @@ def test_esc10_is_the_official_subset(real_data: Path) -> None:
     ],
 )
 def test_malformed_esc50_list(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(UsageError, match="esc50.csv: no such file"):
+    with pytest.raises(UsageError, match="no esc50.csv in it or below it"):
         esc50.read_esc50(tmp_path)
     touch(tmp_path, "meta/esc50.csv", "audio/a.wav")
     (tmp_path / "meta" / "esc50.csv").write_text(text)
@@ -244,7 +245,7 @@ def test_sub_folders_are_classes(tmp_path: Path) -> None:
         ("dog%2Fdeep%2Fa", "dog/deep/a.wav"): ([1], None),
         ("stray%2Ewav", "stray.wav"): ([], "wrong label"),
     }
-    assert source.notes == [f"{tmp_path}: passed over, no sound by their names: 1 .me"]
+    assert source.notes == [f"{tmp_path}: passed over, not sound by their names: 1 .me"]
     with pytest.raises(UserError, match="no sub-folder with sound"):
         read_folder(tmp_path / "cat")
 
@@ -276,3 +277,106 @@ def test_a_list_gives_labels_splits_and_folds(tmp_path: Path) -> None:
     labels.write_text("file,labels\na.wav,dog\n")
     with pytest.raises(UserError, match="mine.csv:1: no column path"):
         read_listed_folder(tmp_path, labels)
+
+
+def write_sounds(folder: Path, *names: str, rate: int = 44_100, seconds: float = 0.1) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / name, np.zeros(round(rate * seconds), np.float32), rate)
+
+
+def packable(source: Source) -> dict[str, str]:
+    """The rows that can be packed: key -> file."""
+    return {row.key: row.source for row in rows_of(source) if row.reason is None}
+
+
+ESC50 = "filename,fold,target,category,esc10\n1-1-A-0.wav,1,0,dog,True\n1-2-A-1.wav,2,1,rooster,True\n"
+
+
+@pytest.mark.parametrize(
+    ("folder", "list_", "sound"),
+    [
+        ("", "meta/esc50.csv", "audio/"),
+        ("downloads/", "ESC-50-master/meta/esc50.csv", "ESC-50-master/audio/"),  # the folder that it was unpacked into
+        ("", "esc50.csv", "audio/audio/"),  # Kaggle's
+    ],
+)
+def test_esc50_as_people_have_it(tmp_path: Path, folder: str, list_: str, sound: str) -> None:
+    root = tmp_path / folder if folder else tmp_path
+    write_sounds(root / sound, "1-1-A-0.wav", "1-2-A-1.wav")
+    (root / list_).parent.mkdir(parents=True, exist_ok=True)
+    (root / list_).write_text(ESC50)
+    assert list(packable(esc50.read_esc50(root))) == ["1-1-A-0", "1-2-A-1"]
+
+
+def test_of_copies_at_several_rates_the_best_is_taken(tmp_path: Path) -> None:
+    """ESC-50 on Kaggle has audio/16000 next to audio/44100; and an empty file hides none that holds sound."""
+    for rate in (16_000, 44_100):
+        write_sounds(tmp_path / "audio" / str(rate), "1-1-A-0.wav", "1-2-A-1.wav", rate=rate)
+    touch(tmp_path, "audio/00/1-1-A-0.wav")
+    (tmp_path / "esc50.csv").write_text(ESC50)
+    source = esc50.read_esc50(tmp_path)
+    assert packable(source) == {"1-1-A-0": "44100/1-1-A-0.wav", "1-2-A-1": "44100/1-2-A-1.wav"}
+    others = {row.source for row in rows_of(source) if row.reason == "duplicate"}
+    assert others == {"16000/1-1-A-0.wav", "16000/1-2-A-1.wav", "00/1-1-A-0.wav"}
+
+
+@pytest.mark.parametrize(
+    ("list_", "sound"), [("metadata", "audio/fold1"), (".", "fold1"), ("US8K/metadata", "US8K/audio")]
+)
+def test_urbansound8k_as_people_have_it(tmp_path: Path, list_: str, sound: str) -> None:
+    write_sounds(tmp_path / sound, "100-3-0-0.wav")
+    (tmp_path / list_).mkdir(parents=True, exist_ok=True)
+    text = "slice_file_name,fsID,start,end,salience,fold,classID,class\n100-3-0-0.wav,100,0,1,1,1,3,dog_bark\n"
+    (tmp_path / list_ / "UrbanSound8K.csv").write_text(text)
+    assert list(packable(urbansound8k.read_urbansound8k(tmp_path))) == ["100-3-0-0"]
+
+
+def test_a_ravdess_utterance_is_packed_once(tmp_path: Path) -> None:
+    """As sound where that is there, else from the film; the film alone, and actors who are none, are reported."""
+    names = ["03-01-05-01-01-01-01", "01-01-05-01-01-01-01", "02-01-05-01-01-01-01", "01-01-06-01-01-01-02"]
+    touch(tmp_path, *(f"Actor/{name}.mp4" for name in names), "03-01-05-01-01-01-25.wav", "03-01-05-01-01-01-00.wav")
+    found = {row.key: row.reason for row in rows_of(ravdess.read_ravdess(tmp_path))}
+    assert found == {
+        "03-01-05-01-01-01-01": None,
+        "01-01-05-01-01-01-01": "duplicate",
+        "02-01-05-01-01-01-01": "wrong label",
+        "01-01-06-01-01-01-02": None,
+        "03-01-05-01-01-01-25": "wrong label",
+        "03-01-05-01-01-01-00": "wrong label",
+    }
+
+
+def test_fsd50k(tmp_path: Path) -> None:
+    truth = tmp_path / "FSD50K.ground_truth"
+    truth.mkdir()
+    (truth / "vocabulary.csv").write_text("0,Accelerating,/m/1\n1,Bark,/m/2\n2,Rain_and_thunder,/m/3\n")
+    (truth / "dev.csv").write_text(
+        'fname,labels,mids,split\n64760,"Bark,Accelerating","/m/2,/m/1",train\n16399,Bark,/m/2,val\n7,Moo,/m/9,train\n'
+    )
+    (truth / "eval.csv").write_text("fname,labels,mids\n37199,Rain_and_thunder,/m/3\n5,Bark,/m/2\n")
+    write_sounds(tmp_path / "FSD50K.dev_audio", "64760.wav", "16399.wav", "7.wav", "9.wav")
+    write_sounds(tmp_path / "FSD50K.eval_audio", "37199.wav")
+    source = read_fsd50k(tmp_path)
+    assert (source.task, source.label_ids) == ("tagging", ["/m/1", "/m/2", "/m/3"])
+    assert source.label_names[2] == "Rain and thunder"
+    assert {row.key: (row.labels, row.split, row.reason) for row in rows_of(source)} == {
+        "64760": ([0, 1], "train", None),
+        "16399": ([1], "val", None),
+        "7": ([], "train", "wrong label"),
+        "37199": ([2], "eval", None),
+        "5": ([1], "eval", "missing"),
+    }
+    (note,) = source.notes[:1]
+    assert note == f"{tmp_path}: 1 of 5 sound files match no clip of the list: FSD50K.dev_audio/9.wav"
+
+
+def test_what_matches_nothing_is_noted(tmp_path: Path) -> None:
+    write_sounds(tmp_path / "audio", "1-1-A-0.wav", *(f"other{i}.wav" for i in range(5)))
+    touch(tmp_path, "audio/rest.zip", "audio/more.parquet", "audio/some.parquet")
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta" / "esc50.csv").write_text(ESC50)
+    assert esc50.read_esc50(tmp_path).notes == [
+        f"{tmp_path}/audio: 5 of 6 sound files match no clip of the list: other0.wav, other1.wav, other2.wav, …",
+        f"{tmp_path}/audio: passed over, not sound by their names: 2 .parquet, 1 .zip",
+    ]

@@ -1,0 +1,66 @@
+"""FSD50K (Fonseca 2022), multi-label, with its official splits: the lists and the clips, anywhere in a folder.
+
+The lists are FSD50K.ground_truth/{dev,eval,vocabulary}.csv: zenodo.org/records/4060432.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from erann_dist.errors import UserError
+from shards.sources.csvfile import read_lines, read_table
+from shards.sources.files import find_audio, find_list, locate
+from shards.sources.rows import Source, SourceRow, rows_table, safe_key
+
+_SPLITS = {"dev": ("train", "val"), "eval": ("eval",)}
+
+
+def read_fsd50k(root: Path) -> Source:
+    """The clips of the lists that are there, in the splits train, val and eval, with all their labels.
+
+    Raises UsageError or UserError: which file, which line, what is wrong.
+    """
+    vocabulary = find_list(root, "vocabulary.csv")
+    mids, names = _read_vocabulary(vocabulary)
+    index = {name: i for i, name in enumerate(names)}
+    rows = []
+    for part in _SPLITS:
+        path = vocabulary.with_name(f"{part}.csv")
+        if path.exists():
+            rows += list(_rows(path, part, index, vocabulary.name))
+    if not rows:
+        raise UserError(f"{vocabulary.parent}: neither dev.csv nor eval.csv, with a clip, next to vocabulary.csv")
+    files = find_audio(vocabulary.parent.parent if vocabulary.parent != root else root)
+    stems = pa.array([row.source.encode() for row in rows])
+    place = pc.index_in(stems, value_set=files.table["stem"].combine_chunks())
+    table = locate(rows_table(rows), place, files)
+    return Source("fsd50k", "tagging", mids, [name.replace("_", " ") for name in names], table, files.notes(place))
+
+
+def _read_vocabulary(path: Path) -> tuple[list[str], list[str]]:
+    """MIDs and names, in the list's order: index, name, MID."""
+    lines = [(number, fields) for number, fields in read_lines(path) if fields[0].isdigit()]
+    for number, fields in lines:
+        if len(fields) != 3:
+            raise UserError(f"{path}:{number}: not a class; wanted: index,name,MID")
+    if not lines:
+        raise UserError(f"{path}: lists no class")
+    return [fields[2] for _, fields in lines], [fields[1] for _, fields in lines]
+
+
+def _rows(path: Path, part: str, index: dict[str, int], vocabulary: str) -> Iterator[SourceRow]:
+    columns = ("fname", "labels", "split") if part == "dev" else ("fname", "labels")
+    for where, line in read_table(path, columns):
+        split = line.get("split", "eval")
+        if split not in _SPLITS[part]:
+            raise UserError(f"{where}: {split!r} under split, where {' or '.join(_SPLITS[part])} is needed")
+        key, name = safe_key(line["fname"]), line["fname"]
+        labels = line["labels"].split(",")
+        unknown = [label for label in labels if label not in index]
+        if unknown:
+            detail = f"{unknown[0]} is not in {vocabulary}"
+            yield SourceRow(key, [], None, name, split=split, reason="wrong label", detail=detail)
+        else:
+            yield SourceRow(key, sorted({index[label] for label in labels}), None, name, split=split)
