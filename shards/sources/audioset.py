@@ -33,19 +33,21 @@ def read_audioset(segments: Path, audio: Path, classes: Path = CLASSES) -> Sourc
     labels, unknown = _label_indices(listed["mids"], label_ids)
     mislabelled = pc.is_valid(unknown)
     count = len(listed)
+    place, is_segment = _find(listed, files.table["stem"])
+    start = pc.if_else(is_segment, 0.0, listed["start"])
     columns = {
         "key": listed["key"],
         "labels": labels,
         "source": listed["ytid"],
         "split": pa.repeat(pa.scalar(segments.name.split(".")[0].removesuffix("_segments")), count),
-        "start": listed["start"],
-        "end": listed["end"],
+        # A name with times is of a file that holds the segment and no more.
+        "start": start,
+        "end": pc.add(start, pc.subtract(listed["end"], listed["start"])),
         "reason": pc.if_else(mislabelled, "wrong label", None),
         "detail": pc.binary_join_element_wise(unknown, classes.name, " is not in "),
     }
     nulls = {field.name: pa.nulls(count, field.type) for field in ROW_SCHEMA if field.name not in columns}
     rows = pa.table({**columns, **nulls}).select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
-    place = _find(listed, files.table["stem"])
     rows = locate(rows, place, files)
     return Source("audioset", "tagging", label_ids, label_names, rows, files.notes(place))
 
@@ -116,8 +118,8 @@ def _label_indices(mids: pa.ChunkedArray, label_ids: list[str]) -> tuple[pa.List
     return labels, names.take(pa.array(bad, mask=bad < 0))
 
 
-def _find(listed: pa.Table, stems: pa.ChunkedArray) -> pa.Array:
-    """Where the file of each segment is in the list of files, or null."""
+def _find(listed: pa.Table, stems: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]:
+    """Where the file of each segment is in the list of files, or null; and whether its name has the segment's times."""
     place = pa.nulls(len(listed), pa.int32())
     # Most names end in a time in all of the list or nowhere in it, and few stems are soon searched.
     timed = np.flatnonzero(pc.match_substring_regex(stems, _TIMED).to_numpy()).astype(np.int32)
@@ -127,6 +129,7 @@ def _find(listed: pa.Table, stems: pa.ChunkedArray) -> pa.Array:
         found = pc.index_in(names.cast(pa.binary()), value_set=stems.take(timed).combine_chunks())
         place = pc.coalesce(place, pa.array(timed).take(found))
         timed = np.delete(timed, pc.unique(found.drop_null()).to_numpy())
+    is_segment = pc.is_valid(place)
     for names in _plain_names(listed):
         place = pc.coalesce(place, pc.index_in(names.cast(pa.binary()), value_set=stems.combine_chunks()))
     # A title comes before the id in what yt-dlp and youtube-dl write, and a format's number may follow it.
@@ -134,7 +137,7 @@ def _find(listed: pa.Table, stems: pa.ChunkedArray) -> pa.Array:
         for pattern in _TITLED:
             found = pc.struct_field(pc.extract_regex(stems.combine_chunks(), pattern), "id")
             place = pc.coalesce(place, pc.index_in(listed["ytid"].combine_chunks().cast(pa.binary()), value_set=found))
-    return place
+    return place, is_segment
 
 
 _TIMED = r"^.{11,}[_-][0-9]+(?:\.[0-9]+)?$"

@@ -1,11 +1,15 @@
 import gzip
+import io
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
+import soundfile
 
 from erann_dist.errors import UsageError, UserError
+from shards.clip import Packing, pack_clip
 from shards.sources.audioset import CLASSES, read_audioset, read_classes
 from shards.sources.rows import SourceRow
 
@@ -57,7 +61,9 @@ def test_usual_names_are_found(tmp_path: Path, name: str) -> None:
     (row,) = rows(segments, tmp_path / "audio")
     assert row.path == os.fsencode(tmp_path / "audio" / name)
     assert row.source == name
-    assert (row.key, row.split, row.start, row.end) == ("abc-_efghi1_30000", "eval", 30.0, 40.0)
+    assert (row.key, row.split) == ("abc-_efghi1_30000", "eval")
+    # A name with times is of a file that holds the segment alone.
+    assert (row.start, row.end) == ((0.0, 10.0) if "30" in name else (30.0, 40.0))
     assert row.labels == [0, 451]
     assert row.reason is None
 
@@ -172,3 +178,18 @@ def test_the_real_lists(real_data: Path, tmp_path: Path, name: str, count: int) 
         first = next(line for line in file if not line.startswith("#")).split(", ")
     assert source.rows["key"][0].as_py() == f"{first[0]}_{round(float(first[1]) * 1000)}"
     assert len(pc.unique(source.rows["key"])) == count
+
+
+@pytest.mark.parametrize(("seconds", "name"), [(14.0, "abc-_efghi1_5_15.wav"), (12.4, "abc-_efghi1_30_40.wav")])
+def test_a_name_with_times_is_no_whole_recording(tmp_path: Path, seconds: float, name: str) -> None:
+    """Although it is longer than its segment by more than a second: the first 10 s are the segment."""
+    start = int(name.split("_")[2])
+    ramp = np.linspace(-0.9, 0.9, round(seconds * 44_100))
+    (tmp_path / "audio").mkdir()
+    soundfile.write(tmp_path / "audio" / name, ramp, 44_100)
+    segments = write(tmp_path / "eval_segments.csv", f'abc-_efghi1, {start}.000, {start + 10}.000, "/m/09x0r"')
+    (row,) = rows(segments, tmp_path / "audio")
+    packed = io.BytesIO()
+    pack_clip(row, Packing(), packed)
+    packed.seek(0)
+    np.testing.assert_allclose(soundfile.read(packed)[0], ramp[: 10 * 44_100], atol=1e-4)
