@@ -97,7 +97,7 @@ class Differs(Exception):
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows go into which shard. They are dealt before anything is decoded: any shard can be built alone."""
+    """Which rows go into which shard. They are assigned before anything is decoded: any shard can be built alone."""
 
     source: Source
     packing: Packing
@@ -105,22 +105,54 @@ class Plan:
 
     @property
     def num_shards(self) -> int:
-        return -(-len(self.source.rows) // self.packing.clips_per_shard)
+        return -(-self.num_rows // self.packing.clips_per_shard)
+
+    @property
+    def num_rows(self) -> int:
+        """How many rows are assigned to shards."""
+        return len(self._order)
 
     @cached_property
     def digest(self) -> str:
         """What decides the set's content, apart from the files' bytes and the versions."""
-        facts = [self.source.name, self.source.task, self.source.label_ids, asdict(self.packing)]
-        rows = content_hash(self.source.rows.drop_columns(_PLACE_COLUMNS))
-        return hashlib.sha256(json.dumps([*facts, rows]).encode()).hexdigest()
+        return self._digest(asdict(self.packing))
+
+    def is_of(self, info: SetInfo) -> bool:
+        """Whether a finished set is of this plan: of its source and options, but for one that older sets lack."""
+        options = asdict(self.packing)
+        if "assign" not in info.packing:
+            del options["assign"]
+        return info.source_hash == self._digest(options)
+
+    def _digest(self, packing: dict[str, Any]) -> str:
+        facts = [self.source.name, self.source.task, self.source.label_ids, packing]
+        return hashlib.sha256(json.dumps([*facts, self._rows_hash]).encode()).hexdigest()
+
+    @cached_property
+    def _rows_hash(self) -> str:
+        return content_hash(self.source.rows.drop_columns(_PLACE_COLUMNS))
 
     @cached_property
     def _order(self) -> npt.NDArray[np.int64]:
-        """Shuffled by a fixed key, so that any shard is a fair sample; or as in the source."""
-        count = len(self.source.rows)
-        if self.packing.order == "source":
-            return np.arange(count)
-        return permute(np.arange(count), count, keyed_hash(_DEAL_SEED, SHARD_DEAL))
+        """The assigned rows, shuffled by a fixed key, so that any shard is a fair sample; or as in the source."""
+        rows = np.arange(len(self.source.rows))
+        if self.packing.assign == "present":
+            rows = rows[pc.is_null(self.source.rows["reason"]).to_numpy()]
+        if self.packing.order == "source" or not len(rows):
+            return rows
+        return rows[permute(np.arange(len(rows)), len(rows), keyed_hash(_DEAL_SEED, SHARD_DEAL))]
+
+    def left_out(self) -> pa.Table:
+        """The rows that are assigned to no shard (OUTCOME_SCHEMA), with their reasons."""
+        if self.packing.assign == "all":
+            return OUTCOME_SCHEMA.empty_table()
+        rows = self.source.rows.filter(pc.is_valid(self.source.rows["reason"]))
+        about = ("key", "labels", "split", "fold", "source", "reason", "detail")
+        columns = [
+            rows[field.name].cast(field.type) if field.name in about else pa.nulls(len(rows), field.type)
+            for field in OUTCOME_SCHEMA
+        ]
+        return pa.table(columns, OUTCOME_SCHEMA)
 
     def task(self, shard: int) -> ShardTask:
         begin = shard * self.packing.clips_per_shard
@@ -184,7 +216,7 @@ def start(plan: Plan) -> bool:
     folder = plan.folder
     require_printable(f"the {plan.source.name} source", [*plan.source.label_ids, *plan.source.label_names])
     if folder.exists(MANIFEST):
-        if read_info(folder).source_hash != plan.digest:
+        if not plan.is_of(read_info(folder)):
             raise UserError(
                 f"{folder}: holds another shard set (other rows, other files found, or other options); "
                 "choose another --out or remove it"
@@ -261,7 +293,7 @@ def finish(plan: Plan) -> SetInfo:
     """Write the tables: the folder is a shard set. Raises UserError, and clears the folder, when no clip got in."""
     source, folder = plan.source, plan.folder
     results = kept(plan, range(plan.num_shards))
-    outcomes = pa.concat_tables(result.outcomes for result in results)
+    outcomes = pa.concat_tables([*(result.outcomes for result in results), plan.left_out()])
     packed = pc.is_null(outcomes["reason"])
     clips = outcomes.filter(packed).select(CLIP_SCHEMA.names).replace_schema_metadata()
     report = outcomes.filter(pc.invert(packed)).select(REPORT_SCHEMA.names).replace_schema_metadata()

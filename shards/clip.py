@@ -38,6 +38,8 @@ class Packing:
     order: Literal["shuffled", "source"] = "shuffled"
     min_seconds: float = 0.02
     skip_silent: bool = False
+    # Which rows are assigned to shards: those that have a file, or all, as in sets that do not say which.
+    assign: Literal["present", "all"] = "present"
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ def packing_of(folder: Folder, info: SetInfo) -> Packing:
     if not info.packing:
         raise UserError(f"{folder}: was indexed, not packed; restore the tars concerned and index them again")
     where, advice = f"{folder}/{MANIFEST}: packing", "pack the set again"
-    packing = strict_json.read(Packing, strict_json.dumps(info.packing).encode(), where, advice)
+    options = {"assign": "all"} | info.packing  # which older sets do not have
+    packing = strict_json.read(Packing, strict_json.dumps(options).encode(), where, advice)
     if packing.clips_per_shard < 1 or (packing.sample_rate, packing.codec) != (info.sample_rate, info.codec):
         raise UserError(f"{where}: damaged (not the set's own rate and codec, or no clips in a shard); {advice}")
     return packing

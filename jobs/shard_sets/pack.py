@@ -79,7 +79,7 @@ def _build_missing(plan: Plan, there: set[int]) -> None:
     """Build the shards that are not there, and show how it goes."""
     before = _total(map(build.progress_of, build.kept(plan, there)))
     began = time.monotonic()
-    with bar(f"pack {plan.source.name}", len(plan.source.rows)) as progress:
+    with bar(f"pack {plan.source.name}", plan.num_rows) as progress:
 
         def show(now: Progress) -> None:
             seconds = time.monotonic() - began

@@ -66,8 +66,8 @@ class AudioFiles:
 def find_audio(folder: Path) -> AudioFiles:
     """The sound files below a folder, however deep, links followed; hidden files are left alone. Or of one archive.
 
-    Of several files with one stem an empty one comes last, a lossless one before the others, then the largest, which is
-    the one of the highest rate or the whole one.
+    Of several files with one stem an empty one comes last and a lossless one before the others; of those in one format
+    the largest comes first, which has the highest rate or is the whole one.
 
     Raises UsageError when there is no such folder, UserError when it holds no sound file.
     """
@@ -84,8 +84,9 @@ def find_audio(folder: Path) -> AudioFiles:
     table = pa.concat_tables([*tables, _table(chunk)])
     if not len(table):
         raise UserError(f"{folder}: no sound file in it or below it{'; ' * bool(warnings)}{'; '.join(warnings[:1])}")
-    order = [("empty", "ascending"), ("lossy", "ascending"), ("bytes", "descending"), ("name", "ascending")]
-    table = _with_sizes(table).sort_by(order).combine_chunks().drop_columns(["empty", "bytes"])
+    order = [(column, "ascending") for column in ("empty", "lossy", "suffix")]
+    order += [("bytes", "descending"), ("name", "ascending")]
+    table = _with_sizes(table).sort_by(order).combine_chunks().drop_columns(["empty", "suffix", "bytes"])
     return AudioFiles(folder, table, dict(sorted(passed_over.items())), warnings)
 
 
@@ -117,18 +118,20 @@ def sound_folder(path: Path) -> Path:
 
 
 def _with_sizes(table: pa.Table) -> pa.Table:
-    """The files with their bytes, and whether they are empty while another of that stem is not.
+    """The files with their bytes and suffixes, and whether they are empty while another of that stem is not.
 
-    Both are looked up only where several files have one stem.
+    These are looked up only where several files have one stem.
     """
     stems = table["stem"].combine_chunks()
     counts = stems.value_counts()
     several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
     index = pc.index_in(stems, value_set=several).fill_null(-1).to_numpy()
     size = np.zeros(len(table), np.int64)
+    suffixes = np.full(len(table), b"", object)  # sizes of different formats can't be compared
     largest = np.zeros(len(several), np.int64)
     for i in np.flatnonzero(index >= 0):
-        path, offset, inside = (table[name][int(i)].as_py() for name in ("path", "offset", "size"))
+        path, offset, inside, name = (table[column][int(i)].as_py() for column in ("path", "offset", "size", "name"))
+        suffixes[i] = os.path.splitext(name)[1].lower()
         try:
             size[i] = (inside or 1) if offset is not None else os.stat(path).st_size
         except OSError:  # a link that leads nowhere
@@ -136,7 +139,10 @@ def _with_sizes(table: pa.Table) -> pa.Table:
         largest[index[i]] = max(largest[index[i]], size[i])
     empty = (index >= 0) & (size == 0)
     empty[empty] = largest[index[empty]] > 0
-    return table.append_column("empty", pa.array(empty)).append_column("bytes", pa.array(size))
+    columns = {"empty": pa.array(empty), "suffix": pa.array(suffixes, pa.binary()), "bytes": pa.array(size)}
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    return table
 
 
 def locate(rows: pa.Table, place: pa.Array, files: AudioFiles) -> pa.Table:

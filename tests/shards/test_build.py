@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,13 @@ import pytest
 import soundfile
 import webdataset
 
-from erann_dist.data.manifest import MANIFEST, REPORT, SHARDS, content_hash, load_manifest
+from erann_dist.data.manifest import MANIFEST, REPORT, SHARDS, content_hash, load_manifest, read_info
 from erann_dist.errors import UserError
 from erann_dist.storage.folder import LocalFolder
 from shards import build
 from shards.build import Plan, Progress
 from shards.clip import REASONS, Packing
+from shards.repair import packing_of
 from shards.sources.audioset import read_audioset
 from shards.sources.folder import read_folder
 from shards.sources.rows import Source, SourceRow, rows_table
@@ -87,7 +89,7 @@ def test_packing_twice_gives_the_same_bytes(tone_shards: Path, tmp_path: Path) -
 
 
 def test_clips_are_dealt_to_shards_at_random_and_all_of_them(tmp_path: Path) -> None:
-    source = source_of(*(row(None, f"{i:04d}") for i in range(1000)))
+    source = source_of(*(row(tmp_path / "a.wav", f"{i:04d}") for i in range(1000)))
     plan = Plan(source, Packing(clips_per_shard=64), LocalFolder(str(tmp_path)))
     dealt = [plan.task(shard).rows["key"].to_pylist() for shard in range(plan.num_shards)]
     assert sorted(key for keys in dealt for key in keys) == [f"{i:04d}" for i in range(1000)]
@@ -199,7 +201,9 @@ def test_real_formats_are_packed_or_reported(real_data: Path, tmp_path: Path) ->
 
 def test_progress_is_told(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "x.wav", np.sin(np.arange(RATE)) * 0.5, RATE)
-    plan = Plan(source_of(row(tmp_path / "x.wav", "1"), row(None, "2")), Packing(), LocalFolder(str(tmp_path / "s")))
+    (tmp_path / "empty.wav").touch()
+    rows = [row(tmp_path / "x.wav", "1"), row(tmp_path / "empty.wav", "2"), row(None, "3")]
+    plan = Plan(source_of(*rows), Packing(), LocalFolder(str(tmp_path / "s")))
     told: list[Progress] = []
     result = build.build_shard(plan.task(0), told.append)
     size = pc.sum(result.outcomes["size"]).as_py()
@@ -236,6 +240,7 @@ from pathlib import Path
 from erann_dist.storage.folder import LocalFolder
 from shards import build
 from shards.clip import Packing
+from shards.repair import packing_of
 from shards.sources.audioset import read_audioset
 root = Path({str(set_)!r})
 source = read_audioset(root / "tone_segments.csv", root / "audio", root / "classes.csv")
@@ -299,10 +304,38 @@ def test_a_set_is_not_packed_by_two_versions(tmp_path: Path, monkeypatch: pytest
 
 
 def test_what_else_lies_there_stays_when_nothing_could_be_packed(tmp_path: Path) -> None:
-    plan = Plan(source_of(row(None)), Packing(), LocalFolder(str(tmp_path / "shards")))
+    (tmp_path / "empty.wav").touch()
+    plan = Plan(source_of(row(tmp_path / "empty.wav")), Packing(), LocalFolder(str(tmp_path / "shards")))
     build.start(plan)
     (tmp_path / "shards" / "letter.txt").write_text("dear")
     build.keep(plan.task(0), build.build_shard(plan.task(0)))
     with pytest.raises(UserError, match="0 of 1 row could"):
         build.finish(plan)
     assert [p.name for p in (tmp_path / "shards").iterdir()] == ["letter.txt"]
+
+
+def test_rows_without_a_file_take_no_place_in_a_shard(tmp_path: Path) -> None:
+    """Most of AudioSet's list has no file on a disk that holds a part of it: the tars are as many as the clips need."""
+    soundfile.write(tmp_path / "x.wav", np.sin(np.arange(RATE)) * 0.5, RATE)
+    there = [row(tmp_path / "x.wav", f"there{i}") for i in range(3)]
+    source = source_of(*(row(None, f"gone{i}") for i in range(50)), *there)
+    folder = pack_here(source, tmp_path / "set", clips_per_shard=2)
+    assert sorted(path.name for path in folder.glob("*.tar")) == ["test-000000.tar", "test-000001.tar"]
+    report = pq.read_table(folder / REPORT).to_pylist()
+    assert {row["key"]: row["reason"] for row in report} == {f"gone{i}": "missing" for i in range(50)}
+    assert sorted(load_manifest(folder).keys.to_pylist()) == [f"there{i}" for i in range(3)]
+
+
+def test_a_set_that_was_packed_before_options_had_assign(tmp_path: Path) -> None:
+    """Its rows without a file had places in the shards; it is known as packed, and can be repaired."""
+    soundfile.write(tmp_path / "x.wav", np.sin(np.arange(RATE)) * 0.5, RATE)
+    source = source_of(*(row(None, f"gone{i}") for i in range(5)), row(tmp_path / "x.wav", "there"))
+    folder = LocalFolder(str(pack_here(source, tmp_path / "set", clips_per_shard=2, assign="all")))
+    assert len(list((tmp_path / "set").glob("*.tar"))) == 3
+    plan = Plan(source, Packing(clips_per_shard=2), folder)
+    info = read_info(folder)
+    older = {name: value for name, value in info.packing.items() if name != "assign"}
+    older_info = replace(info, packing=older, source_hash=plan._digest(older))
+    assert plan.is_of(older_info)
+    assert not plan.is_of(info)
+    assert packing_of(folder, older_info) == Packing(clips_per_shard=2, assign="all")
