@@ -10,7 +10,7 @@ INSTALL = $(INSTALL_$(INSTALLER)) --no-deps --no-build-isolation
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command 'make lock'
 
-.PHONY: setup lock demo lint test test-cluster test-slow test-newest test-install test-image test-gpu ci-packages
+.PHONY: setup lock demo docs lint test test-cluster test-slow test-newest test-install test-image test-gpu ci-packages
 
 setup: .venv/.installed
 
@@ -32,9 +32,19 @@ lock: .venv/.created
 	$(COMPILE) --upgrade pyproject.toml --all-extras --output-file requirements/dev.txt
 	$(COMPILE) pyproject.toml --extra aws --constraint requirements/dev.txt --output-file requirements/image.txt
 	$(COMPILE) --group pyproject.toml:setup --constraint requirements/dev.txt --output-file requirements/setup.txt
+	$(COMPILE) --group pyproject.toml:docs --constraint requirements/dev.txt --output-file requirements/docs.txt
 
 demo: setup
 	$(BIN)/erann demo
+
+.venv-docs/.installed: .venv/.created requirements/docs.txt
+	$(BIN)/uv venv --clear --python $(BIN)/python .venv-docs
+	$(BIN)/uv pip install --python .venv-docs/bin/python --no-deps --require-hashes --requirement requirements/docs.txt
+	@touch $@
+
+# The documentation as a site with search, in site/. An environment of its own, without PyTorch.
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict
 
 lint: setup
 	$(BIN)/ruff check .

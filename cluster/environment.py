@@ -45,7 +45,7 @@ def is_torchruns_worker() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-# Of every `ray start`: a host whose network is gone is given up after some 12 seconds (docs/hosts.md).
+# Of every `ray start`: a host whose network is gone is given up after some 12 seconds (docs/clusters/hosts.md).
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",

@@ -259,7 +259,7 @@ class RunSection(Place):
 
 
 class Recipe(Section):
-    """All that defines a run. Sections and keys are docs/recipe.md's."""
+    """All that defines a run. Sections and keys are docs/reference/recipe.md's."""
 
     model: ModelSection
     data: DataSection

@@ -1,4 +1,4 @@
-"""docs/extending.md, followed to the letter: its files are run, its entries made, and what it says they do is done."""
+"""docs/extending/index.md, followed to the letter: its files are run, its entries made, and its claims checked."""
 
 import re
 import types
@@ -22,7 +22,7 @@ from shards.statistics import statistics
 from tests.conftest import pack_here, small_recipe
 from tests.support.workers import of_kind, train_alone
 
-PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
+PAGE = (Path(__file__).parents[1] / "docs" / "extending" / "index.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.M | re.S))
 
 

@@ -1,4 +1,4 @@
-"""The order in which the packages, and the folders in them, may import each other: docs/extending names them."""
+"""The order in which the packages, and the folders in them, may import each other: docs/architecture.md names them."""
 
 import ast
 from collections.abc import Iterator

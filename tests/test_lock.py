@@ -15,7 +15,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ["3.11", "3.12", "3.13", "3.14"]
-LOCKS = ["dev", "image", "setup"]
+LOCKS = ["dev", "image", "setup", "docs"]
 
 
 def lines(lock: str) -> Iterator[str]:
@@ -47,7 +47,7 @@ def asked(lock: str) -> list[str]:
     return {
         "dev": [*project["dependencies"], *(each for extra in extras.values() for each in extra)],
         "image": [*project["dependencies"], *extras["aws"]],
-        "setup": PROJECT["dependency-groups"]["setup"],
+        **PROJECT["dependency-groups"],
     }[lock]
 
 
@@ -66,6 +66,8 @@ def test_all_hold_the_same_versions(python: str) -> None:
     dev = locked("dev", python)
     assert locked("image", python).items() <= dev.items()
     assert locked("setup", python)["setuptools"] == dev["setuptools"]
+    docs = locked("docs", python)
+    assert {name: docs[name] for name in docs.keys() & dev.keys()}.items() <= dev.items()
 
 
 @pytest.mark.parametrize("lock", LOCKS)

@@ -25,8 +25,8 @@ def commands_of(page: Path) -> list[str]:
     return [re.split(r" {3,}(?=[\w#])| # | \(", line)[0].partition(" > ")[0].strip() for line in lines]
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ALL = [(page.name, command) for page in PAGES for command in commands_of(page)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ALL = [(str(page.relative_to(ROOT)), command) for page in PAGES for command in commands_of(page)]
 
 
 def context_of_the_command() -> typer.Context:
@@ -64,8 +64,7 @@ def test_the_readmes_commands_in_their_order(real_data: Path, tmp_path: Path) ->
     """In one folder, with real audio; trainings are made short by keys behind them."""
     place = tmp_path / "project"
     place.mkdir()
-    (tmp_path / "shared").mkdir()
-    (tmp_path / "shared/data").symlink_to(real_data)
+    (place / "ESC-50").symlink_to(real_data / "esc10")
     ran: list[str] = []
     for command in commands_of(ROOT / "README.md"):
         words = shlex.split(command)

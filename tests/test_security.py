@@ -1,4 +1,4 @@
-"""What docs/security.md says of what others made: it is read, never run, and nothing in it leads elsewhere."""
+"""What docs/reference/security-files.md says of others' files: they are read, never run, and lead nowhere else."""
 
 import ast
 import hashlib
@@ -38,14 +38,15 @@ from tests.shards.test_stage import run as stage
 from tests.shards.test_verify import change_table, problems
 from tests.test_layers import FILES, ROOT
 
-PAGE = ROOT / "docs" / "security.md"
+PAGES = sorted((ROOT / "docs" / "reference").glob("security*.md"))
 TESTS = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 
 def test_every_test_on_the_page_is_there() -> None:
-    named = TESTS.findall(PAGE.read_text())
+    text = "".join(page.read_text() for page in PAGES)
+    named = TESTS.findall(text)
     assert len(named) > 20
-    assert len(named) == PAGE.read_text().count(".py::"), "a test is named in another way"
+    assert len(named) == text.count(".py::"), "a test is named in another way"
     for path, name in named:
         tree = ast.parse((ROOT / path).read_text())
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{path}::{name}"

@@ -1,7 +1,8 @@
 """A shard set's manifest: one row per packed clip, in Parquet, and the facts about the set in its metadata.
 
 A shard set is a folder, on a disk or in S3, with `manifest.parquet`, `shards.parquet` (one row per tar),
-`report.parquet` (one row per source row that did not get in) and the tars. docs/shards.md describes the columns.
+`report.parquet` (one row per source row that did not get in) and the tars. docs/reference/shard-sets.md describes the
+columns.
 """
 
 import dataclasses

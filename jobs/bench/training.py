@@ -64,7 +64,7 @@ from jobs.training.probe_run import changed, endless
 
 _BARE = "bare"
 _STAGES = (0, 1, 2)
-_GPU_STEP = 0.106  # seconds: 32 examples with ERANN-1-6, as an H200 took (docs/benchmarks.md)
+_GPU_STEP = 0.106  # seconds: 32 examples with ERANN-1-6, as an H200 took (docs/reference/benchmarks-gpu.md)
 _LOG_EVERY = 10  # the recipe's default
 _WARM_UP = 3  # steps of a turn that are not counted
 _JOB_WARM_UP = 30  # of the whole job: its loader fills its queue

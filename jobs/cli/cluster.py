@@ -13,7 +13,7 @@ from jobs.terminal.show import show
 cluster_app = typer.Typer(no_args_is_help=True, help="Files that start a cluster.", rich_markup_mode="markdown")
 render_app = typer.Typer(
     no_args_is_help=True,
-    help="Write a cluster's file on stdout, with comments to edit it by: docs/clusters.md.",
+    help="Write a cluster's file on stdout, with comments to edit it by: docs/clusters/index.md.",
     rich_markup_mode="markdown",
 )
 cluster_app.add_typer(render_app, name="render")

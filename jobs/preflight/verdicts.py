@@ -244,7 +244,8 @@ def bus_bandwidth(workers: int, number_of_bytes: int, seconds: float) -> float:
 
 
 def step_verdict(recipe: Recipe, trial: ProbeResult, all_reduce_s: float, gpus: list[Gpu]) -> Verdict:
-    problems = [Problem(text, "docs/faults.md tells what follows from it", fails=False) for text in trial.incidents]
+    mend = "docs/reference/faults.md tells what follows from it"
+    problems = [Problem(text, mend, fails=False) for text in trial.incidents]
     if trial.data_wait > _WAITING:
         text = f"the first worker waits for data in {trial.data_wait:.0%} of a step"
         problems.append(Problem(text, "see the supply, below", fails=False))

@@ -1,4 +1,4 @@
-"""What docs/security.md says of networks, other users, tokens and buckets, tried on the real thing."""
+"""What docs/reference/security*.md say of networks, other users, tokens and buckets, tried on the real thing."""
 
 import json
 import os
@@ -43,7 +43,7 @@ from tests.conftest import pack_here, small_recipe, write_tone_set
 from tests.support.commands import ERANN, Running
 from tests.support.s3 import Server, forget_clients, s3_server
 from tests.support.workers import of_kind
-from tests.test_security import PAGE
+from tests.test_security import ROOT
 
 RAY = str(Path(sys.executable).parent / "ray")
 PING = """
@@ -372,7 +372,8 @@ ACTIONS = {
 
 def policies() -> dict[str, Any]:
     """The page's, by the title above each, for the test's own bucket."""
-    blocks = re.findall(r"\*\*(\w+)\*\*(?:[^\n]+\n)+\n```json\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    page = (ROOT / "docs" / "reference" / "security-bucket.md").read_text()
+    blocks = re.findall(r"\*\*(\w+)\*\*(?:[^\n]+\n)+\n```json\n(.*?)```", page, re.DOTALL)
     return {title: json.loads(text.replace("BUCKET", "sounds")) for title, text in blocks}
 
 

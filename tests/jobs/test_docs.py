@@ -1,4 +1,4 @@
-"""What the pages on clusters say is what the program does."""
+"""What the pages say is what the program does; they link to each other, and none is long."""
 
 import re
 import shlex
@@ -15,7 +15,8 @@ from cluster.render.instances import INSTANCES
 from jobs.cli.__main__ import app
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {page.name: page.read_text() for page in sorted(DOCS.glob("*.md"))}
+PAGES = {page.relative_to(DOCS).as_posix(): page.read_text() for page in sorted(DOCS.rglob("*.md"))}
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)")
 COMMANDS = [
     (page, command)
     for page, text in PAGES.items()
@@ -25,7 +26,7 @@ COMMANDS = [
 
 def test_the_health_checks() -> None:
     assert (
-        dict(re.findall(r"^\| `(RAY_health_\w+)` \| \d+ \| (\d+) \|$", PAGES["hosts.md"], re.MULTILINE))
+        dict(re.findall(r"^\| `(RAY_health_\w+)` \| \d+ \| (\d+) \|$", PAGES["clusters/hosts.md"], re.MULTILINE))
         == HEALTH_CHECKS
     )
 
@@ -33,7 +34,7 @@ def test_the_health_checks() -> None:
 def test_the_instances() -> None:
     told = {
         name: [cell.strip() for cell in cells.split("|")]
-        for name, cells in re.findall(r"^\| ([gp]\d\S+) \|(.*)\|$", PAGES["aws.md"], re.MULTILINE)
+        for name, cells in re.findall(r"^\| ([gp]\d\S+) \|(.*)\|$", PAGES["clusters/aws-instances.md"], re.MULTILINE)
     }
     assert told == {
         each.name: [
@@ -60,12 +61,12 @@ def test_the_commands(page: str, command: str) -> None:
     # The cache that the page gives the recipe is the one that the file tells of.
     (told,) = re.findall(r"data.cache={dir: /scratch/erann, max_bytes: (\w+)}$", outcome.stdout, re.MULTILINE)
     shown = re.findall(r"data.cache={dir: /scratch/erann, max_bytes: (\w+)}'", PAGES[page])
-    assert told in shown or page == "clusters.md"  # which leaves it to the target's page
+    assert told in shown or page == "clusters/index.md"  # which leaves it to the target's page
 
 
 def test_each_target_has_a_page_with_its_command() -> None:
     assert {(page, command.split()[1]) for page, command in COMMANDS} >= {
-        (f"{target}.md", target) for target in ("aws", "kubernetes", "slurm")
+        (f"clusters/{target}.md", target) for target in ("aws", "kubernetes", "slurm")
     }
 
 
@@ -76,11 +77,28 @@ def test_no_page_is_unfinished() -> None:
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}" for name in PAGES)])
 def test_links_lead_somewhere(page: str) -> None:
     text = (DOCS.parent / page).read_text()
-    for target, _, part in re.findall(r"\]\((?!https?:)([^)#]*)(#?)([^)]*)\)", text):
+    for target, _, part in LINK.findall(text):
         there = (DOCS.parent / page).parent / target if target else DOCS.parent / page
         assert there.exists(), target
         headings = re.findall(r"^#+ (.*)$", there.read_text(), re.MULTILINE) if part else []
         assert not part or part in [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], part
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_page_is_long(page: str) -> None:
+    assert len((DOCS / page).read_bytes()) <= 8192
+
+
+def test_every_page_is_reachable_from_the_index() -> None:
+    reached: set[str] = set()
+    to_read = ["index.md"]
+    while to_read:
+        page = to_read.pop()
+        reached.add(page)
+        links = {(DOCS / page).parent / target for target, _, _ in LINK.findall(PAGES[page]) if target}
+        linked = {link.resolve().relative_to(DOCS.resolve()).as_posix() for link in links}
+        to_read += (linked & PAGES.keys()) - reached
+    assert reached == PAGES.keys()
 
 
 # In place of those of the machine where a command is typed.

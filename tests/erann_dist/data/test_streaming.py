@@ -144,8 +144,8 @@ def test_the_pages_example_runs_as_written(tmp_path: Path, monkeypatch: pytest.M
     write_tar(shards / "esc10-000000.tar", members, tarfile.GNU_FORMAT)
     list(index(LocalFolder(str(shards)), None))
     monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[3] / "docs" / "shards.md").read_text()
-    exec(page.split("```python\n")[1].split("```")[0], {})
+    page = (Path(__file__).parents[3] / "docs" / "guide" / "trained-model.md").read_text()
+    exec(page.partition("## One pass over a set")[2].split("```python\n")[1].split("```")[0], {})
     assert {p.name: p.read_bytes() for p in tmp_path.glob("*.flac")} == {f"{n}.flac": flac for n, _, flac in clips[1:]}
 
 

@@ -1,4 +1,4 @@
-"""What a model may be like, shown with that of docs/extending.md: without BatchNorm, with dropout."""
+"""What a model may be like, shown with that of docs/extending/index.md: without BatchNorm, with dropout."""
 
 from collections.abc import Callable
 from dataclasses import replace
