@@ -1,4 +1,4 @@
-"""Rebuilding single shards of a set from its source, to the bytes that they had."""
+"""Rebuilding single shards of a set from its source, byte for byte."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -35,7 +35,7 @@ def repair_tasks(folder: Folder, source: Source, shards: Iterable[int]) -> list[
 
 
 def packing_of(folder: Folder, info: SetInfo) -> Packing:
-    """The options that a set was packed with. Raises UserError when its manifest has none that this program knows."""
+    """The options that a set was packed with. Raises UserError when its manifest has none that this program can read."""
     if not info.packing:
         raise UserError(f"{folder}: was indexed, not packed; restore the tars concerned and index them again")
     where, advice = f"{folder}/{MANIFEST}: packing", "pack the set again"
@@ -46,16 +46,16 @@ def packing_of(folder: Folder, info: SetInfo) -> Packing:
 
 
 def why_different(folder: Folder, task: ShardTask, outcomes: pa.Table) -> str:
-    """In words, why a rebuilt shard is not the one that was packed."""
+    """Why a rebuilt shard differs from the one that was packed, as an error message."""
     info, clips = read_manifest(folder, ["key", "shard", "source"])
     before = {clip["key"]: clip["source"] for clip in clips.filter(pc.equal(clips["shard"], task.shard)).to_pylist()}
     name = f"{folder}/{task.name}: can't be rebuilt to the same bytes"
     for outcome in outcomes.to_pylist():
         if outcome["key"] in before and outcome["reason"]:
             reason = f"{outcome['reason']} ({outcome['detail']})"
-            return f"{name}: {before[outcome['key']]} was packed then and is now {reason}; bring it back and try again"
+            return f"{name}: {before[outcome['key']]} was packed then and is now {reason}; restore it and try again"
         if outcome["key"] not in before and not outcome["reason"]:
-            return f"{name}: {outcome['source']} was not packed then and can be now; pack a new set to have it in"
+            return f"{name}: {outcome['source']} was not packed then and can be now; pack a new set to include it"
     return f"{name}: {_other_versions(info) or 'source files have changed since it was packed'}"
 
 

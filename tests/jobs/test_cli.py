@@ -466,7 +466,7 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
     assert_refused(pack(out=audio / "shards"), 2, "lies in .*audio, whose sound is packed")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    assert_refused(pack(out=tmp_path / "full"), 1, "full: is there and is no shard set")
+    assert_refused(pack(out=tmp_path / "full"), 1, "full: exists and is not a shard set")
     assert not out.exists()
 
 

@@ -224,7 +224,7 @@ def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil:
         (["data.train=x"], "data.train: a cross-validation's clips are those of protocol.shards; remove this key"),
         (["data=x"], "data: input should be a section {key: value, ...}, not 'x'"),
         (["model=X"], "model: input should be a section {key: value, ...}, not 'X'"),
-        (["model=null"], "model.variant: this key is needed"),
+        (["model=null"], "model.variant: this key is required"),
         (["optim=3"], "optim: input should be a section {key: value, ...}, not 3"),
         (["run=foo"], "run: input should be a section {key: value, ...}, not 'foo'"),
         (["run.dir=5"], "run: dir: input should be a valid string, not 5"),
