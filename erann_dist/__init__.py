@@ -1,4 +1,4 @@
-"""The library: a clip, a shard set, the model, the sampler, the loader, one training loop. It does not depend on Ray."""
+"""The library: clips, shard sets, models, samplers, the loader and one training loop. It does not depend on Ray."""
 
 import os
 import pwd
@@ -7,7 +7,7 @@ import pwd
 # oneDNN reads this variable at the first convolution.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-# In a container the user id may have no name. At the first step torch looks it up to name a cache folder, and would fail
+# In a container the user id may have no name. At the first step torch looks it up to name a cache folder and would fail
 # with a KeyError; other libraries do the same.
 try:
     pwd.getpwuid(os.getuid())

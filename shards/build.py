@@ -235,8 +235,8 @@ def _kept(plan: Plan, shard: int) -> ShardResult:
     if there != versions():
         pins = " ".join(f"{name}=={version}" for name, version in there.items())
         raise UserError(
-            f"{folder}/{plan.tar_name(shard)}: was packed with other library versions than these; resume with those on every "
-            f"machine (pip install {pins}), or remove {folder} and start from scratch"
+            f"{folder}/{plan.tar_name(shard)}: was packed with other library versions than these; resume with those on "
+            f"every machine (pip install {pins}), or remove {folder} and start from scratch"
         )
     return ShardResult(table.replace_schema_metadata(), row)
 

@@ -35,7 +35,7 @@ def repair_tasks(folder: Folder, source: Source, shards: Iterable[int]) -> list[
 
 
 def packing_of(folder: Folder, info: SetInfo) -> Packing:
-    """The options that a set was packed with. Raises UserError when its manifest has none that this program can read."""
+    """The options that a set was packed with. Raises UserError when its manifest has none, or damaged ones."""
     if not info.packing:
         raise UserError(f"{folder}: was indexed, not packed; restore the tars concerned and index them again")
     where, advice = f"{folder}/{MANIFEST}: packing", "pack the set again"

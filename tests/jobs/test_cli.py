@@ -185,7 +185,7 @@ def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
         (
             "data.train={url: SHARDS, fold: [7]}",
             2,
-            r"no clip has split None and fold \[7\]; there are the splits \['tone'\]",
+            r"no clip has split None and fold \[7\]; the splits are \['tone'\]",
         ),
         ("run.workers=3", 2, "run.launcher none runs 1 worker, not 3"),
         ("run.dir=/proc/runs", 1, "erann: /proc/runs"),  # nothing can be written there
@@ -394,7 +394,7 @@ def test_tagging_what_one_can_not(erann, trained: Path, tone_shards: Path, tmp_p
     assert_refused(erann("tag", model, tone_shards, "--out", tmp_path), 2, f"{tmp_path}: is a folder")
     assert_refused(erann("tag", model, tone_shards, "--workers", 2, "--launcher", "none", *out), 2, "runs 1 worker")
     slow = changed_model(trained, tmp_path / "rate", sample_rate=32_000)
-    assert_refused(erann("tag", slow, tone_shards, *out), 1, "holds 44100 Hz, the model .* takes 32000 Hz")
+    assert_refused(erann("tag", slow, tone_shards, *out), 1, "is at 44100 Hz, the model .* needs 32000 Hz")
     damaged = copy_tree(tone_shards, tmp_path / "damaged")
     tar = damaged / "audioset-000002.tar"
     tar.write_bytes(tar.read_bytes()[:100_000])
@@ -418,7 +418,7 @@ def test_models_and_shards_that_do_not_fit(erann, trained: Path, tone_shards: Pa
             changed("labels", label_ids=["/m/000", "/m/x", "/m/002"]),
             "labels that are not the 3 of .*label 1 is /m/001",
         ),
-        (changed("rate", sample_rate=32_000), "holds 44100 Hz, the model .* takes 32000 Hz"),
+        (changed("rate", sample_rate=32_000), "is at 44100 Hz, the model .* needs 32000 Hz"),
         (
             changed("task", task="classification"),
             "is for tagging, the model .* for classification",
@@ -472,7 +472,7 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
 
 def test_a_set_of_another_rate_is_refused(erann, trained: Path, recipe: Path, tmp_path: Path) -> None:
     slow = pack_here(read_audioset(*write_tone_set(tmp_path / "set", 8)), tmp_path / "slow", sample_rate=32_000)
-    refusal = "holds 32000 Hz, ERANN takes 44100 Hz; pack it again"
+    refusal = "is at 32000 Hz, ERANN needs 44100 Hz; pack it again"
     assert_refused(erann("pretrain", recipe, f"data.train={slow}"), 1, f"slow: {refusal}")
     assert_refused(erann("evaluate", trained / "model", slow), 1, f"slow: {refusal}")
 

@@ -249,7 +249,7 @@ def test_a_tar_whose_name_leads_out_of_the_folder(tone_shards: Path, tmp_path: P
             return super().sizes(prefix) | {name: (tmp_path / "out.tar").stat().st_size}
 
     before = (tmp_path / "out.tar").stat().st_mtime_ns
-    assert f"{name!r} is no name of a tar in the set's folder" in refusal(Bucket(str(shards)), tmp_path / "copy")
+    assert f"{name!r} is not the name of a tar in the set's folder" in refusal(Bucket(str(shards)), tmp_path / "copy")
     assert (tmp_path / "out.tar").stat().st_mtime_ns == before
 
 
