@@ -71,7 +71,7 @@ def permute(index: npt.NDArray[np.integer], size: npt.NDArray[np.integer] | int,
     """
     x, size, key = np.broadcast_arrays(_word(index), _word(size), key)
     # Even sides of at least 4: with odd sides every half-round, and so every permutation, is an even permutation, and
-    # sides of 2 or 3 mix small sizes too slowly (both show in a chi-square test over all permutations of 5 to 7 entries).
+    # sides of 2 or 3 mix small sizes too slowly (a chi-square test over all permutations of 5 to 7 entries shows both).
     a = np.maximum(np.sqrt(size.astype(np.float64)).astype(np.uint64) & ~np.uint64(1), np.uint64(4))
     b = np.maximum((size + a - np.uint64(1)) // a, np.uint64(4))
     b += b & np.uint64(1)

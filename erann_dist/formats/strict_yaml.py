@@ -156,7 +156,7 @@ def load(text: str | bytes) -> Any:
 
 
 def load_dumped(text: str | bytes) -> Any:
-    """The value of a text that PyYAML or `dump` wrote, such as a run's recipe.yaml: YAML 1.1. Raises what load raises."""
+    """The value of a YAML 1.1 text by PyYAML or `dump`, such as a run's recipe.yaml. Raises what load raises."""
     return _load(text, _Loader11)
 
 

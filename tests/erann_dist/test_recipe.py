@@ -50,9 +50,9 @@ def test_defaults_and_overrides(path: Path) -> None:
         ("optim.zero_stage=3", "optim.zero_stage: .*not 3"),
         (
             "model.variant=RNN",
-            "model.variant: 'RNN' is no model; there are ERANN-<s_m>-<width>, .*; CNN14",
+            "model.variant: 'RNN' is not a model; the models are ERANN-<s_m>-<width>, .*; CNN14",
         ),
-        ("model.variant=ERANN-7", "model.variant: 'ERANN-7' is no ERANN variant"),
+        ("model.variant=ERANN-7", "model.variant: 'ERANN-7' is not an ERANN variant"),
         ("model.variant=CNN14x", "model.variant: there is no 'CNN14x'; write CNN14"),
         ("model.variant=ERANN-5-1", "model.variant: there is no ERANN-5-1: s_m is 0, 1, 2 or 3"),
         ("data.crop_s=3.3", "data: crop_s is a whole number of half seconds, not 3.3"),

@@ -154,7 +154,7 @@ def test_a_set_of_another_make_is_refused(folded: Path, tmp_path: Path, facts: d
 def test_sets_of_other_labels_are_not_mixed(folded: Path, tmp_path: Path) -> None:
     shards = copy_tree(folded, tmp_path / "shards")
     rewrite(shards, label_ids=["c0", "x", "c2", "c3"])
-    line = r"shards has different labels \(4\) than .*, first at index 1 \(c1 and x\); use sets made from one class list"
+    line = r"has different labels \(4\) than .*, first at index 1 \(c1 and x\); use sets made from one class list"
     with pytest.raises(UserError, match=line):
         load_sources([DataSource(url=str(folded)), DataSource(url=str(shards))])
     with pytest.raises(UserError, match=line):
