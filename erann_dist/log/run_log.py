@@ -75,7 +75,7 @@ class Lost:
 class RunLog:
     """The log of a run that resumes after a step: metrics.jsonl, and the other sinks. Close it at the end.
 
-    In a folder on a disk it is complete at every moment; lines that a full disk rejects are written once there is space.
+    In a folder on a disk it is always complete; lines that a full disk rejects are written once there is space again.
     To S3 it is uploaded in the background; a failed upload is repeated with the next one. A start of the run that
     another one has replaced no longer changes the log.
 

@@ -87,7 +87,7 @@ class ERANN(AudioModel):
     """
 
     def __init__(self, variant: Variant, num_classes: int, initialisation: Initialisation = "he") -> None:
-        """initialisation: he (see `_initialise`) or pytorch, that of torch's layers. The paper does not give its own."""
+        """initialisation: he (see `_initialise`) or pytorch, that of torch's layers. The paper does not give one."""
         super().__init__(str(variant), num_classes, ERANN_MEL)
         self.variant = variant
         w = variant.width

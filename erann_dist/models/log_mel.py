@@ -1,6 +1,6 @@
 """The front end: waveform to log-mel spectrogram.
 
-ERANN's parameters are the paper's, with this project's defaults for what it leaves open: the HTK mel scale without filter
+ERANN's parameters are the paper's, with this project's defaults where it leaves them open: HTK mel scale without filter
 normalisation, power spectrogram, 10·log10 with a floor of 1e-10.
 """
 

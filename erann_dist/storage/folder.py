@@ -90,7 +90,7 @@ class LocalFolder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A new file to write, read and seek in; it gets its name at the end, unless the body raises. Do not close it."""
+        """A new file to write, read and seek in; it is named at the end, unless the body raises. Don't close it."""
         path = Path(self.url, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")

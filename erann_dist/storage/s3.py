@@ -164,7 +164,7 @@ class S3Folder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A new local file to write, read and seek in; uploaded at the end, unless the body raises. Do not close it."""
+        """A new local file to write, read and seek in; uploaded at the end, unless the body raises. Don't close it."""
         with naming(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             yield file
             self._store(name, file)

@@ -14,13 +14,13 @@ _COLUMNS = ("filename", "fold", "target", "category", "esc10")
 
 
 def read_esc50(root: Path, esc10: bool = False) -> Source:
-    """ESC-50, or with esc10 its ten-class subset. The clips may be in any format, under the names of the list.
+    """ESC-50, or with esc10 its ten-class subset. The clips may be in any format, with the names in the list.
 
     Raises UsageError or UserError: which file, which line, what is wrong.
     """
     path = root / "meta" / "esc50.csv"
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; --root is the folder that holds meta/ and audio/")
+        raise UsageError(f"{path}: no such file; --root is the folder that contains meta/ and audio/")
     lines: list[tuple[str, int, str, int]] = []  # stem, target, category, fold
     for where, line in read_table(path, _COLUMNS):
         if line["esc10"] not in ("True", "False"):

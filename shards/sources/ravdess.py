@@ -15,9 +15,9 @@ FOLDS = 4
 
 
 def read_ravdess(root: Path) -> Source:
-    """The speech files below a folder. An actor is in one fold: ((actor − 1) // 2) mod 4 + 1, both sexes in each.
+    """The speech files below a folder. An actor is in one fold, ((actor − 1) // 2) mod 4 + 1, with both sexes in each.
 
-    Songs and names that are not RAVDESS's are reported as wrong labels. Raises UsageError or UserError.
+    Songs, and files without a RAVDESS name, are reported as wrong labels. Raises UsageError or UserError.
     """
     files = find_audio(root)
     stems = files.table["stem"].combine_chunks()

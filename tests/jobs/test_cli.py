@@ -162,7 +162,7 @@ def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
     tar.write_bytes(tar.read_bytes()[:100_000])
     outcome = erann("verify", cut)
     assert_refused(outcome, 1, "cut: 1 problem")
-    assert f"{tar}: cut short, 100000 bytes" in outcome.err
+    assert f"{tar}: truncated, 100000 bytes" in outcome.err
 
     other = copy_tree(tone_shards, tmp_path / "other")
     table = pq.read_table(other / MANIFEST)
@@ -454,7 +454,7 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     malformed = tmp_path / "malformed.csv"
     malformed.write_text(segments.read_text() + "abc, 1.0\n")
-    assert_refused(pack(audio=tmp_path / "nowhere"), 2, "nowhere: no such folder of audio")
+    assert_refused(pack(audio=tmp_path / "nowhere"), 2, "nowhere: no such audio folder")
     assert_refused(pack(audio=tmp_path / "empty"), 1, "empty: no sound file in it or below it")
     assert_refused(pack(segments=malformed), 1, "malformed.csv:5: not a segment")
     assert_refused(pack(segments=tmp_path / "gone.csv"), 2, "gone.csv: no such file")
@@ -520,14 +520,14 @@ def test_staging_what_or_where_one_can_not(erann, tone_shards: Path, tmp_path: P
     target = tmp_path / "copy"
     assert_refused(erann("stage", tone_shards, "s3://bucket/x"), 2, "a set is copied to a folder on a disk, not to S3")
     assert_refused(erann("stage", tone_shards, ""), 2, "the path given is empty")
-    assert_refused(erann("stage", tone_shards, tone_shards), 2, "lies in .*, which is to be copied")
+    assert_refused(erann("stage", tone_shards, tone_shards), 2, "is inside .*, which is to be copied")
     assert_refused(erann("stage", tmp_path / "nowhere", target), 2, "nowhere: no such folder")
     assert_refused(erann("stage", tmp_path / "empty", target), 1, "no shard set here")
     assert_refused(erann("stage", "gs://bucket/x", target), 2, "a folder is a path or s3://bucket/prefix")
     assert not target.exists()
     target.mkdir()
     (target / "mine").write_text("mine")
-    assert_refused(erann("stage", tone_shards, target), 2, "copy: is there and is no shard set; choose another folder")
+    assert_refused(erann("stage", tone_shards, target), 2, "copy: exists and is not a shard set; choose another folder")
     assert_refused(erann("stage", tone_shards, target / "mine"), 1, "mine: File exists")
     assert [path.name for path in target.iterdir()] == ["mine"]
 

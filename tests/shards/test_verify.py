@@ -66,7 +66,7 @@ def test_verify_names_every_kind_of_damage(tone_shards: Path, tmp_path: Path) ->
     tar.write_bytes(tar.read_bytes()[:-4000])
     for quick in (False, True):
         (line,) = problems(folder, quick)
-        assert "audioset-000001.tar: cut short" in line
+        assert "audioset-000001.tar: truncated" in line
 
     folder, tar = damaged("gone")
     tar.unlink()
@@ -133,7 +133,7 @@ def test_verify_decodes_what_the_checksums_call_sound(tone_shards: Path, tmp_pat
     change_table(folder / MANIFEST, {"crc32": zlib.crc32(data[begin : begin + size])}, row=row)
     (line,) = problems(folder)
     assert f"{manifest.keys[row]}.flac" in line
-    assert "is no FLAC" in line or "samples at 44100 Hz, manifest.parquet says" in line
+    assert "is not FLAC" in line or "samples at 44100 Hz, manifest.parquet has" in line
 
 
 @pytest.fixture
