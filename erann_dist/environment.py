@@ -41,7 +41,11 @@ def _cpu_quotas(root: Path) -> list[float]:
             if not controllers:
                 quotas += [_quota_v2(folder) for folder in _with_ancestors(mount, group)]
             elif "cpu" in controllers.split(","):
-                quotas += [_quota_v1(folder) for name in (controllers, "cpu") for folder in _with_ancestors(mount / name, group)]
+                quotas += [
+                    _quota_v1(folder)
+                    for name in (controllers, "cpu")
+                    for folder in _with_ancestors(mount / name, group)
+                ]
     return [quota for quota in quotas if quota is not None]
 
 

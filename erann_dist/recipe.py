@@ -451,8 +451,7 @@ def _key_or_index(node: Any, name: str, parents: list[str], key: str, shown: str
     if re.fullmatch("[0-9]{1,6}", name) and int(name) < len(node):
         return int(name)
     raise UsageError(
-        f"{shown}: can't set {_shown_key(key)}: {where} is a list of {len(node)}, "
-        f"whose items are {where}.0 and so on"
+        f"{shown}: can't set {_shown_key(key)}: {where} is a list of {len(node)}, whose items are {where}.0 and so on"
     )
 
 

@@ -216,9 +216,7 @@ def test_what_a_manifest_claims_is_in_the_tars(tone_shards: Path, tmp_path: Path
     change_table(shards / MANIFEST, claim)
     line = one_line(lambda: load_manifest(shards))
     (column,) = claim
-    assert re.search(
-        rf"manifest\.parquet: (clip '\S+' is in no tar of shards\.parquet|the column {column} has )", line
-    )
+    assert re.search(rf"manifest\.parquet: (clip '\S+' is in no tar of shards\.parquet|the column {column} has )", line)
     if "the column" in line:
         assert line == one_line(lambda: problems(shards, quick=True))
     else:
@@ -322,7 +320,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 << 20)
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
-    found = f"['{shards}/x.tar: a.flac is in manifest.parquet and not in the tar']"
+    found = f"['{shards}/x.tar: a.flac is in manifest.parquet but not in the tar']"
     assert done.stdout.splitlines() == [found, "True"], done.stderr
 
 

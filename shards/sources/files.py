@@ -96,9 +96,7 @@ def report_duplicates(rows: pa.Table) -> pa.Table:
     again = first != np.arange(len(rows))
     if not again.any():
         return rows
-    before = pc.binary_join_element_wise(
-        rows["source"].take(pa.array(first)), "comes first and has the same key", " "
-    )
+    before = pc.binary_join_element_wise(rows["source"].take(pa.array(first)), "comes first and has the same key", " ")
     rows = _replace(rows, "detail", pc.if_else(pa.array(again), before, rows["detail"]))
     return _replace(rows, "reason", pc.if_else(pa.array(again), "duplicate", rows["reason"]))
 

@@ -430,7 +430,7 @@ def test_models_and_shards_that_do_not_fit(erann, trained: Path, tone_shards: Pa
         (changed("variant", variant="CNN15"), "config.json: not a model's configuration .*CNN15"),
         (
             changed("front_end", variant="CNN14"),
-            "config.json: made for another front end than this program's CNN14 has",
+            "config.json: made for another front end than that of this program's CNN14",
         ),
     ]
     for model, message in cases:
@@ -462,7 +462,7 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
     assert_refused(erann("pack", "ravdess", "--out", out), 2, "ravdess needs --root")
     assert_refused(pack(out="gs://bucket/x"), 2, "gs://bucket/x: a folder is a path or s3://bucket/prefix")
     assert_refused(pack(out="s3:///x"), 2, "the bucket is missing")
-    assert_refused(pack(out=""), 2, "the path given is empty")
+    assert_refused(pack(out=""), 2, "the path is empty")
     assert_refused(pack(out=audio / "shards"), 2, "lies in .*audio, whose sound is packed")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -519,7 +519,7 @@ def test_staging_what_or_where_one_can_not(erann, tone_shards: Path, tmp_path: P
     (tmp_path / "empty").mkdir()
     target = tmp_path / "copy"
     assert_refused(erann("stage", tone_shards, "s3://bucket/x"), 2, "a set is copied to a folder on a disk, not to S3")
-    assert_refused(erann("stage", tone_shards, ""), 2, "the path given is empty")
+    assert_refused(erann("stage", tone_shards, ""), 2, "the path is empty")
     assert_refused(erann("stage", tone_shards, tone_shards), 2, "is inside .*, which is to be copied")
     assert_refused(erann("stage", tmp_path / "nowhere", target), 2, "nowhere: no such folder")
     assert_refused(erann("stage", tmp_path / "empty", target), 1, "no shard set here")

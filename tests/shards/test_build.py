@@ -277,7 +277,7 @@ def test_folders_that_hold_something_else_are_refused(tone_shards: Path, tmp_pat
         build.start(plan(tmp_path / "mine"))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["letter.txt"]
     assert build.start(plan(tmp_path / "new"))
-    with pytest.raises(UserError, match="another shard set, not finished"):
+    with pytest.raises(UserError, match="another, unfinished shard set"):
         build.start(plan(tmp_path / "new", "other"))
 
 

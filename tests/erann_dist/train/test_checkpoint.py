@@ -192,7 +192,7 @@ def test_no_whole_checkpoint_is_an_error(run: LocalFolder, start: Start) -> None
     assert checkpoint.latest(run) == (None, [])
     name = save(start, 1)
     Path(run.url, name, "state.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=f"{name}: damaged, and no other checkpoint is whole"):
+    with pytest.raises(UserError, match=f"{name}: damaged, and no other checkpoint is intact"):
         checkpoint.latest(run)
 
 
