@@ -15,8 +15,8 @@ _GROWTH_INTERVAL = 2000
 class CheckedAdam(torch.optim.Adam):
     """torch's fused Adam, which leaves weights and moments unchanged when the step is not finite.
 
-    Set `loss` to the step's loss over all workers before `step`. After it, `skipped` and `norm` are its outcome. All are
-    () on the device. The gradient is divided by the loss scale and clipped to `clip_norm`.
+    Before `step`, set `loss` to the step's loss over all workers. After it, `skipped` and `norm` are the outcome. All
+    are () on the device. The gradient is divided by the loss scale and clipped to `clip_norm`.
     """
 
     def __init__(

@@ -117,7 +117,7 @@ def test_a_segment_listed_twice_and_a_second_file_are_reported(tmp_path: Path) -
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     segments = write(tmp_path / "s.csv", 'abcdefghijk, 30.000, 40.000, "/m/09x0r"')
-    with pytest.raises(UsageError, match="audio: no such folder"):
+    with pytest.raises(UsageError, match="audio: no such audio folder"):
         read_audioset(segments, tmp_path / "audio")
     (tmp_path / "audio").mkdir()
     with pytest.raises(UserError, match="audio: no sound file"):
