@@ -27,7 +27,7 @@ def repair_tasks(folder: Folder, source: Source, shards: Iterable[int]) -> list[
         strange = keys.filter(pc.invert(pc.is_in(keys, value_set=task.rows["key"].combine_chunks())))
         if info.name != source.name or len(listed) != plan.num_shards or len(strange):
             raise UserError(
-                f"{folder}: was packed from another source: {listed[number]['name']} would hold other clips; "
+                f"{folder}: was packed from another source: {listed[number]['name']} would contain other clips; "
                 "give the list, the folders and the classes that it was packed with"
             )
         tasks.append(replace(task, sha256=listed[number]["sha256"]))

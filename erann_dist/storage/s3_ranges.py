@@ -21,7 +21,7 @@ from erann_dist.storage.s3 import S3Folder, connection
 from erann_dist.storage.s3_clients import Connection, Stamp, arrow_client, credentials_stamp
 from erann_dist.storage.slow_reads import SlowReads
 
-S3_REQUESTS = 32  # concurrent ones of one worker
+S3_REQUESTS = 32  # concurrent requests of one worker
 CONNECT_S = 10.0
 REQUEST_S = 20.0
 RENEW_S = 300.0  # after which credentials are looked up again; a role's are renewed long before they expire
