@@ -58,7 +58,9 @@ def _path(path: str) -> str:
         raise ValueError(str(error)) from None
     found = os.path.expanduser(path)
     if found.startswith("~"):
-        raise ValueError(f"there is no home folder for {path.partition('/')[0]}; write ./{path} for a folder of that name")
+        raise ValueError(
+            f"there is no home folder for {path.partition('/')[0]}; write ./{path} for a folder of that name"
+        )
     return found
 
 

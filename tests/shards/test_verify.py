@@ -168,7 +168,9 @@ def test_repair_rebuilds_only_what_is_damaged_to_the_same_bytes(
 def test_repair_refuses_another_source(tone_shards: Path, tmp_path: Path) -> None:
     folder = copy_tree(tone_shards, tmp_path / "shards")
     (folder / "audioset-000001.tar").unlink()
-    with pytest.raises(UserError, match="was packed from another source: audioset-000001.tar would hold other clips"):
+    with pytest.raises(
+        UserError, match="was packed from another source: audioset-000001.tar would contain other clips"
+    ):
         rebuild(folder, read_audioset(*write_tone_set(tmp_path / "other", 24)))
     assert not (folder / "audioset-000001.tar").exists()
 
