@@ -1,17 +1,17 @@
-"""The library: a clip, a shard set, the model, the sampler, the loader, one training loop. It knows nothing of Ray."""
+"""The library: clips, shard sets, models, samplers, the loader and one training loop. It does not depend on Ray."""
 
 import os
 import pwd
 
-# bf16 convolutions by the AMX units of some CPUs read memory that nothing has written, and give NaN now and then
-# (torch 2.11). The variable is read when the first one is computed.
+# On the AMX units of some CPUs, bf16 convolutions read uninitialised memory and occasionally return NaN (torch 2.11).
+# oneDNN reads this variable at the first convolution.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 
-# A container's user id may have no name. torch asks for one, for a folder of its caches, at the first step, and would
-# end with a KeyError; so do other libraries.
+# In a container the user id may have no name. At the first step torch looks it up to name a cache folder and would fail
+# with a KeyError; other libraries do the same.
 try:
     pwd.getpwuid(os.getuid())
 except KeyError:
     os.environ.setdefault("USER", f"uid-{os.getuid()}")
 
-SAMPLE_RATE = 44_100  # Hz, that ERANN takes; here, so that packing needs no torch
+SAMPLE_RATE = 44_100  # Hz, ERANN's input; defined here so that packing does not import torch

@@ -1,6 +1,6 @@
-"""Unix time that never jumps, for durations: a machine's own clock can be set while a run trains.
+"""Unix time that never jumps, for measuring durations: a machine's own clock may be adjusted while a run trains.
 
-The processes of a command have one such clock: that of the process that the user started.
+All processes of a command share one such clock: that of the process that the user started.
 """
 
 import time
@@ -12,7 +12,7 @@ class Anchor:
     """A moment on both clocks."""
 
     unix: float
-    monotonic: float  # of this machine, the same in all of its processes
+    monotonic: float  # the same for all processes on a machine
 
     def now(self) -> float:
         return self.unix + time.monotonic() - self.monotonic
@@ -22,21 +22,21 @@ _anchor = Anchor(time.time(), time.monotonic())
 
 
 def steady_time() -> float:
-    """Seconds since 1970 by the clock as it was when the command was started, whatever was done to it since."""
+    """Seconds since 1970 by the clock as it was set when the command started, without later adjustments."""
     return _anchor.now()
 
 
 def anchor() -> Anchor:
-    """For other processes of this machine."""
+    """This process's anchor, for other processes on this machine."""
     return _anchor
 
 
 def follow(other: Anchor) -> None:
-    """Use the clock of another process of this machine."""
+    """Use the clock of another process on this machine."""
     global _anchor
     _anchor = other
 
 
 def set_time(unix: float) -> None:
-    """Set this process's steady clock: for processes of other machines."""
+    """Set this process's steady clock; for processes on other machines."""
     follow(Anchor(unix, time.monotonic()))

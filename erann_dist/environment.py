@@ -1,4 +1,4 @@
-"""What worker processes start with, and how many CPUs they may use."""
+"""The environment that worker processes start with, and how many CPUs they may use."""
 
 import ctypes
 import os
@@ -6,8 +6,8 @@ import signal
 from contextlib import suppress
 from pathlib import Path
 
-# glibc gives large buffers back to the system when they are freed and asks for them anew for the next clip or step, at
-# a cost of up to a tenth of packing and a fifth of a training step on CPU. It reads these before a process starts.
+# glibc returns large buffers to the system when they are freed and requests them again for the next clip or step. That
+# costs up to a tenth of packing and a fifth of a training step on CPU. glibc reads these variables at process start.
 KEEP_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -16,13 +16,13 @@ KEEP_MEMORY = {
 
 
 def end_with_parent() -> None:
-    """Let the kernel end this process when the one that started it is killed; it would work on, for nobody."""
+    """Let the kernel kill this process when its parent is killed; otherwise it would keep working for nobody."""
     prctl_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(prctl_set_pdeathsig, signal.SIGKILL)
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """CPUs that this process may use: the smaller of its affinity and of its containers' quotas, at least 1.
+    """How many CPUs this process may use: the smaller of its affinity and its containers' quotas, at least 1.
 
     A quota (cgroups v1 and v2) limits the time on all CPUs together; a fraction of a CPU is rounded down. root: where
     /proc and /sys are.
@@ -32,21 +32,25 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def _cpu_quotas(root: Path) -> list[float]:
-    """The CPUs that this process's control group and those above it allow, as far as they are limited."""
+    """The CPU limits of this process's control group and its ancestors, where they have one."""
     quotas = []
     mount = root / "sys/fs/cgroup"
     with suppress(OSError):  # not on Linux, or /proc is not mounted
         for line in (root / "proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)
             if not controllers:
-                quotas += [_quota_v2(folder) for folder in _up_to(mount, group)]
+                quotas += [_quota_v2(folder) for folder in _with_ancestors(mount, group)]
             elif "cpu" in controllers.split(","):
-                quotas += [_quota_v1(folder) for name in (controllers, "cpu") for folder in _up_to(mount / name, group)]
+                quotas += [
+                    _quota_v1(folder)
+                    for name in (controllers, "cpu")
+                    for folder in _with_ancestors(mount / name, group)
+                ]
     return [quota for quota in quotas if quota is not None]
 
 
-def _up_to(mount: Path, group: str) -> list[Path]:
-    """The folders of a control group and of those above it. In a container only the last one may be there."""
+def _with_ancestors(mount: Path, group: str) -> list[Path]:
+    """The folders of a control group and its ancestors. In a container only the last one may exist."""
     path = mount / group.lstrip("/")
     return [path, *(parent for parent in path.parents if parent.is_relative_to(mount))]
 
@@ -60,7 +64,7 @@ def _quota_v2(folder: Path) -> float | None:
 
 
 def _quota_v1(folder: Path) -> float | None:
-    """The same in two files; -1 is no limit."""
+    """The same in two files; -1 means no limit."""
     with suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
         return quota / period if quota > 0 else None

@@ -1,8 +1,8 @@
 """Errors that are the user's to fix: shown as one line, never as a traceback.
 
-Exit codes of the `erann` command: 2 when what was typed can't be used (a command, an option, a recipe, a path that
-does not exist), 1 when the work failed on what it found (data, shards, checkpoints), 130 after Ctrl-C, 143 when a run
-was told to stop and has saved what it had.
+Exit codes of the `erann` command: 2 when the input can't be used (a command, an option, a recipe, a path that does not
+exist), 1 when the work failed because of what it found (data, shards, checkpoints), 130 after Ctrl-C, 143 when a run
+stopped on request and saved its state.
 """
 
 import os
@@ -22,10 +22,10 @@ def without_credentials(text: str) -> str:
 
 
 def require_no_credentials(url: str) -> None:
-    """Raise UsageError, which does not repeat them, when a URL contains credentials.
+    """Raise UsageError when a URL contains credentials; the message does not repeat them.
 
-    A bucket's name has neither @ nor a colon, unless it is the ARN of an access point; keys may have them, and secret
-    keys a slash.
+    A bucket's name contains neither @ nor a colon, unless it is the ARN of an access point; object keys may contain
+    both, and secret keys may contain a slash.
     """
     scheme, separator, rest = url.partition("://")
     bucket = rest.partition("/")[0]
@@ -41,10 +41,10 @@ def require_no_credentials(url: str) -> None:
 
 
 def in_one_line(error: OSError) -> str:
-    """What the system refused, such as room on a full disk: which file, and why.
+    """A system error in one line, such as a full disk: which file, and why.
 
-    An error that names no file is of a step of this program, which is named: reading a file that is open, starting a
-    process, a connection.
+    An error without a file name comes from a step of this program, which is named instead: reading an open file,
+    starting a process, a connection.
     """
     reason = error.strerror or str(error) or type(error).__name__
     if isinstance(error.filename, str | bytes):
@@ -53,7 +53,7 @@ def in_one_line(error: OSError) -> str:
 
 
 def _attempted(error: OSError) -> str:
-    """The innermost function of this program's that the error passed through, and what that called."""
+    """The innermost function of this program that the error passed through, and what it called."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
     own = [i for i, module in enumerate(modules) if module.partition(".")[0] in _OWN]
@@ -66,7 +66,7 @@ def _attempted(error: OSError) -> str:
 
 @contextmanager
 def naming(file: str | Path) -> Iterator[None]:
-    """Let a system's error that names no file, such as that of a write to a full disk, name this one."""
+    """Add this file's name to a system error that has none, such as a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -90,20 +90,20 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """What was typed can't be used, whatever the data says."""
+    """The command line or the recipe can't be used, whatever the data contains."""
 
     exit_code = 2
 
 
 class Unavailable(UserError):
-    """S3 can't be reached or used now. The same may go well later."""
+    """S3 can't be reached or used now. A later attempt may succeed."""
 
 
 class Stopped(UserError):
-    """The run was told to stop, and has saved what it had."""
+    """The run was asked to stop and has saved its state."""
 
-    exit_code = 143  # as of a process that SIGTERM ended
+    exit_code = 143  # that of a process ended by SIGTERM
 
 
 class NoCapacity(UserError):
-    """The cluster had no room for a run's workers for as long as they were to wait."""
+    """The cluster had no capacity for a run's workers within the time that they may wait."""

@@ -30,11 +30,11 @@ from erann_dist.models.base import Initialisation
 from erann_dist.models.log_mel import PAD_SAMPLES
 from erann_dist.models.spec import model_name
 
-CacheForm = Literal["flac", "pcm"]  # as the clip is in its tar; or decoded, which is twice the size
+CacheForm = Literal["flac", "pcm"]  # as the clip is stored in its tar; or decoded, which is twice the size
 
 
 class Section(BaseModel):
-    """A part of a recipe: keys that it does not have are refused."""
+    """A section of a recipe; an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -58,11 +58,13 @@ def _path(path: str) -> str:
         raise ValueError(str(error)) from None
     found = os.path.expanduser(path)
     if found.startswith("~"):
-        raise ValueError(f"there is no home folder for {path.partition('/')[0]}; write ./{path} for a folder so named")
+        raise ValueError(
+            f"there is no home folder for {path.partition('/')[0]}; write ./{path} for a folder of that name"
+        )
     return found
 
 
-# Every number has an upper bound, far above any use: a slip of the keyboard ends at once and not for want of memory.
+# Every number has an upper bound, far above any sensible value: a typo fails at once instead of exhausting the memory.
 Whole = Annotated[int, BeforeValidator(_number)]
 Real = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_path)]
@@ -75,20 +77,20 @@ MAX_FOLD = 127  # the manifest's column is of 8 bits
 
 class ModelSection(Section):
     variant: Annotated[str, AfterValidator(model_name)]  # ERANN-<s_m>-<width>, CNN14 or CNN14-ERANN
-    init: PathText = "none"  # a model folder, or a run's, whose weights training begins with
-    # The layers that begin anew all the same. The paper: "the last layers", which may be fc2 alone, or fc1 too.
+    init: PathText = "none"  # a model folder, or a run's, whose weights training starts from
+    # The layers that are reinitialised nevertheless. The paper: "the last layers", which may be fc2 alone or fc1 too.
     fresh: list[str] = Field(["fc2"], max_length=1000)
-    initialisation: Initialisation = "he"  # of what begins anew; the paper's is not known
+    initialisation: Initialisation = "he"  # of the reinitialised layers; the paper does not give its own
 
 
 class DataSource(Section):
-    """A shard set, or the part of it in one split, in some folds, or by lists of keys. A plain string is its url."""
+    """A shard set, or a part of it: one split, some folds, or the clips of a key list. A plain string is its url."""
 
     url: PathText
     split: str | None = None
     fold: list[Annotated[Whole, Field(ge=0, le=MAX_FOLD)]] | None = Field(None, max_length=MAX_FOLD + 1)
-    keys: PathText | None = None  # a text file, a key a line: only these clips
-    without: PathText | None = None  # the same: all clips but these
+    keys: PathText | None = None  # a text file with a key per line: only these clips
+    without: PathText | None = None  # the same format: all clips except these
 
     @model_validator(mode="before")
     @classmethod
@@ -116,8 +118,8 @@ class DataSection(Section):
     sampling: Literal["balanced", "uniform", "sequential"] = "balanced"
     loader_threads: Whole = Field(2, ge=1, le=MAX_THREADS)
     cache: CacheSection | None = None
-    max_bad_clips: Whole = Field(0, ge=0, le=MANY)  # damaged clips that are replaced by others; one more ends the run
-    allow_overlap: bool = False  # train on clips of `eval` too, whose metrics then say nothing of other clips
+    max_bad_clips: Whole = Field(0, ge=0, le=MANY)  # damaged clips that may be replaced; one more ends the run
+    allow_overlap: bool = False  # allow training clips in `eval`; its metrics then do not measure generalisation
 
     @property
     def crop_samples(self) -> int:
@@ -143,7 +145,7 @@ class AugmentSection(Section):
     specaugment: bool = True
 
 
-# On real clips 1, 4, 8 and 32 examples keep .36, .86, .91 and .98 of the variance.
+# On real clips, micro-batches of 1, 4, 8 and 32 examples keep .36, .86, .91 and .98 of the variance.
 LEAST_MICRO_BATCH = 8
 MAX_MICRO_BATCH_S = 200_000  # 18 GB of 16-bit samples
 
@@ -154,23 +156,23 @@ Beta = Annotated[Real, Field(ge=0, lt=1)]
 class OptimSection(Section):
     global_batch: Whole = Field(32, ge=1, le=2**20)  # examples per optimizer step, whatever the number of workers
     micro_batch: Whole = Field(32, ge=1, le=2**14)  # examples that share BatchNorm statistics
-    examples: Whole | None = Field(None, ge=1, le=MANY)  # length of the run, or
-    epochs: Real | None = Field(None, gt=0, le=10**6)  # the same in passes over the training clips
+    examples: Whole | None = Field(None, ge=1, le=MANY)  # length of the run in examples; or
+    epochs: Real | None = Field(None, gt=0, le=10**6)  # its length in passes over the training clips
     lr: Real = Field(1e-3, gt=0, le=1000)
     schedule: Literal["one_cycle", "constant"] = "one_cycle"
-    # The paper's are not known: Adam's and one_cycle's, with PyTorch's names and defaults.
+    # Adam's and one_cycle's parameters, with PyTorch's names and defaults; the paper does not give its own.
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     weight_decay: Real = Field(0.0, ge=0, le=1000)
     pct_start: Real = Field(0.3, gt=0, lt=1)  # share of the steps in which the rate rises
-    div_factor: Real = Field(25.0, ge=1, le=1e12)  # lr over the first step's
-    final_div_factor: Real = Field(1e4, ge=1, le=1e12)  # the first step's over the last one's
+    div_factor: Real = Field(25.0, ge=1, le=1e12)  # lr / the first step's rate
+    final_div_factor: Real = Field(1e4, ge=1, le=1e12)  # the first step's rate / the last one's
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
-    compile: bool = False  # by torch.compile
-    clip_norm: Real | None = Field(None, gt=0, le=1e12)  # of the whole gradient; none: not clipped
+    compile: bool = False  # with torch.compile
+    clip_norm: Real | None = Field(None, gt=0, le=1e12)  # of the whole gradient; none: no clipping
     zero_stage: Literal[0, 1, 2] = 0
     max_bad_steps: Whole = Field(
         0, ge=0, le=MANY
-    )  # of infinite or undefined loss, that are skipped; one more ends the run
+    )  # steps with a non-finite loss that may be skipped; one more ends the run
     small_micro_batch: bool = False  # allows a micro_batch below 8
 
     @model_validator(mode="after")
@@ -184,8 +186,8 @@ class OptimSection(Section):
 
 class EvaluateSection(Section):
     every: Whole | None = Field(None, ge=1, le=MANY)  # steps; the end of the run is always evaluated
-    average_last: Whole | None = Field(None, ge=2, le=10**6)  # checkpoints, whose mean weights are evaluated too
-    pad_s: Real = Field(0, ge=0, le=600)  # shorter clips are zero-padded to so many seconds
+    average_last: Whole | None = Field(None, ge=2, le=10**6)  # checkpoints whose mean weights are also evaluated
+    pad_s: Real = Field(0, ge=0, le=600)  # shorter clips are zero-padded to this many seconds
 
     @property
     def pad_samples(self) -> int:
@@ -195,12 +197,12 @@ class EvaluateSection(Section):
 class CheckpointSection(Section):
     every: Whole = Field(1000, ge=1, le=MANY)  # steps
     keep_last: Whole = Field(2, ge=1, le=10**6)
-    keep_best: Whole = Field(0, ge=0, le=10**6)  # besides, by the evaluation's first metric
-    max_failed: Whole = Field(3, ge=0, le=10**6)  # in a row that could not be written; one more ends the run
+    keep_best: Whole = Field(0, ge=0, le=10**6)  # in addition, by the evaluation's first metric
+    max_failed: Whole = Field(3, ge=0, le=10**6)  # failed writes in a row; one more ends the run
 
 
 class Elastic(Section):
-    """As many workers as the cluster has room for."""
+    """As many workers as the cluster has capacity for."""
 
     min: Whole = Field(ge=1, le=MAX_WORKERS)
     max: Whole = Field(ge=1, le=MAX_WORKERS)
@@ -220,7 +222,7 @@ WorkersNumber = Annotated[
 
 
 class Place(Section):
-    """Where a run is, or the runs of a command."""
+    """The location of a run, or of a command's runs."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     dir: PathText = "runs"  # a path, or s3://bucket/prefix
@@ -236,18 +238,18 @@ class RunSection(Place):
     launcher: Literal["ray", "torchrun", "none"] = "ray"
     engine: Literal["deepspeed", "torch"] = "deepspeed"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    # On CPU a worker computes with this many threads. Results depend on it in the last bits, so it is no matter of
-    # how many cores a machine happens to have: for more speed run more workers.
+    # On CPU a worker computes with this many threads. Results depend on it in the last bits, so it does not follow the
+    # machine's number of cores; for more speed run more workers.
     threads: Whole = Field(1, ge=1, le=MAX_THREADS)
     seed: Whole = Field(0, ge=0, lt=2**63)
     log_every: Whole = Field(10, ge=1, le=MANY)  # steps
     max_failures: Whole = Field(
         3, ge=0, le=10**6
-    )  # of workers under ray, in a row without a checkpoint; one more ends the run
+    )  # failures of workers under ray with no checkpoint in between; one more ends the run
     hang_timeout: Real = Field(
         600.0, ge=1, le=MAX_SECONDS
     )  # seconds without progress, after which the workers are restarted
-    wait_for_workers: Real = Field(300.0, ge=0, le=MAX_SECONDS)  # seconds that a cluster gets to have room for them
+    wait_for_workers: Real = Field(300.0, ge=0, le=MAX_SECONDS)  # seconds to wait for the cluster to have capacity
 
     @property
     def min_workers(self) -> int:
@@ -259,7 +261,7 @@ class RunSection(Place):
 
 
 class Recipe(Section):
-    """All that defines a run. Sections and keys are docs/reference/recipe.md's."""
+    """Everything that defines a run. docs/reference/recipe.md describes the sections and keys."""
 
     model: ModelSection
     data: DataSection
@@ -286,12 +288,12 @@ class Recipe(Section):
         if self.optim.micro_batch < LEAST_MICRO_BATCH and not self.optim.small_micro_batch:
             raise ValueError(
                 f"optim.micro_batch is {self.optim.micro_batch}: BatchNorm's statistics of fewer than "
-                f"{LEAST_MICRO_BATCH} examples are too noisy; optim.small_micro_batch=true takes it all the same"
+                f"{LEAST_MICRO_BATCH} examples are too noisy; optim.small_micro_batch=true allows it anyway"
             )
         if self.run.launcher == "none" and self.run.max_workers != 1:
             raise ValueError(f"run.launcher none runs 1 worker, not {self.run.max_workers}; use ray or torchrun")
         if self.run.launcher == "torchrun" and not isinstance(self.run.workers, int):
-            raise ValueError("run.launcher torchrun takes a number as run.workers; elastic is ray's")
+            raise ValueError("run.launcher torchrun needs a number as run.workers; elastic workers need ray")
         if self.run.max_workers > self.optim.global_batch // self.optim.micro_batch:
             raise ValueError(
                 f"run.workers is {self.run.max_workers}, but a step of {self.optim.global_batch} examples has only "
@@ -315,10 +317,10 @@ class Recipe(Section):
         return -(-examples // self.optim.global_batch)
 
     def function(self, exclude_defaults: bool = False) -> dict[str, Any]:
-        """The part that decides what is computed: without where it runs, how often it logs, saves and evaluates."""
+        """The part that decides what is computed, without where it runs or how often it logs, saves and evaluates."""
         settings = self.model_dump(exclude={"checkpoint", "evaluate"}, exclude_defaults=exclude_defaults)
         settings["run"] = {"seed": self.run.seed}
-        if self.evaluate.pad_s:  # what the evaluation computes; the keys beside it say only when
+        if self.evaluate.pad_s:  # decides what the evaluation computes; the section's other keys only decide when
             settings["evaluate"] = {"pad_s": self.evaluate.pad_s}
         for name in ("zero_stage", "compile", "max_bad_steps", "small_micro_batch"):
             settings["optim"].pop(name, None)
@@ -327,7 +329,7 @@ class Recipe(Section):
         return settings
 
     def hash(self) -> str:
-        """Of what is computed; a key that a later version adds leaves it as it is."""
+        """A hash of what is computed; a key that a later version adds does not change it."""
         function = self.function(exclude_defaults=True)
         return hashlib.sha256(json.dumps(function, sort_keys=True).encode()).hexdigest()
 
@@ -343,15 +345,15 @@ def load_recipe(
 ) -> Recipe:
     """Read a YAML recipe and apply `key.path=value` overrides. Raises UsageError: file, key, what to do.
 
-    on_note: called with a line for each override that does more than it seems to.
+    on_note: called with a line for each override that does more than it appears to.
     """
     return parse_recipe(read_tree(path, overrides, on_note), str(path))
 
 
 def read_tree(path: Path, overrides: list[str], on_note: Callable[[str], None] = _ignore) -> dict[str, Any]:
-    """The sections of a YAML file with its overrides, not yet checked; a run without a name gets the file's.
+    """The sections of a YAML file with the overrides applied, not yet checked; a run without a name gets the file's.
 
-    on_note: as of load_recipe.
+    on_note: as for load_recipe.
     """
     tree = strict_yaml.read(path)
     if not isinstance(tree, dict):
@@ -371,7 +373,7 @@ def setting(key: str, value: Any) -> str:
 
 
 def read_section(tree: dict[str, Any], name: str, origin: str) -> dict[str, Any]:
-    """A section of a tree that was read, empty when it is not there. Raises UsageError when it is something else."""
+    """A section of a recipe read from YAML, empty when absent. Raises UsageError when it is not a section."""
     section = {} if tree.get(name) is None else tree[name]
     if not isinstance(section, dict):
         raise UsageError(f"{origin}: {name}: input should be a section {{key: value, ...}}, not {_shown(section)}")
@@ -379,12 +381,12 @@ def read_section(tree: dict[str, Any], name: str, origin: str) -> dict[str, Any]
 
 
 def parse_recipe(tree: dict[str, Any], origin: str) -> Recipe:
-    """Check a recipe that was read. Raises UsageError, which names `origin` and the key."""
+    """Check a recipe read from YAML. Raises UsageError, which names `origin` and the key."""
     return check(Recipe, tree, origin)
 
 
 def check(schema: type[S], tree: Any, origin: str) -> S:
-    """What was read from YAML, as the schema has it. Raises UsageError, which names `origin` and the key."""
+    """Check what was read from YAML against the schema. Raises UsageError, which names `origin` and the key."""
     try:
         return schema.model_validate(tree)
     except ValidationError as error:
@@ -398,7 +400,7 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
 
 def _plain(value: Any) -> str:
-    """A value as it would be written in a recipe, if that is short and fit to be shown."""
+    """A value as a recipe would contain it, if that is short and printable."""
     return value if isinstance(value, str) and value.isprintable() and len(value) <= 1000 else _shown(value)
 
 
@@ -418,15 +420,15 @@ def _apply(tree: dict[str, Any], override: str, origin: str, on_note: Callable[[
     *parents, last = match["key"].split(".")
     node: Any = tree
     for depth, name in enumerate(parents, 1):
-        place = _place(node, name, parents[: depth - 1], match["key"], shown)
+        place = _key_or_index(node, name, parents[: depth - 1], match["key"], shown)
         inner = node.get(place) if isinstance(node, dict) else node[place]
-        if inner is None and isinstance(node, dict):  # it is not there, or there is nothing in it
+        if inner is None and isinstance(node, dict):  # the key is missing or empty
             inner = {}
         elif isinstance(inner, str) and parents[:2] in _SOURCES and depth == 2 + isinstance(node, list):
-            inner = {"url": inner}  # a shard set that is given by its path alone
+            inner = {"url": inner}  # a shard set given by its path alone
         node[place] = inner
         node = inner
-    place = _place(node, last, parents, match["key"], shown)
+    place = _key_or_index(node, last, parents, match["key"], shown)
     old = node.get(place) if isinstance(node, dict) else node[place]
     if [*parents, last] in _SOURCES and (dropped := sorted(_filters(old) - _filters(value))):
         kept = f"; {match['key']}.url={value} keeps it" if isinstance(value, str) and isinstance(old, dict) else ""
@@ -435,29 +437,28 @@ def _apply(tree: dict[str, Any], override: str, origin: str, on_note: Callable[[
 
 
 def _filters(source: Any) -> set[str]:
-    """What selects a part of a shard set in a value of data.train or data.eval, as "fold [1, 2]"."""
+    """The keys that select a part of a shard set in a value of data.train or data.eval, as "fold [1, 2]"."""
     parts = source if isinstance(source, list) else [source]
     names = ("split", "fold", "keys", "without")
     return {f"{name} {part[name]}" for part in parts if isinstance(part, dict) for name in names if part.get(name)}
 
 
-def _place(node: Any, name: str, parents: list[str], key: str, shown: str) -> str | int:
-    """A key of a section, or the index into a list. Raises UsageError when the value there has no such place."""
+def _key_or_index(node: Any, name: str, parents: list[str], key: str, shown: str) -> str | int:
+    """A section's key or a list's index. Raises UsageError when the value there has no such item."""
     if isinstance(node, dict):
         return name
     where = _shown_key(".".join(parents))
     if not isinstance(node, list):
-        raise UsageError(f"{shown}: the recipe has no place for {_shown_key(key)}: {where} is {_shown(node)}")
+        raise UsageError(f"{shown}: can't set {_shown_key(key)}: {where} is {_shown(node)}")
     if re.fullmatch("[0-9]{1,6}", name) and int(name) < len(node):
         return int(name)
     raise UsageError(
-        f"{shown}: the recipe has no place for {_shown_key(key)}: {where} is a list of {len(node)}, "
-        f"whose items are {where}.0 and so on"
+        f"{shown}: can't set {_shown_key(key)}: {where} is a list of {len(node)}, whose items are {where}.0 and so on"
     )
 
 
 def _shown(value: Any) -> str:
-    """A value in an error message, however long it is."""
+    """A value as an error message shows it, shortened if it is long."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxlong, short.maxother = 3, 120, 60, 120
     return short.repr(value)
@@ -472,13 +473,13 @@ def _explain(schema: type[Section], error: Any) -> str:
     error = {**error, "loc": [part for part in error["loc"] if part not in _KINDS_OF_WORKERS]}
     path = ".".join(_shown_key(str(part)) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        names = _names_beside(schema, error["loc"])
+        names = _sibling_keys(schema, error["loc"])
         near = difflib.get_close_matches(str(error["loc"][-1]), names, n=1, cutoff=0.5)
         parent = "".join(f"{part}." for part in error["loc"][:-1])
-        hint = f"did you mean {parent}{near[0]}?" if near else f"there are {', '.join(parent + n for n in names)}"
+        hint = f"did you mean {parent}{near[0]}?" if near else f"the keys are {', '.join(parent + n for n in names)}"
         return f"{path}: no such key; {hint}"
     if error["type"] == "missing":
-        return f"{path}: this key is needed"
+        return f"{path}: this key is required"
     if error["type"] == "byte_size":
         return f"{path}: input should be a number of bytes such as 200GB, not {_shown(error['input'])}"
     if error["type"] in ("model_type", "dict_type"):
@@ -490,7 +491,7 @@ def _explain(schema: type[Section], error: Any) -> str:
     return f"{path}: {message[0].lower()}{message[1:]}, not {_shown(error['input'])}"
 
 
-def _names_beside(schema: type[Section], location: tuple[Any, ...]) -> list[str]:
+def _sibling_keys(schema: type[Section], location: tuple[Any, ...]) -> list[str]:
     section: Any = schema
     for part in location[:-1]:
         if isinstance(part, int):
@@ -502,7 +503,7 @@ def _names_beside(schema: type[Section], location: tuple[Any, ...]) -> list[str]
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The types of which a type is made."""
+    """A type and the types it is made of."""
     return [annotation, *(kind for part in get_args(annotation) for kind in _kinds(part))]
 
 

@@ -1,7 +1,7 @@
 """Which versions of the libraries are installed, and whether torch and torchaudio can work together.
 
-torchaudio's wheels declare only `torch>=2.11`, and a pair that does not fit ends in a failing import ("Could not load
-this library") of whatever computes first. What fits was found by trying each pair of releases on Linux x86-64.
+torchaudio's wheels declare only `torch>=2.11`; with an incompatible pair the first module that imports it fails ("Could
+not load this library"). Which pairs work was found by trying each pair of releases on Linux x86-64.
 """
 
 import importlib
@@ -30,7 +30,7 @@ def installed(name: str) -> str | None:
 
 
 def program_versions() -> dict[str, str]:
-    """Of Python, this program and the libraries, with their local parts: what a run's log and `--version` show."""
+    """Versions of Python, this program and the libraries, with local parts, as a run's log and `--version` show."""
     found = {"Python": platform.python_version()}
     for name in (PROGRAM, *LIBRARIES):
         if installed(name):
@@ -39,7 +39,7 @@ def program_versions() -> dict[str, str]:
 
 
 def pinned_requirements() -> list[str]:
-    """What this program requires, each at the version installed here: torch==2.15.0, ray[default,train]==2.60.0, …
+    """This program's requirements, each at the version installed here: torch==2.15.0, ray[default,train]==2.60.0, …
 
     Without local parts, which package indexes do not have.
     """
@@ -54,7 +54,7 @@ def pinned_requirements() -> list[str]:
 def check_torchaudio() -> None:
     """Raise UserError where the installed releases of torch and torchaudio are known not to work together.
 
-    Reads only the packages' metadata, so that it costs a command a few milliseconds.
+    Reads only the packages' metadata, which takes a few milliseconds.
     """
     torch, torchaudio = installed("torch"), installed("torchaudio")
     if torch is None or torchaudio not in _TORCH_FOR:
@@ -62,20 +62,20 @@ def check_torchaudio() -> None:
     major, minor = (int(part) for part in torch.split(".")[:2])
     oldest, newest = _TORCH_FOR[torchaudio]
     if not oldest <= (major, minor) <= newest:
-        raise UserError(_does_not_fit(torch, torchaudio))
+        raise UserError(_incompatible(torch, torchaudio))
 
 
 def import_torchaudio() -> ModuleType:
-    """The torchaudio module. Raises UserError, with the versions that fit, where it does not load."""
+    """The torchaudio module. Raises UserError, with the versions that work, where it does not load."""
     check_torchaudio()
     try:
         return importlib.import_module("torchaudio")
     except (ImportError, OSError, RuntimeError) as error:  # OSError: a library that does not load; RuntimeError: CUDA
         torch, torchaudio = installed("torch"), installed("torchaudio")
-        raise UserError(f"{_does_not_fit(torch, torchaudio)} ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{_incompatible(torch, torchaudio)} ({str(error).splitlines()[0]})") from error
 
 
-def _does_not_fit(torch: str | None, torchaudio: str | None) -> str:
+def _incompatible(torch: str | None, torchaudio: str | None) -> str:
     fits = "; ".join(
         f"torchaudio=={release} with torch {_text(oldest)} to {_text(newest)}"
         for release, (oldest, newest) in _TORCH_FOR.items()

@@ -1,1 +1,1 @@
-"""From a data set on disk to a verified shard set. It knows nothing of Ray."""
+"""From a data set on disk to a verified shard set. It does not depend on Ray."""

@@ -1,7 +1,7 @@
-"""From rows to a shard set: a plan, shards built one by one by pure tasks, and the tables at the end.
+"""From rows to a shard set: a plan, a pure task for each shard, and the tables at the end.
 
-While a set is being packed its folder holds `.pack/`: the plan's hash and the finished shards' rows. So an interrupted
-packing goes on where it was, and a folder with a manifest is a finished set.
+While a set is being packed, its folder contains `.pack/`: the plan's hash and the finished shards' rows. An interrupted
+packing therefore resumes where it stopped, and a folder with a manifest is a finished set.
 """
 
 import hashlib
@@ -42,17 +42,17 @@ from shards.clip import Packing
 from shards.packer import RowsToPack, end_tar, pack_rows
 from shards.sources.rows import Source, SourceRow
 
-_DEAL_SEED = 0
+_SHUFFLE_SEED = 0
 _STATE = ".pack/"
 _PLACE_COLUMNS = ["path", "offset", "size"]  # where the files are now, which may change without changing the set
-# What became of a row: a clip, or with a reason a row of the report.
+# A row's outcome: a clip or, with a reason, a row of the report.
 OUTCOME_SCHEMA = pa.schema([*CLIP_SCHEMA, REPORT_SCHEMA.field("reason"), REPORT_SCHEMA.field("detail")])
-_REQUESTS = 16  # small files of the state that are read or deleted at once
+_REQUESTS = 16  # concurrent reads or deletions of the state's small files
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that building one shard needs."""
+    """Everything that building one shard needs."""
 
     folder: Folder
     name: str  # of the tar
@@ -60,13 +60,13 @@ class ShardTask:
     rows: pa.Table  # ROW_SCHEMA
     label_ids: list[str]
     packing: Packing
-    state: str  # the folder's name for what is noted of this plan's finished shards
-    sha256: str | None = None  # that the tar must have
+    state: str  # where the folder records this plan's finished shards
+    sha256: str | None = None  # the tar's required hash; None: any
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What is done of a shard."""
+    """How much of a shard is done."""
 
     rows: int = 0
     bytes: int = 0
@@ -75,14 +75,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What came of a shard: a row for each of its rows (OUTCOME_SCHEMA), and the tar's row in shards.parquet."""
+    """The result of a shard: an outcome for each of its rows (OUTCOME_SCHEMA), and the tar's row in shards.parquet."""
 
     outcomes: pa.Table
     shard: dict[str, Any]
 
 
 class _ShardRow(strict_json.Record):
-    """A row of shards.parquet, as `keep` notes it."""
+    """A row of shards.parquet, as `keep` records it."""
 
     shard: strict_json.Count
     name: strict_json.Name
@@ -92,16 +92,18 @@ class _ShardRow(strict_json.Record):
 
 
 class Differs(Exception):
-    """A shard that was not written, for its bytes were not those that were wanted. Argument: its outcomes."""
+    """A shard was not written because its bytes differ from the expected ones. Argument: its outcomes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows go into which shard. They are assigned before anything is decoded: any shard can be built alone."""
+    """Which rows go into which shard. They are assigned before any decoding, so any shard can be built on its own."""
 
     source: Source
     packing: Packing
     folder: Folder
+    # The keys that were assigned when the set was packed; without them those of the rows that have a file now.
+    assigned: pa.Array | None = None
 
     @property
     def num_shards(self) -> int:
@@ -114,7 +116,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """What decides the set's content, apart from the files' bytes and the versions."""
+        """A hash of what decides the set's content, apart from the files' bytes and the versions."""
         return self._digest(asdict(self.packing))
 
     def is_of(self, info: SetInfo) -> bool:
@@ -134,13 +136,17 @@ class Plan:
 
     @cached_property
     def _order(self) -> npt.NDArray[np.int64]:
-        """The assigned rows, shuffled by a fixed key, so that any shard is a fair sample; or as in the source."""
-        rows = np.arange(len(self.source.rows))
-        if self.packing.assign == "present":
-            rows = rows[pc.is_null(self.source.rows["reason"]).to_numpy()]
+        """The assigned rows, shuffled with a fixed key, so that each shard is a representative sample, or in order."""
+        table = self.source.rows
+        rows = np.arange(len(table))
+        if self.packing.assign == "present" and self.assigned is None:
+            rows = rows[pc.is_null(table["reason"]).to_numpy()]
+        elif self.packing.assign == "present":
+            first = pc.not_equal(table["reason"].fill_null(""), "duplicate")
+            rows = rows[pc.and_(first, pc.is_in(table["key"], value_set=self.assigned)).to_numpy()]
         if self.packing.order == "source" or not len(rows):
             return rows
-        return rows[permute(np.arange(len(rows)), len(rows), keyed_hash(_DEAL_SEED, SHARD_DEAL))]
+        return rows[permute(np.arange(len(rows)), len(rows), keyed_hash(_SHUFFLE_SEED, SHARD_DEAL))]
 
     def left_out(self) -> pa.Table:
         """The rows that are assigned to no shard (OUTCOME_SCHEMA), with their reasons."""
@@ -172,14 +178,14 @@ class Plan:
 
     @property
     def state(self) -> str:
-        # By its digest: a task of another plan whose driver was killed may still live and note something.
+        # Named by the digest: a task of another plan whose driver was killed may still be running and write here.
         return f"{_STATE}{self.digest[:16]}/"
 
 
 def build_shard(task: ShardTask, on_progress: Callable[[Progress], None] = lambda progress: None) -> ShardResult:
-    """Decode, encode and write one shard. It appears under its name when it is whole. Same rows: same bytes.
+    """Decode, encode and write one shard. It appears under its name once it is complete. Same rows give the same bytes.
 
-    Memory does not grow with the shard, nor with a clip's length. Raises Differs; UserError when the folder can't be
+    Memory use grows neither with the shard nor with a clip's length. Raises Differs; UserError when the folder can't be
     written.
     """
     outcomes: list[dict[str, Any]] = []
@@ -202,23 +208,23 @@ def build_shard(task: ShardTask, on_progress: Callable[[Progress], None] = lambd
 
 
 def sha256(file: BinaryIO) -> str:
-    """Of a whole file."""
+    """The SHA-256 of a whole file, in hexadecimal."""
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def start(plan: Plan) -> bool:
-    """Make the folder ready for what is planned; False when that is already there, finished.
+    """Prepare the folder for the plan; False when the plan's set is already there, finished.
 
-    Raises UserError when the folder holds another set, finished or not, or anything else, and for labels that a
-    manifest may not have.
+    Raises UserError when the folder contains another set, finished or not, or anything else, and for labels that a
+    manifest can't contain.
     """
     folder = plan.folder
     require_printable(f"the {plan.source.name} source", [*plan.source.label_ids, *plan.source.label_names])
     if folder.exists(MANIFEST):
         if not plan.is_of(read_info(folder)):
             raise UserError(
-                f"{folder}: holds another shard set (other rows, other files found, or other options); "
+                f"{folder}: contains another shard set (other rows, other files found, or other options); "
                 "choose another --out or remove it"
             )
         _remove_state(folder)
@@ -226,23 +232,23 @@ def start(plan: Plan) -> bool:
         return False
     if folder.exists(f"{_STATE}plan"):
         if folder.read(f"{_STATE}plan") != plan.digest.encode():
-            raise UserError(f"{folder}: holds another shard set, not finished; choose another --out or remove it")
+            raise UserError(f"{folder}: contains another, unfinished shard set; choose another --out or remove it")
         _clear_up(folder)
     elif not folder.is_empty():
-        raise UserError(f"{folder}: is there and is no shard set; choose another --out")
+        raise UserError(f"{folder}: exists and is not a shard set; choose another --out")
     else:
         folder.write(f"{_STATE}plan", plan.digest.encode())
     return True
 
 
 def finished(plan: Plan) -> set[int]:
-    """The shards that an interrupted packing left finished."""
+    """The shards that an interrupted packing finished."""
     there = plan.folder.sizes(plan.state)
     return {shard for shard in range(plan.num_shards) if _state_file(plan.state, shard) in there}
 
 
 def keep(task: ShardTask, result: ShardResult) -> None:
-    """Note a finished shard."""
+    """Record a finished shard."""
     buffer = io.BytesIO()
     facts = {"shard": json.dumps(result.shard), "versions": json.dumps(versions())}
     pq.write_table(result.outcomes.replace_schema_metadata(facts), buffer)
@@ -250,7 +256,7 @@ def keep(task: ShardTask, result: ShardResult) -> None:
 
 
 def kept(plan: Plan, shards: Iterable[int]) -> list[ShardResult]:
-    """What `keep` noted of these shards. Raises UserError when one was built by other versions than are here."""
+    """What `keep` recorded of these shards. Raises UserError when one was built with other library versions."""
     with ThreadPoolExecutor(_REQUESTS) as pool:
         return list(pool.map(lambda shard: _kept(plan, shard), shards))
 
@@ -267,14 +273,14 @@ def _kept(plan: Plan, shard: int) -> ShardResult:
     if there != versions():
         pins = " ".join(f"{name}=={version}" for name, version in there.items())
         raise UserError(
-            f"{folder}/{plan.tar_name(shard)}: was packed by other versions than are here; go on with those on every "
-            f"machine (pip install {pins}), or remove {folder} and begin anew"
+            f"{folder}/{plan.tar_name(shard)}: was packed with other library versions than these; resume with those on "
+            f"every machine (pip install {pins}), or remove {folder} and start from scratch"
         )
     return ShardResult(table.replace_schema_metadata(), row)
 
 
 def progress_of(result: ShardResult) -> Progress:
-    """What a finished shard adds up to."""
+    """A finished shard's totals."""
     sizes = result.outcomes["size"]
     return Progress(len(sizes), pc.sum(sizes).as_py() or 0, sizes.null_count)
 
@@ -284,13 +290,13 @@ def _state_file(state: str, shard: int) -> str:
 
 
 def _clear_up(folder: Folder) -> None:
-    """Remove what killed processes left; who may not, can pack all the same."""
+    """Remove what killed processes left. Packing also works without the permission to do so."""
     with suppress(UserError, PermissionError):
         folder.discard_unfinished()
 
 
 def finish(plan: Plan) -> SetInfo:
-    """Write the tables: the folder is a shard set. Raises UserError, and clears the folder, when no clip got in."""
+    """Write the tables: the folder is a shard set. Raises UserError, and clears the folder, when no clip was packed."""
     source, folder = plan.source, plan.folder
     results = kept(plan, range(plan.num_shards))
     outcomes = pa.concat_tables([*(result.outcomes for result in results), plan.left_out()])
@@ -327,7 +333,7 @@ def finish(plan: Plan) -> SetInfo:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides a packed clip's bytes."""
+    """Versions of the libraries that decide a packed clip's bytes."""
     return {name: importlib.metadata.version(name) for name in ("av", "soundfile", "soxr")}
 
 

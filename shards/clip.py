@@ -1,4 +1,4 @@
-"""One clip's way from a source row to a file of packed sound, or to the reason why there is none."""
+"""Packing one clip: from a source row to a file of encoded sound, or to the reason why the row is rejected."""
 
 import errno
 import math
@@ -20,7 +20,8 @@ from shards.sources.files import HDF5_SUFFIXES, open_pack
 from shards.sources.rows import SourceRow
 
 REASONS = ("missing", "unreadable", "empty", "silent", "too short", "wrong label", "duplicate")  # in the report
-_WHOLE_RECORDING_SECONDS = 1.0  # a file that is longer than its segment by more is the whole recording
+UNDECODED = ("unreadable", "empty", "silent", "too short")  # those of files that were there
+_WHOLE_RECORDING_SECONDS = 1.0  # a file longer than its segment by more than this is the whole recording
 _SILENCE_PEAK = 1e-4  # -80 dB of full scale
 _ERRORS_OF_THE_FILE = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
 _MAX_BYTES = np.iinfo(np.int32).max  # the manifest's column
@@ -30,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Packing:
-    """The options of packing: with the rows, what decides a shard set's bytes under the same versions."""
+    """The options of packing. With the rows and the library versions, they decide a shard set's bytes."""
 
     sample_rate: int = SAMPLE_RATE
     codec: Codec = "flac"
@@ -44,7 +45,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class PackedSound:
-    """What became of a clip."""
+    """The facts about a packed clip."""
 
     samples: int
     peak: float  # before clipping to 16 bits
@@ -58,12 +59,12 @@ class Rejected(Exception):
 def pack_clip(
     row: SourceRow, packing: Packing, file: IO[bytes], alive: Callable[[], None] = lambda: None
 ) -> PackedSound:
-    """Write the row's sound to `file`: mono, 16 bits, at the packing's rate. `alive` is called for every
-    further block.
+    """Write the row's sound to `file`: mono, 16 bits, at the packing's rate. `alive` is called for every block after
+    the first.
 
-    A file that is longer than the row's segment by more than a second is taken for the whole recording, of which the
-    segment is cut out; else for the segment itself, of which no more than the segment's length is kept. Nothing is
-    padded. What lies above full scale is clipped. Raises Rejected; OSError when `file` can't be written.
+    A file longer than the row's segment by more than a second is treated as the whole recording, and the segment is cut
+    out of it; any other file is treated as the segment itself, and at most the segment's length is kept. Nothing is
+    padded. Samples beyond full scale are clipped. Raises Rejected; OSError when `file` can't be written.
     """
     if row.reason:
         raise Rejected(row.reason, row.detail)
@@ -89,8 +90,8 @@ def pack_clip(
                 cut_segment(samples, *segment, slack=round(_WHOLE_RECORDING_SECONDS * rate)) if segment else samples
             ):
                 low, high = float(part.min(initial=0)), float(part.max(initial=0))
-                if not (math.isfinite(low) and math.isfinite(high)):  # NaN, too, is what min and max then are
-                    raise Rejected("unreadable", "samples that are not finite")
+                if not (math.isfinite(low) and math.isfinite(high)):  # min and max propagate NaN
+                    raise Rejected("unreadable", "non-finite samples")
                 count += len(part)
                 peak = max(peak, high, -low)
                 yield to_pcm16(part)
@@ -140,7 +141,7 @@ def cut_segment(
 
 
 def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
-    """What `use` makes of the blocks of the row's file. Raises Rejected, DecodeError."""
+    """The result of `use` for the blocks of the row's file. Raises Rejected, DecodeError."""
     path = row.path or b""
     if row.offset is not None and os.path.splitext(path)[1].lower().decode(errors="replace") in HDF5_SUFFIXES:
         return use(iter([_pack_row(path, row.offset)]))
@@ -151,10 +152,10 @@ def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
             raise FileNotFoundError(
                 error.errno, "the folder is gone; is its disk mounted?", os.fsdecode(path)
             ) from error
-        raise Rejected("missing", "a link to a file that is not there" if os.path.islink(path) else "gone") from error
+        raise Rejected("missing", "a link to a missing file" if os.path.islink(path) else "gone") from error
     except OSError as error:
         if error.errno not in _ERRORS_OF_THE_FILE:
-            raise  # the disk's
+            raise  # the disk's fault
         raise Rejected("unreadable", error.strerror) from error
     if not stat.S_ISREG(status.st_mode):
         raise Rejected("unreadable", "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
@@ -167,7 +168,7 @@ def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
 
 
 def _pack_row(path: bytes, row: int) -> Block:
-    """PANNs' packs hold int16 at the rate that their attribute says."""
+    """A row of a PANNs pack, which contains int16 samples at the rate of its sample_rate attribute."""
     try:
         with open_pack(path) as pack:
             rate = int(pack.attrs["sample_rate"])
@@ -179,7 +180,7 @@ def _pack_row(path: bytes, row: int) -> Block:
 
 @contextmanager
 def _tar_member(path: bytes, offset: int, size: int) -> Iterator[IO[bytes]]:
-    """A member of a tar as a file, without a search through the tar."""
+    """A member of a tar as a file, without scanning the tar."""
     member = tarfile.TarInfo()
     member.offset_data, member.size = offset, size
     try:

@@ -1,4 +1,4 @@
-"""A manifest for WebDataset tars that are there already, written without repacking them."""
+"""A manifest for existing WebDataset tars, written without repacking them."""
 
 import io
 import tarfile
@@ -41,24 +41,25 @@ class _Sample:
 
     key: str
     sound: dict[str, Any] = field(default_factory=dict)  # offset, size, samples, rate, codec, crc32; or reason, detail
-    said: dict[str, dict[str, Any]] = field(default_factory=dict)  # by json, cls, txt: labels, split, fold
+    annotations: dict[str, dict[str, Any]] = field(default_factory=dict)  # by json, cls, txt: labels, split, fold
 
     @property
     def about(self) -> dict[str, Any]:
-        """What is said most exactly counts."""
-        return self.said.get("txt", {}) | self.said.get("cls", {}) | self.said.get("json", {})
+        """The labels, split and fold; json takes precedence over cls, and cls over txt."""
+        found = self.annotations
+        return found.get("txt", {}) | found.get("cls", {}) | found.get("json", {})
 
 
 def index(folder: Folder, classes: tuple[list[str], list[str]] | None = None) -> Iterator[str]:
-    """Read every tar below the folder from end to end, name by name, then write the three tables.
+    """Read every tar below the folder in full, yielding each name, then write the three tables.
 
     A sample is `KEY.flac` or `KEY.wav` (mono, 16 bits, all of one format and rate) with its labels in `KEY.json`
-    ("labels", a list, or "label", and if there are "split" and "fold"), or in `KEY.cls` or `KEY.txt` (one label).
-    `classes` are label ids and names in order; without them the labels found are the list, in order. What can't be used
-    goes into the report. Raises UserError when there is a manifest already, no tar, or nothing that can be used.
+    ("labels", a list, or "label"; optionally "split" and "fold"), or in `KEY.cls` or `KEY.txt` (one label).
+    `classes` are label ids and names in order; without them the labels found are used, sorted. Unusable samples go into
+    the report. Raises UserError when there is already a manifest, no tar, or no usable sample.
     """
     if folder.exists(MANIFEST):
-        raise UserError(f"{folder}: has a manifest already; remove {MANIFEST} to index the tars anew")
+        raise UserError(f"{folder}: has a manifest already; remove {MANIFEST} to index the tars again")
     tars = [name for name in folder.sizes() if name.endswith(".tar")]
     if not tars:
         raise UserError(f"{folder}: no tar in it or below it")
@@ -140,7 +141,7 @@ def _rejection(sample: _Sample, kind: tuple[str, int], place: dict[str, int], se
     """Why a sample can't be used: reason and detail."""
     sound, labels = sample.sound, sample.about.get("labels", [])
     if not sound:
-        return "missing", "no sound beside its labels"
+        return "missing", "no sound next to its labels"
     if "reason" in sound:
         return sound["reason"], sound["detail"]
     if (sound["codec"], sound["rate"]) != kind:
@@ -150,7 +151,7 @@ def _rejection(sample: _Sample, kind: tuple[str, int], place: dict[str, int], se
     if unknown := [name for name in labels if name not in place]:
         return "wrong label", f"{unknown[0]} is not in the class list"
     if sample.key in seen:
-        return "duplicate", "a sample of this key comes before it"
+        return "duplicate", "an earlier sample has this key"
     return None
 
 
@@ -164,18 +165,18 @@ def _samples(file: BinaryIO) -> list[_Sample]:
             stem, _, kind = base.partition(".")
             if member.isdir() or not stem:
                 continue
-            # A second sound of one key is a sample of its own: WebDataset would fail on it, here it is reported.
+            # A second sound with the same key is a sample of its own: WebDataset would fail on it, here it is reported.
             name = f"{folder}/{stem}" if folder else stem
             kind = kind.lower()
             sample = samples.setdefault(name, _Sample(safe_key(name)))
             if f".{kind}" in SUFFIXES:
                 if sample.sound:
-                    sample = samples.setdefault(f"{name}\0{member.offset}", _Sample(sample.key, {}, sample.said))
+                    sample = samples.setdefault(f"{name}\0{member.offset}", _Sample(sample.key, {}, sample.annotations))
                 sample.sound = _sound(tar, member, kind)
             elif kind in ("json", "cls", "txt") and _is_plain(member) and member.size <= _MAX_TEXT_BYTES:
                 content = tar.extractfile(member)
-                assert content  # regular members have some
-                sample.said[kind] = _about(content.read(), kind)
+                assert content  # None only for members that are not regular files
+                sample.annotations[kind] = _about(content.read(), kind)
         require_end(tar)
     return list(samples.values())
 
@@ -188,7 +189,7 @@ def _sound(tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> dict[str
     if member.size > np.iinfo(np.int32).max:
         return {"reason": "unreadable", "detail": "more than 2 GiB"}
     content = tar.extractfile(member)
-    assert content  # regular members have some
+    assert content  # None only for members that are not regular files
     data = content.read()
     try:
         samples, rate = measure(io.BytesIO(data))
@@ -207,32 +208,32 @@ def _sound(tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> dict[str
 
 
 def _is_plain(member: tarfile.TarInfo) -> bool:
-    """Of a sparse file the tar holds a few bytes, and reading it may give terabytes."""
+    """Whether it is a regular file and not sparse: of a few bytes in the tar, a sparse file may yield terabytes."""
     return member.isreg() and not member.issparse()
 
 
 def _about(data: bytes, kind: str) -> dict[str, Any]:
-    """Labels, as text, and split and fold if they are there."""
+    """Labels, as text, and split and fold if present."""
     text = data.decode(errors="replace").strip()
     if kind != "json":
         return {"labels": [text]} if text else {}
     try:
-        said = strict_json.loads(data)
+        content = strict_json.loads(data)
     except ValueError:
         return {}
-    if not isinstance(said, dict):
+    if not isinstance(content, dict):
         return {}
-    labels = said.get("labels", said.get("label"))
+    labels = content.get("labels", content.get("label"))
     names = [str(name) for name in (labels if isinstance(labels, list) else [labels]) if name is not None]
     found: dict[str, Any] = {"labels": names} if names else {}
-    if isinstance(said.get("split"), str):
-        found["split"] = said["split"]
-    if said.get("fold") in range(128) and said["fold"] is not True and said["fold"] is not False:
-        found["fold"] = int(said["fold"])
+    if isinstance(content.get("split"), str):
+        found["split"] = content["split"]
+    if content.get("fold") in range(128) and content["fold"] is not True and content["fold"] is not False:
+        found["fold"] = int(content["fold"])
     return found
 
 
 def _natural(label: str) -> tuple[bool, int, str]:
-    """Numbers in the order of their value, before words."""
+    """A sort key: numbers by value, before words."""
     is_number = label.isdecimal() and len(label) <= 1000
     return (not is_number, int(label) if is_number else 0, label)

@@ -1,4 +1,4 @@
-"""The tables of the shard set that a segment list would give if all of it were packed: for plans and benchmarks."""
+"""The tables of the shard set that packing a whole segment list would give, for plans and benchmarks."""
 
 from pathlib import Path
 
@@ -25,11 +25,11 @@ CLIPS_PER_SHARD = 2500
 
 def write_listed_set(segments: Path, folder: Path) -> None:
     """A shard set without its tars: a clip of 10 s for each segment. Raises UserError as read_audioset does."""
-    empty = folder / "no-audio"  # but for a file that no segment has
+    empty = folder / "no-audio"  # except for a file that belongs to no segment
     empty.mkdir(parents=True)
     (empty / "none.wav").touch()
     source = read_audioset(segments, empty)
-    rows = source.rows.filter(pc.equal(source.rows["reason"], "missing"))  # of them, not the mislabelled or double ones
+    rows = source.rows.filter(pc.equal(source.rows["reason"], "missing"))  # not the mislabelled or duplicate segments
     count = len(rows)
     numbers = np.arange(count)
     columns = {

@@ -1,4 +1,4 @@
-"""Rows packed into a tar by a process of their own: a decoder that crashes or hangs costs its clip, not the shard."""
+"""Packs rows into a tar in a child process: a decoder that crashes or hangs costs one clip, not the shard."""
 
 import json
 import os
@@ -24,13 +24,13 @@ from shards.sources.rows import SourceRow
 _PATIENCE_SECONDS = 300.0  # without a sign of life; the network disk under a file may be slow
 _IN_MEMORY_BYTES = 64 << 20  # a longer packed clip goes through a temporary file
 _BLOCK = tarfile.BLOCKSIZE
-# What no file is to blame for: a library's version that this program does not fit, or its own mistake.
+# Errors that are no file's fault: an incompatible library version, or a bug in this program.
 _OWN_FAULTS = (TypeError, AttributeError, NameError, ImportError, AssertionError)
 
 
 @dataclass(frozen=True)
 class RowsToPack:
-    """What the process is asked for."""
+    """The work of a packing process."""
 
     rows: list[SourceRow]
     label_ids: list[str]
@@ -38,10 +38,10 @@ class RowsToPack:
 
 
 def pack_rows(file: BinaryIO, work: RowsToPack) -> Iterator[dict[str, Any]]:
-    """Append the rows' clips to the file as members of a tar; in order, for each row what became of it.
+    """Append the rows' clips to the file as members of a tar, and yield each row's outcome, in order.
 
-    That is a dict with the manifest's columns, shard apart, or with those of the report. The file's position is of no
-    use to the caller meanwhile. Raises UserError when the process can't be started, OSError when the file can't be
+    An outcome is a dict with the manifest's columns except shard, or with the report's. The caller must not rely on the
+    file's position meanwhile. Raises UserError when the process can't be started, OSError when the file can't be
     written or a disk fails.
     """
     end = file.seek(0, os.SEEK_END)
@@ -55,10 +55,10 @@ def pack_rows(file: BinaryIO, work: RowsToPack) -> Iterator[dict[str, Any]]:
                     todo.popleft()
                     yield outcome
         if todo:
-            # What it had begun to write is taken back; the next process goes on from there.
+            # Undo the partial write; the next process continues from there.
             os.ftruncate(file.fileno(), end)
             os.lseek(file.fileno(), end, os.SEEK_SET)
-            # It may have been killed for other reasons than this row: only twice is the row's own fault.
+            # The process may have been killed for another reason: only a second failure is the row's fault.
             if suspect is todo[0]:
                 yield _rejected(todo.popleft(), "unreadable", process.end)
             else:
@@ -66,10 +66,10 @@ def pack_rows(file: BinaryIO, work: RowsToPack) -> Iterator[dict[str, Any]]:
 
 
 class _Process:
-    """A child process that packs rows, and its messages until it is done, has died or stands still."""
+    """A child process that packs rows, and its messages until it finishes, dies or hangs."""
 
     def __init__(self, file: BinaryIO, work: RowsToPack) -> None:
-        self.end = ""  # in words, when it did not end well
+        self.end = ""  # how the process failed, for the report
         self._connection, theirs = Pipe()
         path = os.pathsep.join(filter(None, sys.path))
         with theirs:
@@ -77,7 +77,7 @@ class _Process:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "shards.packer", *map(str, numbers)],
                 pass_fds=numbers,
-                # libsndfile's and FFmpeg's decoders write warnings of their own; what counts is in the report.
+                # libsndfile's and FFmpeg's decoders print warnings of their own; what matters is in the report.
                 stderr=subprocess.DEVNULL,
                 env=os.environ | KEEP_MEMORY | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
             )
@@ -85,7 +85,7 @@ class _Process:
             self._connection.send(work)
             self._connection.recv()
         except (EOFError, ConnectionError) as error:
-            raise UserError(f"the packing process does not start ({_how(self._child.wait())})") from error
+            raise UserError(f"the packing process did not start ({_how(self._child.wait())})") from error
 
     def __enter__(self) -> "_Process":
         return self
@@ -102,13 +102,13 @@ class _Process:
                 if isinstance(message, Exception):
                     raise message
                 yield message
-            self.end = f"the decoder stood still for {_PATIENCE_SECONDS:g} s"
+            self.end = f"the decoder made no progress for {_PATIENCE_SECONDS:g} s"
         except (EOFError, ConnectionError):
-            self.end = f"the decoder was ended by it: {_how(self._child.wait())}"
+            self.end = f"the file ended the decoder: {_how(self._child.wait())}"
 
 
 def _where(error: BaseException) -> str:
-    """The innermost place of an error."""
+    """The file and line where an error was raised."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{os.path.basename(place.filename)}:{place.lineno}"
 
@@ -126,7 +126,7 @@ def _about(row: SourceRow) -> dict[str, Any]:
 
 
 def serve(connection: Connection, file: BinaryIO) -> None:
-    """What the process does: pack rows until they are all done or the other side is gone."""
+    """The child process: pack rows until all are done or the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     end_with_parent()
     work: RowsToPack = connection.recv()
@@ -155,9 +155,9 @@ def _pack_row(row: SourceRow, work: RowsToPack, file: BinaryIO, connection: Conn
         except _OWN_FAULTS as error:
             raise UserError(
                 f"{row.source}: {type(error).__name__}: {' '.join(str(error).split())[:300]}, in {_where(error)}; this "
-                "is a fault of the program, not of the file: please report it, with the versions of erann --version"
+                "is a bug in the program, not in the file; please report it, with the versions of erann --version"
             ) from error
-        except Exception as error:  # whatever a strange file brings the libraries to costs that clip only
+        except Exception as error:  # what a strange file causes in the libraries costs only that clip
             raise Rejected("unreadable", f"{type(error).__name__}: {error}") from error
         size = clip.seek(0, os.SEEK_END)
         crc = 0
@@ -184,7 +184,7 @@ def _pack_row(row: SourceRow, work: RowsToPack, file: BinaryIO, connection: Conn
 
 
 def _begin_member(file: BinaryIO, name: str, size: int) -> int:
-    """Write a member's header, with no owner and no time, so that the same clips make the same bytes; where it ends."""
+    """Write a member's header and return its end. Without owner and time, the same clips give the same bytes."""
     member = tarfile.TarInfo(name)
     member.size = size
     file.write(member.tobuf())
@@ -196,7 +196,7 @@ def _pad(file: BinaryIO, size: int) -> None:
 
 
 def end_tar(file: BinaryIO) -> None:
-    """The two empty blocks at a tar's end, filled up to a whole record as tar itself does."""
+    """Write the two empty blocks at a tar's end, padded to a whole record as tar itself does."""
     size = file.seek(0, os.SEEK_END) + 2 * _BLOCK
     file.write(bytes(2 * _BLOCK + -size % tarfile.RECORDSIZE))
 

@@ -1,41 +1,55 @@
-"""Rebuilding single shards of a set from its source, to the bytes that they had."""
+"""Rebuilding single shards of a set from its source, byte for byte."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erann_dist.data.manifest import MANIFEST, SHARDS, SetInfo, read_manifest, read_table
+from erann_dist.data.manifest import MANIFEST, REPORT, SHARDS, SetInfo, read_manifest, read_table
 from erann_dist.errors import UserError
 from erann_dist.formats import strict_json
 from erann_dist.storage.folder import Folder
 from shards.build import Plan, ShardTask, versions
-from shards.clip import Packing
+from shards.clip import UNDECODED, Packing
 from shards.sources.rows import Source
 
 
-def repair_tasks(folder: Folder, source: Source, shards: Iterable[int]) -> list[ShardTask]:
+def repair_tasks(folder: Folder, source: Source, shards: Sequence[int]) -> list[ShardTask]:
     """The tasks that build these shards again. Raises UserError when they were packed from another source."""
     info, clips = read_manifest(folder, ["key", "shard"])
     listed = {shard["shard"]: shard for shard in read_table(folder, SHARDS).to_pylist()}
-    plan = Plan(source, packing_of(folder, info), folder)
-    tasks = []
-    for number in shards:
-        task = plan.task(number)
-        keys = clips.filter(pc.equal(clips["shard"], number))["key"]
-        strange = keys.filter(pc.invert(pc.is_in(keys, value_set=task.rows["key"].combine_chunks())))
-        if info.name != source.name or len(listed) != plan.num_shards or len(strange):
-            raise UserError(
-                f"{folder}: was packed from another source: {listed[number]['name']} would hold other clips; "
-                "give the list, the folders and the classes that it was packed with"
-            )
-        tasks.append(replace(task, sha256=listed[number]["sha256"]))
-    return tasks
+    now = Plan(source, packing_of(folder, info), folder)
+    # A file that is gone since, or has come, must not change which shard the others are in.
+    for plan in (now, replace(now, assigned=_assigned(folder, clips["key"]))):
+        tasks = [replace(plan.task(number), sha256=listed[number]["sha256"]) for number in shards]
+        strange = [
+            task for task in tasks if not _holds(task, clips.filter(pc.equal(clips["shard"], task.shard))["key"])
+        ]
+        if info.name == source.name and len(listed) == plan.num_shards and not strange:
+            return tasks
+    named = listed[strange[0].shard if strange else next(iter(shards))]["name"]
+    raise UserError(
+        f"{folder}: was packed from another source: {named} would contain other clips; "
+        "give the list, the folders and the classes that it was packed with"
+    )
+
+
+def _holds(task: ShardTask, clips: pa.Table) -> bool:
+    """Whether all clips of its shard are among the task's rows."""
+    keys = clips.filter(pc.equal(clips["shard"], task.shard))["key"]
+    return bool(pc.all(pc.is_in(keys, value_set=task.rows["key"].combine_chunks()), min_count=0).as_py())
+
+
+def _assigned(folder: Folder, packed: pa.ChunkedArray) -> pa.Array:
+    """The keys of the rows that had a file when the set was packed: of its clips, and of what could not be decoded."""
+    report = read_table(folder, REPORT, ["key", "reason"])
+    undecoded = report.filter(pc.is_in(report["reason"], value_set=pa.array(UNDECODED)))["key"]
+    return pa.concat_arrays([*packed.chunks, *undecoded.chunks])
 
 
 def packing_of(folder: Folder, info: SetInfo) -> Packing:
-    """The options that a set was packed with. Raises UserError when its manifest has none that this program knows."""
+    """The options that a set was packed with. Raises UserError when its manifest has none, or damaged ones."""
     if not info.packing:
         raise UserError(f"{folder}: was indexed, not packed; restore the tars concerned and index them again")
     where, advice = f"{folder}/{MANIFEST}: packing", "pack the set again"
@@ -47,16 +61,16 @@ def packing_of(folder: Folder, info: SetInfo) -> Packing:
 
 
 def why_different(folder: Folder, task: ShardTask, outcomes: pa.Table) -> str:
-    """In words, why a rebuilt shard is not the one that was packed."""
+    """Why a rebuilt shard differs from the one that was packed, as an error message."""
     info, clips = read_manifest(folder, ["key", "shard", "source"])
     before = {clip["key"]: clip["source"] for clip in clips.filter(pc.equal(clips["shard"], task.shard)).to_pylist()}
     name = f"{folder}/{task.name}: can't be rebuilt to the same bytes"
     for outcome in outcomes.to_pylist():
         if outcome["key"] in before and outcome["reason"]:
             reason = f"{outcome['reason']} ({outcome['detail']})"
-            return f"{name}: {before[outcome['key']]} was packed then and is now {reason}; bring it back and try again"
+            return f"{name}: {before[outcome['key']]} was packed then and is now {reason}; restore it and try again"
         if outcome["key"] not in before and not outcome["reason"]:
-            return f"{name}: {outcome['source']} was not packed then and can be now; pack a new set to have it in"
+            return f"{name}: {outcome['source']} was not packed then and can be now; pack a new set to include it"
     return f"{name}: {_other_versions(info) or 'source files have changed since it was packed'}"
 
 

@@ -1,7 +1,8 @@
-"""A shard set copied to a folder on a disk: a tar gets its name when it is checked; a copy that was stopped goes on.
+"""Copies a shard set to a folder on a disk: a tar gets its name once it is checked; an interrupted copy is resumed.
 
-While a set is being copied its folder holds `.stage/`: the set's tables. They say whose tars are there, and become the
-set's own when all of them are; the manifest is the last, for a folder with a manifest is a finished set.
+While a set is being copied, its folder contains `.stage/` with the set's tables, which identify the set that the tars
+belong to. They are moved to the folder when all tars are there, the manifest last, because a folder with a manifest is
+a finished set.
 """
 
 import fcntl
@@ -20,7 +21,7 @@ from erann_dist.errors import UsageError, UserError
 from erann_dist.storage.folder import Folder, LocalFolder
 from shards.build import sha256
 
-# Some are on their way while others are checked. They share the line, and S3 ends what comes at less than 1 MB/s each.
+# Some are transferred while others are checked. They share the bandwidth, and an S3 transfer below 1 MB/s is aborted.
 TARS_AT_ONCE = 4
 _TABLES = (REPORT, SHARDS, MANIFEST)
 _UNFINISHED = ".stage"
@@ -29,13 +30,13 @@ _REFRESH_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Staging:
-    """A shard set that is copied, and what of it is not there yet."""
+    """A shard set that is being copied, and its missing tars."""
 
     source: Folder
     target: LocalFolder
-    tables: LocalFolder  # the target itself when it is finished
+    tables: LocalFolder  # the target itself when the copy is finished
     tars: list[dict[str, Any]]  # rows of shards.parquet
-    missing: list[dict[str, Any]]  # those that are not there, or of another size
+    missing: list[dict[str, Any]]  # tars that are not there, or have another size
 
     @property
     def is_finished(self) -> bool:
@@ -43,20 +44,20 @@ class Staging:
 
     @property
     def bytes(self) -> int:
-        """Of the tars that are to be copied."""
+        """The total size of the missing tars."""
         return sum(tar["size"] for tar in self.missing)
 
 
 @contextmanager
 def staging(source: Folder, target: LocalFolder) -> Iterator[Staging]:
-    """Make the target ready for the set in the source, and keep other processes from copying into it meanwhile.
+    """Prepare the target for the set in the source, and keep other processes from copying into it meanwhile.
 
-    A tar that is there with its size was checked before it got its name. Raises UsageError when the target lies in the
-    source or holds anything else; UserError when the set is damaged, when the disk has no room for what is missing, and
-    when another process copies into the target.
+    An existing tar of the right size was checked before it got its name. Raises UsageError when the target is inside
+    the source or contains anything else; UserError when the set is damaged, when the disk has no space for the missing
+    tars, and when another process is copying into the target.
     """
     if isinstance(source, LocalFolder) and Path(target.url).resolve().is_relative_to(Path(source.url).resolve()):
-        raise UsageError(f"{target}: lies in {source}, which is to be copied; choose another folder")
+        raise UsageError(f"{target}: is inside {source}, which is to be copied; choose another folder")
     wanted = read_manifest(source)[0].content_hash
     with _locked(target):
         tables = _tables(source, target, wanted)
@@ -67,16 +68,16 @@ def staging(source: Folder, target: LocalFolder) -> Iterator[Staging]:
         if plan.bytes > free:
             raise UserError(
                 f"{target}: {plan.bytes:,} bytes are needed and {free:,} are free on its disk; "
-                "make room there or choose another folder"
+                "free some space there or choose another folder"
             )
         yield plan
 
 
 def copy(plan: Staging, on_progress: Callable[[int], None]) -> None:
-    """Copy what is missing; on_progress is told how many bytes of the tars have come.
+    """Copy the missing tars; on_progress gets the number of bytes copied so far.
 
-    An exception, also one that on_progress raises, ends all copies and leaves only whole tars. Raises UserError when a
-    tar can't be read or written, or is not what was packed.
+    An exception, also one from on_progress, stops all copies and leaves only complete tars. Raises UserError when a tar
+    can't be read or written, or is not what was packed.
     """
     done = dict.fromkeys((tar["name"] for tar in plan.missing), 0)
     stop = threading.Event()
@@ -110,44 +111,44 @@ def copy(plan: Staging, on_progress: Callable[[int], None]) -> None:
 
 
 class _Stopped(Exception):
-    """A copy that is no longer wanted, for another one failed or the user stopped the command."""
+    """A copy is no longer needed, because another one failed or the user stopped the command."""
 
 
 def _copy_tar(plan: Staging, tar: dict[str, Any], on_progress: Callable[[int], None]) -> None:
     source, name = plan.source, tar["name"]
     try:
         with plan.target.writing(name) as file:
-            for _ in range(2):  # a bit that flipped on the way is right the second time
+            for _ in range(2):  # a second time, in case a bit flipped in the transfer
                 source.fetch(name, file, on_progress)
                 if sha256(file) == tar["sha256"]:
                     return
-            raise UserError(f"{source}/{name}: its bytes are not those that were packed (sha256); {_mend(source)}")
-    except OSError as error:  # of either disk; that of a write to a full one names no file
+            raise UserError(f"{source}/{name}: its bytes are not those that were packed (sha256); {_fix(source)}")
+    except OSError as error:  # of either disk; an error of a write to a full disk names no file
         raise UserError(
             f"{source}/{name} could not be copied to {plan.target}: {error.strerror or error}; "
-            "mend that and run the same command again to go on"
+            "fix that and run the same command again to resume"
         ) from error
 
 
 @contextmanager
 def _locked(folder: LocalFolder) -> Iterator[None]:
-    """Hold the folder, made if need be, for this process. The lock is on the folder itself: nothing is left of it."""
+    """Lock the folder, created if necessary, for this process. The lock is on the folder itself and leaves no file."""
     os.makedirs(folder.url, exist_ok=True)
     directory = os.open(folder.url, os.O_RDONLY)
     try:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(f"{folder}: another process is copying a shard set into it; wait for that one") from error
+            raise UserError(f"{folder}: another process is copying a shard set into it; wait for it to end") from error
         yield
     finally:
         os.close(directory)
 
 
 def _tables(source: Folder, target: LocalFolder, wanted: str) -> LocalFolder:
-    """Where the target has the tables of the set, checked: see Staging. They are fetched if no tar is there yet.
+    """The folder with the target's checked tables (see Staging). They are fetched if the target has no tar yet.
 
-    What killed processes left is removed, when it is known to be of this set.
+    Files that killed processes left are removed, when they are known to belong to this set.
     """
     unfinished = LocalFolder(f"{target.url}/{_UNFINISHED}")
     files = target.sizes()
@@ -158,32 +159,32 @@ def _tables(source: Folder, target: LocalFolder, wanted: str) -> LocalFolder:
             with unfinished.writing(name) as file:
                 source.fetch(name, file)
     elif not tables.exists(MANIFEST):
-        raise UsageError(f"{target}: is there and is no shard set; choose another folder")
+        raise UsageError(f"{target}: exists and is not a shard set; choose another folder")
     info, clips = read_manifest(tables)
     if info.content_hash != wanted:
-        raise UsageError(f"{target}: holds another shard set than {source}; choose another folder or remove it")
+        raise UsageError(f"{target}: contains another shard set than {source}; choose another folder or remove it")
     if content_hash(clips) != wanted:
         raise UserError(
             f"{tables}/{MANIFEST}, copied from {source}: its rows are not those that were packed (content hash); "
-            f"{_mend(source)}"
+            f"{_fix(source)}"
         )
     if was_begun:
         target.discard_unfinished()
     if tables == target:
-        shutil.rmtree(unfinished.url, ignore_errors=True)  # of a process that was killed while it removed it
+        shutil.rmtree(unfinished.url, ignore_errors=True)  # left by a process that was killed while removing it
     return tables
 
 
 def _require_tars(source: Folder, tars: list[dict[str, Any]]) -> None:
-    """Raise UserError unless the source has these tars, of the size that the table says."""
-    there = source.sizes()
+    """Raise UserError unless the source has these tars, with the sizes in the table."""
+    sizes = source.sizes()
     for tar in tars:
-        name, size = tar["name"], there.get(tar["name"])
+        name, size = tar["name"], sizes.get(tar["name"])
         if size is None:
-            raise UserError(f"{source}/{name}: missing; {_mend(source)}")
+            raise UserError(f"{source}/{name}: missing; {_fix(source)}")
         if size != tar["size"]:
-            raise UserError(f"{source}/{name}: {size} bytes where {SHARDS} says {tar['size']}; {_mend(source)}")
+            raise UserError(f"{source}/{name}: {size} bytes where {SHARDS} has {tar['size']}; {_fix(source)}")
 
 
-def _mend(source: Folder) -> str:
-    return f"see what is damaged with erann verify {source}, mend it with erann repair {source}"
+def _fix(source: Folder) -> str:
+    return f"find the damage with erann verify {source}, fix it with erann repair {source}"

@@ -1,4 +1,4 @@
-"""What is in a shard set and what is not: coverage, classes, durations, formats, repeats, recordings in two folds."""
+"""Statistics of a shard set: coverage, classes, durations, formats, repeats, recordings in more than one fold."""
 
 import math
 from collections import defaultdict
@@ -18,15 +18,15 @@ EXAMPLES = 16_000_000  # the AudioSet recipe's
 EXAMPLES_ORIGIN = "500,000 iterations, our default for a number that the paper leaves out, of its batch of 32"
 OVERLOADED = 1.0  # of full scale: a clip with a higher peak was clipped when it was packed
 NEAR_SILENCE = 1e-4  # -80 dB of full scale
-_BINS = 20  # of the histogram, about
+_BINS = 20  # of the histogram, approximately
 
 
 def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
     """The statistics of a shard set, ready for JSON.
 
-    examples: clips that balanced sampling draws, for the repeats. Listed clips are the packed ones and those of the
-    report, duplicates apart; of an indexed set no list is known, and what would be counted against it is None.
-    Raises UserError when there is no shard set or it can't be read.
+    examples: how many clips balanced sampling draws, for the repeats. Listed clips are the packed ones and those of the
+    report, without duplicates; for an indexed set no list is known, and figures relative to it are None. Raises
+    UserError when there is no shard set or it can't be read.
     """
     info, clips = read_manifest(folder, ["key", "labels", "split", "fold", "samples", "peak", "format"])
     tars = read_table(folder, SHARDS, ["size"])
@@ -71,9 +71,9 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
 
 
 def shared_recordings(name: str, keys: Iterable[str], folds: Iterable[int | None]) -> dict[str, list[int]]:
-    """The recordings, or actors, whose clips stand in two folds or more, and in which.
+    """The recordings, or actors, whose clips are in two folds or more, with these folds.
 
-    name: of a shard set. keys, folds: of the official list's clips, whether they could be packed or not.
+    name: of a shard set. keys, folds: of the official list's clips, whether or not they could be packed.
     """
     kind_and_recording = _recordings_of(name)
     found = _folds_of_recordings(kind_and_recording[1], keys, folds) if kind_and_recording else {}
@@ -90,7 +90,7 @@ def _folds_of_recordings(
 ) -> dict[str, set[int]]:
     found = defaultdict(set)
     for key, fold in zip(keys, folds, strict=True):
-        if fold is not None and "-" in key:  # the lists can hold files of one's own, under other names
+        if fold is not None and "-" in key:  # lists may contain the user's own files, with other names
             found[recording(key)].add(fold)
     return found
 
@@ -134,7 +134,7 @@ def _share(packed: int, listed: int | None) -> dict[str, Any]:
 
 
 def _groups(clips: pa.Table, absent: pa.Table, column: str, indexed: bool, whole_hash: str) -> list[dict[str, Any]]:
-    """The coverage of each split or fold, and the hash that an evaluation on it alone shows; none if there are none."""
+    """The coverage of each split or fold, and the list hash of an evaluation on it alone; empty if there are none."""
     packed, missing = _value_counts(clips[column]), _value_counts(absent[column])
     values = sorted(packed.keys() | missing.keys(), key=lambda value: (value is None, value))
     if values == [None]:
@@ -199,7 +199,7 @@ def _balanced(
 
 
 def _durations(samples: npt.NDArray[np.int64], rate: int) -> dict[str, Any]:
-    """Seconds, and a histogram: counts[i] clips from edges[i] up to edges[i + 1], and the few that are longer."""
+    """Quartiles in seconds, and a histogram: counts[i] clips from edges[i] to edges[i + 1], and how many are longer."""
     quartiles = np.quantile(samples, [0, 0.25, 0.5, 0.75, 1]) / rate
     common = float(np.quantile(samples, 0.99)) / rate
     width = _round_number(common / _BINS)
@@ -218,7 +218,7 @@ def _durations(samples: npt.NDArray[np.int64], rate: int) -> dict[str, Any]:
 
 
 def _round_number(value: float) -> float:
-    """The next of …, 0.1, 0.2, 0.5, 1, 2, 5, … from the value on."""
+    """The value rounded up to one of …, 0.1, 0.2, 0.5, 1, 2, 5, …"""
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= value)
 
@@ -233,7 +233,7 @@ def _peaks(peaks: npt.NDArray[np.float32]) -> dict[str, int]:
 
 
 def _reasons(report: pa.Table, rows: int) -> list[dict[str, Any]]:
-    """Why rows are not in the set, the commonest first, each with the first row that it befell."""
+    """Why rows are not in the set, the commonest reason first, each with its first row."""
     found = sorted(_value_counts(report["reason"]).items(), key=lambda pair: (-pair[1], pair[0]))
     examples = report.select(["key", "source", "detail"])
     return [

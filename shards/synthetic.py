@@ -1,7 +1,7 @@
-"""A small synthetic AudioSet on disk, in AudioSet's own layout, so that a demo walks the path of real data.
+"""A small synthetic AudioSet on disk, in AudioSet's own layout, so that a demo runs the same code as real data.
 
-Eleven of AudioSet's classes are synthesised, those that a formula renders truly. A clip mixes one to three of
-them, the training list is unbalanced as AudioSet's is, and the files are as mixed as people's copies of it.
+Eleven of AudioSet's classes are synthesised, those that a formula reproduces faithfully. A clip mixes one to three of
+them, the training list is as unbalanced as AudioSet's, and the files are in as many formats as in real copies of it.
 """
 
 from collections.abc import Callable
@@ -28,18 +28,18 @@ class SyntheticAudioSet:
 
     @classmethod
     def at(cls, root: Path) -> "SyntheticAudioSet":
-        """Where write_synthetic_audioset(root) puts it."""
+        """The paths that write_synthetic_audioset(root) writes."""
         names = ("class_labels_indices.csv", "train_segments.csv", "eval_segments.csv", "audio")
         return cls(*(root / name for name in names))
 
 
 # The sounds: each function takes a generator, a number of samples and a rate in Hz, and returns (samples,) at
-# any level. Events fill the whole clip, so that a crop of two seconds holds what its label says; tones lie
-# below 8 kHz, so that they survive the lowest rate in use.
+# any level. Events fill the whole clip, so that a crop of two seconds contains what its label states; tones are
+# below 8 kHz, so that the lowest sample rate preserves them.
 
 
 def heartbeat(rng: Rng, samples: int, rate: int) -> Array:
-    """Two low thumps per beat, 55 to 110 beats per minute; the second, a third of a beat on, is higher."""
+    """Two low thumps per beat, 55 to 110 beats per minute; the second, a third of a beat later, is higher."""
     period = 60 / rng.uniform(55, 110)
     phase = clock(rng, samples, rate) % period
     lub = thump(phase, rng.uniform(45, 75), rng.uniform(0.020, 0.035))
@@ -48,7 +48,7 @@ def heartbeat(rng: Rng, samples: int, rate: int) -> Array:
 
 
 def dial(rng: Rng, samples: int, rate: int) -> Array:
-    """Random telephone keys, each one low and one high tone of the DTMF standard, with pauses between."""
+    """Random telephone keys, each a low and a high tone of the DTMF standard, with pauses in between."""
     time = clock(rng, samples, rate)
     on, off = rng.uniform(0.08, 0.2), rng.uniform(0.05, 0.15)
     key = (time / (on + off)).astype(int)
@@ -66,7 +66,7 @@ def siren(rng: Rng, samples: int, rate: int) -> Array:
 
 
 def tick_tock(rng: Rng, samples: int, rate: int) -> Array:
-    """A clock: two clicks in turn, 0.3 to 0.8 s apart, each two resonances that die away in milliseconds."""
+    """A clock: two alternating clicks, 0.3 to 0.8 s apart, each two resonances that decay in milliseconds."""
     period = rng.uniform(0.3, 0.8)
     time = clock(rng, samples, rate)
     phase = time % period
@@ -90,7 +90,7 @@ def sine_wave(rng: Rng, samples: int, rate: int) -> Array:
 
 
 def chirp_tone(rng: Rng, samples: int, rate: int) -> Array:
-    """A pure tone rising over four octaves in 0.4 to 1 s, again and again."""
+    """A pure tone rising over four octaves in 0.4 to 1 s, repeatedly."""
     length = rng.uniform(0.4, 1.0)
     phase = clock(rng, samples, rate) % (length + rng.uniform(0.05, 0.2))
     start, end = rng.uniform(250, 400), rng.uniform(4500, 6500)
@@ -135,8 +135,8 @@ def sine(cycles: Array) -> Array:
 
 
 def harmonics(levels: Array, cycles: Array) -> Array:
-    """A fundamental that has run through `cycles` (samples,), and its overtones: levels (harmonics,)."""
-    # Chebyshev's polynomials turn the cosine of an angle into the cosines of its multiples.
+    """A fundamental with the phase `cycles` (samples,), and its overtones: levels (harmonics,)."""
+    # Chebyshev polynomials turn the cosine of an angle into the cosines of its multiples.
     tone: Array = chebval(np.cos(2 * np.pi * cycles), np.concatenate([[0.0], levels]))
     return tone
 
@@ -147,7 +147,7 @@ def gate(phase: Array, length: float, ramp: float) -> Array:
 
 
 def thump(phase: Array, frequency: float, decay: float) -> Array:
-    """A tone in Hz (samples,) that swells at phase 0 and dies away with `decay`, in seconds."""
+    """A tone (samples,) of `frequency` in Hz that swells at phase 0 and decays with `decay`, in seconds."""
     phase = np.maximum(phase, 0.0)
     return phase / decay * np.exp(1 - phase / decay) * sine(frequency * phase)
 
@@ -162,7 +162,7 @@ def coloured_noise(rng: Rng, samples: int, rate: int, exponent: float) -> Array:
 class Sound:
     mid: str
     display_name: str
-    rank: int  # 0: the commonest of the training list; those with the most to learn are common
+    rank: int  # 0: the commonest in the training list; the classes that are hardest to learn are common
     synthesise: Callable[[Rng, int, int], Array]
 
 
@@ -180,7 +180,7 @@ SOUNDS = (  # in the order of AudioSet's class index
     Sound("/m/0cj0r", "Pink noise", 8, pink_noise),
 )
 
-# Container, codec and rates in Hz, by the names of libsndfile; it has no AAC, which goes through PyAV.
+# Container, codec and rates in Hz, with libsndfile's names; it has no AAC, which PyAV writes.
 FORMATS = {
     ".wav": ("WAV", "PCM_16", (16000, 22050, 32000, 44100)),
     ".flac": ("FLAC", "PCM_16", (16000, 32000, 48000)),
@@ -213,10 +213,10 @@ def write_synthetic_audioset(
 ) -> SyntheticAudioSet:
     """Write class index, segment lists and clips of `duration` seconds under `root`.
 
-    on_progress: called with the number of clips that are written.
+    on_progress: called with the number of clips written so far.
 
-    The training list falls by a factor of 25 from the commonest class to the rarest; one of its clips has no
-    file and one file is no audio. The evaluation list is balanced and complete.
+    In the training list the commonest class is 25 times as frequent as the rarest; one of its clips has no file, and
+    one file is not audio. The evaluation list is balanced and complete.
     """
     places = SyntheticAudioSet.at(root)
     audio, lists = places.audio, (places.train_segments, places.eval_segments)
@@ -227,14 +227,14 @@ def write_synthetic_audioset(
     balanced = np.ones(len(SOUNDS))
     unbalanced = np.geomspace(25.0, 1.0, len(SOUNDS))[[sound.rank for sound in SOUNDS]]
     for split, (count, shares) in enumerate(((train_clips, unbalanced), (eval_clips, balanced))):
-        # The clips themselves have the seeds below this one, [seed, split, 0] to [seed, split, count - 1].
+        # The clips themselves use the seeds [seed, split, 0] to [seed, split, count - 1].
         clips = plan_clips(np.random.default_rng([seed, split, count]), count, shares, duration, audio)
         write_segments(lists[split], clips, duration)
-        with ThreadPoolExecutor(2) as pool:  # numpy and the encoders let go of the interpreter's lock
+        with ThreadPoolExecutor(2) as pool:  # numpy and the encoders release the GIL
             seeds = ([seed, split, index] for index in range(count))
             for done, _ in enumerate(pool.map(write_clip, clips, [duration] * count, seeds), split * train_clips + 1):
                 on_progress(done)
-        if split == 0:  # both clips are of the commonest class, so that the rare ones keep all they have
+        if split == 0:  # both clips are of the commonest class, so that the rare classes lose none
             missing, corrupt = [clip for clip in clips if clip.labels == [int(np.argmax(shares))]][:2]
             missing.path.unlink()
             corrupt.path.write_bytes(b"<html><body>403 Forbidden</body></html>\n")
@@ -242,9 +242,9 @@ def write_synthetic_audioset(
 
 
 def plan_clips(rng: Rng, count: int, shares: Array, duration: float, audio: Path) -> list[Clip]:
-    """The clips of a list, sorted by id as AudioSet's are, under the file names found on people's disks."""
+    """The clips of a list, sorted by id as AudioSet's are, with the file names found in real copies."""
     ytids = ["".join(rng.choice(ID_LETTERS, 11)) for _ in range(count)]
-    ytids[0] = "-" + ytids[0][1:]  # AudioSet has such ids, and command lines trip over them
+    ytids[0] = "-" + ytids[0][1:]  # AudioSet has such ids, which command lines mistake for options
     clips = []
     for i, (ytid, labels) in enumerate(zip(sorted(ytids), draw_labels(rng, count, shares), strict=True)):
         start, suffix = 10 * int(rng.integers(30)), DEAL[i % len(DEAL)]
@@ -258,8 +258,8 @@ def plan_clips(rng: Rng, count: int, shares: Array, duration: float, audio: Path
 def draw_labels(rng: Rng, count: int, shares: Array) -> list[list[int]]:
     """The classes of each clip: one in 65 % of the clips, two in 25 % and three in 10 %.
 
-    Each class gets its share of all labels exactly, up to rounding, whatever the seed: the classes of a clip
-    are drawn from what is left of each, the triples first, while there is enough of every class.
+    Each class gets exactly its share of all labels, up to rounding, with any seed: the classes of a clip are drawn in
+    proportion to what is left of each, triples first, while enough of every class is left.
     """
     triples, pairs = round(0.10 * count), round(0.25 * count)
     sizes = [3] * triples + [2] * pairs + [1] * (count - triples - pairs)
@@ -297,13 +297,13 @@ def write_clip(clip: Clip, duration: float, seed: list[int]) -> None:
             muxer.mux(stream.encode(frame) + stream.encode(None))
         return
     with soundfile.SoundFile(clip.path, "w", clip.rate, clip.channels, codec, format=container) as file:
-        for start in range(0, len(audio), clip.rate):  # Vorbis puts all it gets at once on the thread's stack
+        for start in range(0, len(audio), clip.rate):  # Vorbis puts each write on the thread's stack
             file.write(audio[start : start + clip.rate])
 
 
 def mix(rng: Rng, sounds: list[Sound], samples: int, rate: int, channels: int) -> Array:
-    """The sounds within 6 dB of each other, each at its own place: (samples, channels) in [-1, 1]."""
-    # Under them lies a recorder's own noise, since no recording is silent between its sounds.
+    """The sounds within 6 dB of each other, each with its own panning: (samples, channels) in [-1, 1]."""
+    # With a recorder's noise in the background, because no recording is silent between its sounds.
     mixed = rng.standard_normal((samples, channels)) * 10 ** (-rng.uniform(45, 55) / 20)
     for sound in sounds:
         audio = sound.synthesise(rng, samples, rate)

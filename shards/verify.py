@@ -1,4 +1,4 @@
-"""Is a shard set what its manifest says? Every tar is read from end to end, every clip decoded."""
+"""Checks that a shard set matches its manifest. Every tar is read in full, every clip is decoded."""
 
 import hashlib
 import io
@@ -25,18 +25,18 @@ _MAX_TEXT_BYTES = 1_000_000  # of a clip's labels
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is not as the manifest says."""
+    """A mismatch between the tables and the tars."""
 
     text: str  # one line
-    shard: int | None = None  # that rebuilding would mend
+    shard: int | None = None  # the shard whose rebuilding would fix it
 
 
 def verify(folder: Folder, quick: bool = False) -> Iterator[tuple[int, list[Problem]]]:
     """Check the tables, then shard by shard: (clips checked, problems found).
 
-    Checked are the tars' sizes and checksums; the names, offsets, sizes and checksums of their members; that each clip
-    is mono 16-bit sound of the manifest's length and rate; that clips and members are the same ones. With `quick` only
-    sizes and the tables: nothing of the tars is read. Raises UserError when there is no manifest to check against.
+    It checks the tars' sizes and checksums; the names, offsets, sizes and checksums of their members; that each clip is
+    mono 16-bit sound of the manifest's length and rate; that every clip has a member and vice versa. With `quick` it
+    checks only sizes and tables, and reads no tar. Raises UserError when there is no manifest to check against.
     """
     info, clips = read_manifest(folder)
     shards = read_table(folder, SHARDS).to_pylist()
@@ -71,23 +71,23 @@ def verify(folder: Folder, quick: bool = False) -> Iterator[tuple[int, list[Prob
 
 
 def _table_problems(size: int | None, shard: dict[str, Any], clips: pa.Table) -> list[str]:
-    """What can be seen without reading the tar."""
+    """The problems that can be found without reading the tar."""
     if size is None:
         return ["missing"]
     if size != shard["size"]:
-        verb = "cut short" if size < shard["size"] else "too long"
-        return [f"{verb}, {size} bytes where {SHARDS} says {shard['size']}"]
+        problem = "truncated" if size < shard["size"] else "too long"
+        return [f"{problem}, {size} bytes where {SHARDS} has {shard['size']}"]
     problems = []
     if len(clips) != shard["clips"]:
         problems.append(f"{len(clips)} clips in {MANIFEST}, {shard['clips']} in {SHARDS}")
-    last = pc.subtract(pa.scalar(size, pa.int64()), pc.cast(clips["size"], pa.int64()))  # place for one of this size
+    last = pc.subtract(pa.scalar(size, pa.int64()), pc.cast(clips["size"], pa.int64()))  # offset for this size
     negative = pc.less(pc.min_element_wise(clips["offset"], clips["size"]), 0)
     beyond = clips.filter(pc.or_(pc.greater(clips["offset"], last), negative))
-    return problems + [f"{key} lies behind its end" for key in beyond["key"].to_pylist()]
+    return problems + [f"{key} is beyond its end" for key in beyond["key"].to_pylist()]
 
 
 class _Hashed(io.RawIOBase):
-    """A file that takes the SHA-256 of what is read of it."""
+    """A file that computes the SHA-256 of what is read from it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -105,17 +105,17 @@ class _Hashed(io.RawIOBase):
 
 
 def _tar_problems(file: BinaryIO, shard: dict[str, Any], clips: pa.Table, info: SetInfo) -> list[str]:
-    """What is seen in one pass over the tar. Raises OSError, UserError when it can't be read to its end."""
+    """The problems found in one pass over the tar. Raises OSError, UserError when it can't be read to its end."""
     hashed = _Hashed(file)
     problems = []
     wanted = {clip["offset"]: clip for clip in clips.to_pylist()}
-    # Whoever made the tars of an indexed set chose the names in it, and what else is in it.
+    # The tars of an indexed set were made by another program, with any names and further members.
     ours = bool(info.packing)
     descriptions = {f"{clip['key']}.json": clip for clip in wanted.values()} if ours else {}
     try:
         with tarfile.open(fileobj=hashed, mode="r|") as tar:
             for member in tar:
-                # Of a sparse file the tar holds a few bytes, and reading it may give terabytes.
+                # A sparse file of a few bytes in the tar may yield terabytes.
                 content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
                 if content and (clip := wanted.pop(member.offset_data, None)):
                     name = f"{clip['key']}.{info.codec}"
@@ -125,24 +125,24 @@ def _tar_problems(file: BinaryIO, shard: dict[str, Any], clips: pa.Table, info: 
                 elif content and member.name in descriptions:
                     labels = [info.label_ids[i] for i in descriptions.pop(member.name)["labels"]]
                     if member.size > _MAX_TEXT_BYTES or strict_json.loads(content.read())["labels"] != labels:
-                        problems.append(f"{member.name} has other labels than {MANIFEST}")
+                        problems.append(f"{member.name} has different labels than {MANIFEST}")
                 elif ours:
-                    problems.append(f"{member.name} is not in {MANIFEST}, or is there twice")
+                    problems.append(f"{member.name} is not in {MANIFEST}, or occurs twice")
     except (tarfile.TarError, ValueError, KeyError, TypeError, IndexError) as error:
         problems.append(f"not a readable tar ({error})")
-    lost = [f"{clip['key']}.{info.codec}" for clip in wanted.values()] + list(descriptions)
+    missing = [f"{clip['key']}.{info.codec}" for clip in wanted.values()] + list(descriptions)
     changed = hashed.sha256_to_the_end() != shard["sha256"]
     return (
         ["its bytes have changed (sha256)"] * changed
         + problems
-        + [f"{name} is in {MANIFEST} and not in the tar" for name in lost]
+        + [f"{name} is in {MANIFEST} but not in the tar" for name in missing]
     )
 
 
 def _clip_problems(name: str, data: bytes, clip: dict[str, Any], info: SetInfo) -> list[str]:
     found = {"size": len(data), "crc32": zlib.crc32(data)}
     problems = [
-        f"{name} has {what} {value}, {MANIFEST} says {clip[what]}"
+        f"{name} has {what} {value}, {MANIFEST} has {clip[what]}"
         for what, value in found.items()
         if value != clip[what]
     ]
@@ -151,8 +151,8 @@ def _clip_problems(name: str, data: bytes, clip: dict[str, Any], info: SetInfo) 
     try:
         samples, rate = measure(io.BytesIO(data))
     except DecodeError as error:
-        return [f"{name} is no {info.codec.upper()} ({error})"]
+        return [f"{name} is not {info.codec.upper()} ({error})"]
     if (samples, rate) != (clip["samples"], info.sample_rate):
-        said = f"{clip['samples']} samples at {info.sample_rate} Hz"
-        return [f"{name} holds {samples} samples at {rate} Hz, {MANIFEST} says {said}"]
+        listed = f"{clip['samples']} samples at {info.sample_rate} Hz"
+        return [f"{name} has {samples} samples at {rate} Hz, {MANIFEST} has {listed}"]
     return []

@@ -609,6 +609,6 @@ def as_other_set(reader: Callable[[], object]) -> None:
     try:
         reader()
     except UserError as error:
-        if "holds another shard set" not in str(error) and "other clips" not in str(error):
+        if "contains another shard set" not in str(error) and "other clips" not in str(error):
             raise
         raise OtherSet from error

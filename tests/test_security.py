@@ -138,7 +138,7 @@ def test_a_pickle_in_place_of_a_checkpoint(tmp_path: Path, file: str) -> None:
     marker = json.loads(run.read(f"{name}/COMMITTED")) | {file: hashlib.sha256(data).hexdigest()}
     run.write(f"{name}/{file}", data)
     run.write(f"{name}/COMMITTED", json.dumps(marker).encode())
-    assert f"{name}: no checkpoint of this version of the program" in one_line(lambda: checkpoint.load(run, name))
+    assert f"{name}: not a checkpoint of this version of the program" in one_line(lambda: checkpoint.load(run, name))
     assert not mark.exists()
 
 
@@ -175,7 +175,7 @@ def test_a_tars_name_leads_nowhere_else(
     if name is None:
         assert "shards.parquet: the column name has nulls" in line
     else:
-        assert f"shards.parquet: {name!r} is no name of a tar in the set's folder; do not trust the set" in line
+        assert f"shards.parquet: {name!r} is not the name of a tar in the set's folder; do not trust the set" in line
     after = everything_below(tmp_path)
     assert [path for path in after if path not in before and not path.startswith(f"{tmp_path}/sets/copy/")] == []
     assert all(after[path] == data for path, data in before.items())
@@ -217,9 +217,7 @@ def test_what_a_manifest_claims_is_in_the_tars(tone_shards: Path, tmp_path: Path
     change_table(shards / MANIFEST, claim)
     line = one_line(lambda: load_manifest(shards))
     (column,) = claim
-    assert re.search(
-        rf"manifest\.parquet: (clip '\S+' lies in no tar of shards\.parquet|the column {column} has )", line
-    )
+    assert re.search(rf"manifest\.parquet: (clip '\S+' is in no tar of shards\.parquet|the column {column} has )", line)
     if "the column" in line:
         assert line == one_line(lambda: problems(shards, quick=True))
     else:
@@ -231,7 +229,7 @@ def test_a_label_that_is_none(tone_shards: Path, tmp_path: Path, label: int) -> 
     shards = copy_tree(tone_shards, tmp_path / "shards")
     change_table(shards / MANIFEST, {"labels": [label]})
     line = one_line(lambda: load_manifest(shards))
-    assert re.search(r"manifest\.parquet: (has labels that are none of its 3|the column labels has -1)", line)
+    assert re.search(r"manifest\.parquet: (has labels outside its 3 classes|the column labels has -1)", line)
 
 
 def flac() -> bytes:
@@ -323,7 +321,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 2 << 20)
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
-    found = f"['{shards}/x.tar: a.flac is in manifest.parquet and not in the tar']"
+    found = f"['{shards}/x.tar: a.flac is in manifest.parquet but not in the tar']"
     assert done.stdout.splitlines() == [found, "True"], done.stderr
 
 
@@ -333,7 +331,7 @@ ESCAPE = "\x1b[2Jgone"
 def test_labels_hold_no_control_characters(tone_shards: Path, tmp_path: Path) -> None:
     shards = copy_tree(tone_shards, tmp_path / "shards")
     rewrite(shards, label_names=["A", ESCAPE, "C"])
-    refused = r"the label '\x1b[2Jgone' holds control characters"
+    refused = r"the label '\x1b[2Jgone' contains control characters"
     assert f"{shards}/manifest.parquet: {refused}" in one_line(lambda: load_manifest(shards))
 
     folder = LocalFolder(str(tmp_path / "model"))

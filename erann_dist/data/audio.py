@@ -1,4 +1,4 @@
-"""Sound in and out: any file to blocks of mono float, blocks to FLAC or WAV, and a crop of a packed clip to int16."""
+"""Audio input and output: any file to blocks of mono float, blocks to FLAC or WAV, crops of packed clips to int16."""
 
 import io
 import mmap
@@ -17,11 +17,11 @@ import numpy.typing as npt
 import soundfile
 import soxr
 
-# What FFmpeg may open. Its playlists and scripts (concat, hls, ...) would open further files that a clip names.
+# The formats that FFmpeg may open. Playlists and scripts (concat, hls, ...) would open further files named in a clip.
 _DEMUXERS = (
     "aac,ac3,aiff,amr,ape,asf,au,avi,caf,flac,flv,matroska,webm,mov,mp4,mp3,mpegts,nistsphere,ogg,tta,voc,w64,wav,wv"
 )
-# Suffixes of files that can hold sound, lower case. Headerless .pcm and .raw can't be decoded, and are so reported.
+# Lower-case suffixes of files that may contain sound. Headerless .pcm and .raw can't be decoded; they are reported.
 SUFFIXES = frozenset(
     f".{name}"
     for name in (
@@ -34,11 +34,11 @@ RESAMPLER = {"library": "soxr", "quality": "HQ"}
 Codec = Literal["flac", "wav"]
 
 _UNCOMPRESSED = (b"RIFF", b"RIFX", b"RF64", b"FORM")  # WAV and AIFF, by their first bytes
-# Titles and comments that are not UTF-8 must not keep a file from being read. PyAV 19 replaces what it can't decode by
-# itself and no longer has the argument.
+# Titles and comments that are not UTF-8 must not keep a file from being read. PyAV 19 replaces invalid bytes by itself
+# and no longer has the argument.
 _READ_ANY_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 _BLOCK_SAMPLES = 1 << 20  # 24 s at 44.1 kHz: most clips are one block, and a film needs no more memory than that
-_RATES = range(1_000, 1_000_000)  # Hz; another one is a damaged header, and would blow a clip up when resampled
+_RATES = range(1_000, 1_000_000)  # Hz; other rates mean a damaged header, and resampling would inflate the clip
 _NOTHING = np.zeros(0, np.float32)
 _PCM_SCALES = {"uint8": 2.0**7, "int16": 2.0**15, "int32": 2.0**31, "int64": 2.0**63}
 
@@ -46,11 +46,11 @@ T = TypeVar("T")
 
 
 class DecodeError(Exception):
-    """A file from which no sound could be had. The message is the decoders', in one line."""
+    """A file that can't be decoded. The message is the decoders', in one line."""
 
 
 class NoSamples(DecodeError):
-    """A file in which no decoder finds a fault, and none finds sound."""
+    """A file in which the decoders find neither an error nor sound."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +67,17 @@ class Sound:
 
 @dataclass(frozen=True)
 class Block(Sound):
-    """A part of a file's sound, and how the file held it, such as "mp3 44100 Hz stereo"."""
+    """A part of a file's sound, and the file's format, such as "mp3 44100 Hz stereo"."""
 
     format: str
 
 
 def decode(file: Path | IO[bytes], consume: Callable[[Iterator[Block]], T]) -> T:
-    """What `consume` makes of the file's blocks: its channels averaged, at its own sample rate, in order.
+    """The result of `consume` for the file's blocks: channels averaged, at the file's own sample rate, in order.
 
-    libsndfile reads WAV and AIFF (up to 20 times as fast as FFmpeg there), FFmpeg everything else (it does not trust a
-    FLAC's header for its length); when one can't, the other is tried from the start. Nothing in the file's header is
-    trusted for its length: what decodes is what counts. Raises DecodeError.
+    libsndfile reads WAV and AIFF (up to 20 times as fast as FFmpeg there), FFmpeg everything else (it does not rely on
+    a FLAC header for the length); when one fails, the other is tried from the start. The length is never taken from the
+    file's header: only decoded samples count. Raises DecodeError.
     """
     try:
         with _opened(file) as opened:
@@ -96,12 +96,12 @@ def decode(file: Path | IO[bytes], consume: Callable[[Iterator[Block]], T]) -> T
 
 
 def load(path: Path, rate: int) -> Sound:
-    """A whole file at a rate of choice. Raises DecodeError."""
+    """A whole file, resampled to the rate. Raises DecodeError."""
     return Sound(decode(path, lambda blocks: np.concatenate(list(resample(blocks, rate)))), rate)
 
 
 def resample(blocks: Iterable[Sound], rate: int) -> Iterator[npt.NDArray[np.float32]]:
-    """The blocks' samples at another rate, by soxr at its HQ quality. The blocks' own rate may change on the way."""
+    """The blocks' samples at another rate, by soxr at its HQ quality. The rate may differ from block to block."""
     current, resampler = rate, None
     for block in blocks:
         if block.rate != current:
@@ -116,7 +116,7 @@ def resample(blocks: Iterable[Sound], rate: int) -> Iterator[npt.NDArray[np.floa
 
 
 def to_pcm16(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """Rounded to 16 bits; what lies above full scale is clipped, never wrapped around."""
+    """Round to 16 bits; samples beyond full scale are clipped, never wrapped around."""
     scaled = samples * np.float32(32768)
     np.rint(scaled, out=scaled)
     return np.clip(scaled, -32768, 32767, out=scaled).astype(np.int16)
@@ -128,7 +128,7 @@ def encode(blocks: Iterable[npt.NDArray[np.int16]], file: IO[bytes], rate: int, 
     head: list[npt.NDArray[np.int16]] = []
     while sum(map(len, head)) <= _BLOCK_SAMPLES and (block := next(blocks, None)) is not None:
         head.append(block)
-    if sum(map(len, head)) <= _BLOCK_SAMPLES:  # all of it: libsndfile's many small writes are fastest in memory
+    if sum(map(len, head)) <= _BLOCK_SAMPLES:  # that was all: libsndfile's many small writes are fastest in memory
         buffer = io.BytesIO()
         _write(head, buffer, rate, codec)
         file.write(buffer.getbuffer())
@@ -148,10 +148,10 @@ def _write(blocks: Iterable[npt.NDArray[np.int16]], file: Any, rate: int, codec:
 
 
 class ClipBuffer:
-    """The bytes of one packed clip, FLAC or WAV, of which a crop is decoded. Fill it again and again.
+    """The bytes of one packed clip, FLAC or WAV, of which a crop is decoded. It can be refilled any number of times.
 
-    It is a file in memory: libsndfile reads a file without Python's help, but calls back into Python some 180 times for
-    a buffer, and then waits each time for whoever holds Python's lock.
+    It is a file in memory: libsndfile reads a file without Python's help, but for a buffer it calls back into Python
+    some 180 times, and each time waits for the GIL.
     """
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ class ClipBuffer:
         self._size = 0
 
     def room(self, size: int) -> memoryview:
-        """So many bytes to be filled with a clip, in place of the one before."""
+        """A buffer of `size` bytes for the next clip; it replaces the previous one."""
         if size > len(self._map):
             os.ftruncate(self._file, 2 * size)
             self._map = memoryview(mmap.mmap(self._file, 2 * size))
@@ -169,7 +169,7 @@ class ClipBuffer:
         return self.held()
 
     def held(self) -> memoryview:
-        """The bytes as they are; valid until the next room()."""
+        """The clip's bytes; valid until the next room()."""
         return self._map[: self._size]
 
     def crop(self, start: int, count: int, out: npt.NDArray[np.int16] | None = None) -> npt.NDArray[np.int16]:
@@ -177,7 +177,7 @@ class ClipBuffer:
 
         out: (count,) to write to.
 
-        Raises DecodeError when that is no mono sound file or ends earlier.
+        Raises DecodeError when the clip is not a mono sound file or ends earlier.
         """
         os.lseek(self._file, 0, os.SEEK_SET)
         try:
@@ -196,21 +196,21 @@ class ClipBuffer:
         os.close(self._file)
 
 
-_of_thread = threading.local()
+_per_thread = threading.local()
 
 
 def clip_buffer() -> ClipBuffer:
-    """This thread's; it ends with the thread."""
-    if not hasattr(_of_thread, "clip_buffer"):
-        _of_thread.clip_buffer = ClipBuffer()
-    buffer: ClipBuffer = _of_thread.clip_buffer
+    """This thread's buffer, which lives as long as the thread."""
+    if not hasattr(_per_thread, "clip_buffer"):
+        _per_thread.clip_buffer = ClipBuffer()
+    buffer: ClipBuffer = _per_thread.clip_buffer
     return buffer
 
 
 def measure(file: IO[bytes]) -> tuple[int, int]:
-    """The samples and the rate of a packed clip, FLAC or WAV; all of it is decoded.
+    """The number of samples and the rate of a packed clip, FLAC or WAV, from decoding all of it.
 
-    Raises DecodeError when it is no mono 16-bit sound.
+    Raises DecodeError when it is not mono 16-bit sound.
     """
     try:
         with soundfile.SoundFile(file) as opened:
@@ -223,7 +223,7 @@ def measure(file: IO[bytes]) -> tuple[int, int]:
 
 
 class _Watched:
-    """A file that keeps its first error, which is lost on the way through libsndfile's callbacks."""
+    """A file that remembers its first error, which libsndfile's callbacks lose."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -239,7 +239,7 @@ class _Watched:
                 self.error = self.error or error
                 raise
 
-        self.__dict__[name] = call  # it is called some 200 times for a clip
+        self.__dict__[name] = call  # cached: it is called some 200 times per clip
         return call
 
 
@@ -271,7 +271,7 @@ def _ffmpeg_blocks(file: Path | IO[bytes]) -> Iterator[Block]:
             if stream.codec_context is None:
                 raise DecodeError("a codec that FFmpeg does not know")
             codec = stream.codec_context.name
-            kind: Any = None  # what may change in the middle of a file
+            kind: Any = None  # properties that may change in the middle of a file
             pieces: list[npt.NDArray[Any]] = []
             count = 0
             for frame in container.decode(stream):
@@ -279,7 +279,7 @@ def _ffmpeg_blocks(file: Path | IO[bytes]) -> Iterator[Block]:
                     if pieces:
                         yield _block(pieces, kind, codec)
                     kind, pieces, count = (frame.sample_rate, frame.format.name, frame.layout.nb_channels), [], 0
-                    # PyAV 18.1 crashes when it makes an array of eight planes: to one plane before.
+                    # PyAV 18.1 crashes when it makes an array of eight planes, so they are interleaved first.
                     interleave = av.AudioResampler(format="flt") if frame.format.is_planar and kind[2] > 2 else None
                 for part in interleave.resample(frame) if interleave else [frame]:
                     pieces.append(part.to_ndarray())
@@ -308,7 +308,7 @@ def _libsndfile_blocks(file: Path | IO[bytes]) -> Iterator[Block]:
     try:
         with _opened(file) as data:
             watched = _Watched(data)
-            # A path by number, since soundfile would take a suffix such as .raw at its word.
+            # The file's descriptor, not its path: soundfile would trust a suffix such as .raw.
             with soundfile.SoundFile(watched if data is file else data.fileno(), closefd=False) as opened:
                 yield from _read_blocks(opened)
             if watched.error:

@@ -1,4 +1,4 @@
-"""A clip's sound by its row: from the node's cache, or from its tar on a disk or in S3, checked either way."""
+"""Reads a clip's sound by its row, from the node's cache or from its tar on a disk or in S3; both are checked."""
 
 import os
 import threading
@@ -24,26 +24,26 @@ from erann_dist.storage.slow_reads import SlowReads
 
 
 class BadClip(UserError):
-    """A clip that is damaged where it comes from, or does not decode."""
+    """A clip that is damaged at its origin, or does not decode."""
 
     def __init__(self, key: str, text: str, fix: str) -> None:
         super().__init__(text, fix)
         self.key = key
-        self.args = (key, text, fix)  # by which it travels between processes
+        self.args = (key, text, fix)  # so that it can be pickled
 
 
 class _DamagedError(Exception):
-    """The bytes of a clip are not those that were packed: what they are."""
+    """The bytes of a clip are not those that were packed. Argument: the problem."""
 
 
 def bad_clip(manifest: Manifest, row: int, problem: str) -> BadClip:
-    """The error for a clip that "is damaged", or "does not decode"."""
+    """The error for a clip. problem: such as "is damaged" or "does not decode"."""
     tar, key = manifest.tars[manifest.shards[row]], manifest.keys[row].as_py()
     return BadClip(key, f"{tar}: clip {key} {problem}", f"check the set with erann verify {tar.folder}")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file that appears under its name, or replaces the one there, only when it is whole."""
+    """Write a file atomically: it appears under its name, or replaces the existing one, only once it is complete."""
     part = path.with_name(f"{path.name}.part")
     with naming(path):
         part.write_text(text)
@@ -52,14 +52,14 @@ def write_text(path: Path, text: str) -> None:
 
 @dataclass
 class ReadStats:
-    """What was read, by any number of threads."""
+    """Counts what was read, by any number of threads."""
 
     counts: Counter[str] = field(default_factory=Counter)  # clips_cache, clips_origin, bytes_cache, bytes_origin
     slow: SlowReads = field(default_factory=SlowReads)
 
 
 class ClipReader:
-    """Reads clips of a manifest, from any number of threads. Close it when done. stats: is kept up to date."""
+    """Reads clips of a manifest, from any number of threads. Close it when done. stats: updated with each read."""
 
     def __init__(
         self,
@@ -76,14 +76,14 @@ class ClipReader:
         self._stats = stats or ReadStats()
 
     def must_fetch(self, row: int) -> bool:
-        """Whether the clip lies in S3, and not in the cache as it seems."""
+        """Whether the clip is in S3 and apparently not in the cache."""
         m = self._manifest
         if isinstance(m.tars[m.shards[row]].folder, LocalFolder):
             return False
         return not (self._cache and self._cache.has(self._clip_id(row)))
 
     def fetch(self, row: int, careful: bool = False) -> bytes:
-        """A clip as it is in S3, unchecked. Raises UserError when its tar is not there or not as the manifest says."""
+        """A clip as it is in S3, unchecked. Raises UserError when its tar is missing or does not match the manifest."""
         m = self._manifest
         with self._named(row):
             return self._s3_tar(row).read(int(m.offsets[row]), int(m.sizes[row]), careful)
@@ -91,10 +91,10 @@ class ClipReader:
     def crop(self, row: int, start: int, out: npt.NDArray[np.int16], fetched: Future[bytes] | None = None) -> None:
         """Write samples start .. start + count of clip `row` to out, (count,).
 
-        fetched: what becomes of fetch(row), if that was begun.
+        fetched: the future of fetch(row), if that was submitted.
 
-        Raises BadClip, which names key and tar, for a clip that is damaged or does not decode, also when it is read
-        again from its tar; UserError when its tar is not there or not as the manifest says.
+        Raises BadClip, which names key and tar, for a clip that is damaged or does not decode even when it is read
+        again from its tar; UserError when its tar is missing or does not match the manifest.
         """
         if self._cache and fetched is None and self._cached(self._cache, row, start, out):
             return
@@ -102,7 +102,7 @@ class ClipReader:
             try:
                 self._read_origin(row, careful, None if careful else fetched)
                 clip_buffer().crop(start, len(out), out)
-                # A clip that was asked for twice before it came is kept once; a spoiled record must be replaced.
+                # A clip that was requested twice before it arrived is stored once; a damaged record must be replaced.
                 if self._cache and self._cache.keeping and not (fetched and self._cache.has(self._clip_id(row))):
                     self._keep(self._cache, row)
                 return
@@ -113,7 +113,7 @@ class ClipReader:
         raise bad_clip(self._manifest, row, problem)
 
     def stop(self) -> None:
-        """Try nothing in S3 again that fails from now on: nobody waits for it any more."""
+        """From now on, do not retry failed reads from S3: nobody is waiting for them any more."""
         self._stop.set()
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class ClipReader:
             self._s3_tars.clear()
 
     def _cached(self, cache: ClipCache, row: int, start: int, out: npt.NDArray[np.int16]) -> bool:
-        """Whether the crop was to be had from the cache."""
+        """Whether the crop could be read from the cache."""
         clip = self._clip_id(row)
         data = clip_buffer().room(clip.size)
         if not cache.get(clip, data):
@@ -140,7 +140,7 @@ class ClipReader:
         return True
 
     def _keep(self, cache: ClipCache, row: int) -> None:
-        """Cache the clip that the thread's buffer holds."""
+        """Cache the clip that is in the thread's buffer."""
         m = self._manifest
         if cache.form == "pcm":
             pcm = np.empty(m.samples[row], np.int16)
@@ -150,7 +150,7 @@ class ClipReader:
             cache.put(self._clip_id(row), clip_buffer().held())
 
     def _read_origin(self, row: int, careful: bool, fetched: Future[bytes] | None) -> None:
-        """The clip as it is in its tar, into the thread's buffer.
+        """Read the clip as it is in its tar into the thread's buffer.
 
         Raises UserError, and _DamagedError when it is not what was packed.
         """
@@ -162,7 +162,7 @@ class ClipReader:
                 file = self._files.get(int(m.shards[row]), lambda: _opened(tar))
                 size = os.preadv(file.descriptor, [data], int(m.offsets[row]))
             if size != len(data):
-                raise _DamagedError("is cut short")
+                raise _DamagedError("is truncated")
         else:
             data[:] = fetched.result() if fetched else self.fetch(row, careful)
         self._count("origin", len(data))
@@ -171,7 +171,7 @@ class ClipReader:
 
     @contextmanager
     def _named(self, row: int) -> Iterator[None]:
-        """An error of the disk, or that there is no such object, in words."""
+        """Turn an error of the disk, or a missing object, into a UserError that names the tar and the clip."""
         m = self._manifest
         try:
             yield
@@ -198,11 +198,11 @@ class ClipReader:
 
 
 def _opened(tar: Tar) -> OpenFile:
-    """A tar on a disk. Raises OSError, and UserError when it is not of the set's size."""
+    """A tar on a disk. Raises OSError, and UserError when its size is not that in the set's tables."""
     file = OpenFile(str(tar), os.O_RDONLY)
     size = os.fstat(file.descriptor).st_size
     if size != tar.size:
-        raise _other_size(tar, size)
+        raise _wrong_size(tar, size)
     return file
 
 
@@ -214,15 +214,15 @@ class _S3Tar:
 
     def read(self, start: int, size: int, careful: bool) -> bytes:
         if self._object.size != self._tar.size:
-            raise _other_size(self._tar, self._object.size)
+            raise _wrong_size(self._tar, self._object.size)
         return self._object.read_carefully(start, size) if careful else self._object.read(start, size)
 
     def close(self) -> None:
         self._object.close()
 
 
-def _other_size(tar: Tar, size: int) -> UserError:
+def _wrong_size(tar: Tar, size: int) -> UserError:
     return UserError(
-        f"{tar}: {size} bytes, the set's tables say {tar.size}: it was cut or replaced; "
+        f"{tar}: has {size} bytes, not the {tar.size} of the set's tables: it was truncated or replaced; "
         f"check the set with erann verify {tar.folder}"
     )

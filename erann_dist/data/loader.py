@@ -1,4 +1,4 @@
-"""Batches of decoded crops, in order, a bounded number of bytes ahead of the caller."""
+"""Loads batches of decoded crops, in order, a bounded number of bytes ahead of the caller."""
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -19,20 +19,20 @@ from erann_dist.errors import UserError
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.storage.s3_ranges import S3_REQUESTS
 
-AHEAD_BYTES = 64 << 20  # of samples: one or two micro-batches, which may stay in the processor's cache
-FETCH_AHEAD_BYTES = 256 << 20  # of clips asked for in S3, some of whose answers take long
-_SUBSTITUTES = 1000  # for one clip, one after the other
+AHEAD_BYTES = 64 << 20  # of samples: one or two micro-batches, which may stay in the CPU cache
+FETCH_AHEAD_BYTES = 256 << 20  # of clips requested from S3, some of whose responses take long
+_SUBSTITUTES = 1000  # how many are tried for one clip
 
 
 @dataclass(frozen=True)
 class Crops:
-    """Which samples of which clips make one batch: (n,) each, and the batch's length."""
+    """Which samples of which clips make up one batch: (n,) each, and the batch's length."""
 
     rows: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
-    counts: npt.NDArray[np.int64]  # samples to decode; what is missing to `length` is zeros at the end
+    counts: npt.NDArray[np.int64]  # samples to decode; the rest of `length` is filled with zeros
     length: int
-    positions: npt.NDArray[np.int64] | None  # in the sampler's stream, if they were drawn
+    positions: npt.NDArray[np.int64] | None  # in the sampler's stream, if they were sampled
 
 
 C = TypeVar("C", bound=Crops)
@@ -42,13 +42,13 @@ C = TypeVar("C", bound=Crops)
 class Batch(Generic[C]):
     """Crops and their samples."""
 
-    crops: C  # a bad clip's place is taken by its substitute's
+    crops: C  # a bad clip's crop is replaced by its substitute's
     pcm: Tensor  # (n, length) int16
 
 
 @dataclass
 class BadClips:
-    """The clips that were given up, and how many a run tolerates."""
+    """The clips that were given up, and how many of them a run tolerates."""
 
     allowed: int = 0
     found: dict[str, str] = field(default_factory=dict)  # by key, what is wrong with them
@@ -62,7 +62,7 @@ class BadClips:
             raise UserError(f"{bad}; it is bad clip number {len(self.found)}, data.max_bad_clips is {self.allowed}")
 
     def unite(self, others: Iterable[dict[str, str]]) -> None:
-        """Note what other workers, or an earlier start of the run, gave up. Raises UserError when it is too many."""
+        """Add the clips that other workers, or an earlier start of the run, gave up. Raises UserError for too many."""
         for found in others:
             self.found.update(found)
         if len(self.found) > self.allowed:
@@ -72,10 +72,10 @@ class BadClips:
         return ", ".join(sorted(self.found)[:5]) + (", …" if len(self.found) > 5 else "")
 
 
-NONE_BAD = BadClips()  # stays empty: it allows none
+NONE_BAD = BadClips()  # stays empty, because it allows none
 
 Requested = Future[list[Future[bytes] | None]] | None  # from S3, for a batch
-# The crop that takes the place of the one drawn at a position, on attempt 0, 1, …: one of (1,) rows.
+# The crop that replaces the one sampled at a position, on attempt 0, 1, …: one of (1,) rows.
 Substitute = Callable[[int, int], Crops]
 
 
@@ -95,7 +95,7 @@ def random_crops(
 def crop_starts(
     samples: npt.NDArray[np.int64], positions: npt.NDArray[np.int64], seed: int, length: int
 ) -> npt.NDArray[np.int64]:
-    """The first samples (n,) of random_crops' crops from clips of so many samples (n,)."""
+    """The first samples (n,) of random_crops' crops. samples: (n,) the lengths of the clips."""
     choices = np.maximum(samples - length, 0) + 1
     return np.floor(keyed_uniform(seed, CROP, positions) * choices).astype(np.int64)
 
@@ -103,8 +103,8 @@ def crop_starts(
 class Loader(Iterator[Batch[C]]):
     """Reads and decodes batches of crops in threads, a bounded number of bytes ahead of the caller.
 
-    At least one batch, and as many as `ahead_bytes` hold, are read and decoded by `threads` threads while the caller
-    works on one; further threads request those after them from S3, up to FETCH_AHEAD_BYTES.
+    While the caller works on a batch, `threads` threads read and decode the next one, and more of them up to
+    `ahead_bytes`; further threads request the batches after those from S3, up to FETCH_AHEAD_BYTES.
     """
 
     def __init__(
@@ -120,33 +120,34 @@ class Loader(Iterator[Batch[C]]):
         substitute: Substitute | None = None,
         stats: ReadStats | None = None,
     ) -> None:
-        """A clip that is damaged or does not decode, read twice, is noted in `bad_clips` and replaced by `substitute`.
+        """A clip that is damaged or does not decode, also when read again, is added to `bad_clips` and replaced by
+        `substitute`.
 
-        `next` raises UserError, which names key or tar: when there are more of them than allowed, and for a tar that
-        can't be read or is not as the manifest says. stats: is kept up to date. pin_memory: of the batches.
+        `next` raises UserError, which names key or tar, when there are more bad clips than allowed, and for a tar that
+        can't be read or does not match the manifest. stats: updated with each read. pin_memory: of the batches.
         """
         self._manifest = manifest
         self._threads, self._ahead_bytes, self._pin_memory = threads, ahead_bytes, pin_memory
         self._bad_clips, self._substitute = bad_clips, substitute
-        self._given_up: set[int] = set()  # by row: another set's clip of the same key may be sound
+        self._given_up: set[int] = set()  # by row: another set's clip of the same key may be intact
         self._reader = ClipReader(manifest, cache, stats)
-        # Their threads start when there is work.
+        # The pools start their threads when there is work.
         self._decoding = ThreadPoolExecutor(threads, thread_name_prefix="loader")
         self._fetching = ThreadPoolExecutor(S3_REQUESTS, thread_name_prefix="loader-s3")
-        self._requesting = ThreadPoolExecutor(1, thread_name_prefix="loader-s3")  # one, for the order's sake
+        self._requesting = ThreadPoolExecutor(1, thread_name_prefix="loader-s3")  # one thread, to keep the order
         self._batches = self._load(batches)
 
     def __next__(self) -> Batch[C]:
         return next(self._batches)
 
     def close(self) -> None:
-        """End the threads, whatever they are at."""
+        """Stop the threads, whatever they are doing."""
         self._batches.close()
         self._shut_down()
 
     def _shut_down(self) -> None:
         self._reader.stop()
-        # In this order: those that decode may wait for those that fetch.
+        # In this order, because decoding threads may wait for fetching ones.
         for pool in (self._requesting, self._fetching, self._decoding):
             pool.shutdown(cancel_futures=True)
         self._reader.close()
@@ -166,7 +167,7 @@ class Loader(Iterator[Batch[C]]):
             self._shut_down()
 
     def _requested_ahead(self, batches: Iterable[C]) -> Iterator[tuple[C, Requested]]:
-        """The batches, each after the clips of those that follow it were requested from S3."""
+        """The batches; before each is yielded, the clips of those that follow it are requested from S3."""
         if all(isinstance(tar.folder, LocalFolder) for tar in self._manifest.tars):
             yield from ((crops, None) for crops in batches)
             return
@@ -181,19 +182,19 @@ class Loader(Iterator[Batch[C]]):
         yield from requested
 
     def _request(self, rows: list[int]) -> list[Future[bytes] | None]:
-        """Request what must come from S3; a decoding thread then waits for nothing that was not requested."""
+        """Request the clips that must come from S3, so that no decoding thread waits for one not yet requested."""
         reader, submit = self._reader, self._fetching.submit
         return [submit(reader.fetch, row) if reader.must_fetch(row) else None for row in rows]
 
     def _decode(self, crops: C, requested: Requested) -> tuple[Batch[C], list[Future[None]]]:
-        """A batch that is being filled, and what fills it."""
+        """A batch that is being filled, and the futures that fill it."""
         shape = len(crops.rows), crops.length
         if self._pin_memory:
             pcm = torch.empty(shape, dtype=torch.int16, pin_memory=True)
-        else:  # torch would align it: what is freed then does not fit the next one, and the process grows
+        else:  # torch would align it; freed memory then does not fit the next batch, and the process grows
             pcm = torch.from_numpy(np.empty(shape, np.int16))
         out = pcm.numpy()
-        # As few parts as there are threads: each waits for its turn at Python's lock.
+        # Only as many parts as threads, because each has to wait for the GIL.
         parts = [range(first, len(out), self._threads) for first in range(self._threads)]
         futures = [self._decoding.submit(self._decode_part, crops, part, requested, out) for part in parts]
         return Batch(crops, pcm), futures
@@ -204,7 +205,7 @@ class Loader(Iterator[Batch[C]]):
             self._decode_into(crops, i, fetched[i] if fetched else None, out[i])
 
     def _decode_into(self, crops: Crops, i: int, fetched: Future[bytes] | None, out: npt.NDArray[np.int16]) -> None:
-        """Write the crop's samples to out, (length,); of its substitute when the clip is bad."""
+        """Write the crop's samples to out, (length,), or its substitute's when the clip is bad."""
         for row, start, count in self._candidates(crops, i):
             if row in self._given_up:
                 continue
@@ -218,10 +219,10 @@ class Loader(Iterator[Batch[C]]):
             crops.rows[i], crops.starts[i], crops.counts[i] = row, start, count
             return
         folder = self._manifest.tars[0].folder
-        raise UserError(f"{folder}: no clip was found that is not bad, in {_SUBSTITUTES} draws")
+        raise UserError(f"{folder}: no usable clip was found in {_SUBSTITUTES} draws")
 
     def _candidates(self, crops: Crops, i: int) -> Iterator[tuple[int, int, int]]:
-        """The clip that was drawn, and those that may take its place."""
+        """The sampled clip, then those that may replace it."""
         yield int(crops.rows[i]), int(crops.starts[i]), int(crops.counts[i])
         if self._substitute is not None and crops.positions is not None:
             for attempt in range(_SUBSTITUTES):
@@ -229,7 +230,7 @@ class Loader(Iterator[Batch[C]]):
                 yield int(other.rows[0]), int(other.starts[0]), int(other.counts[0])
 
     def _tar_bytes(self, crops: Crops) -> int:
-        """Of its clips, as they are in their tars."""
+        """The bytes of the batch's clips in their tars."""
         return int(self._manifest.sizes[crops.rows].sum())
 
 

@@ -1,8 +1,8 @@
 """A shard set's manifest: one row per packed clip, in Parquet, and the facts about the set in its metadata.
 
 A shard set is a folder, on a disk or in S3, with `manifest.parquet`, `shards.parquet` (one row per tar),
-`report.parquet` (one row per source row that did not get in) and the tars. docs/reference/shard-sets.md describes the
-columns.
+`report.parquet` (one row per source row that was not packed) and the tars.
+docs/reference/shard-sets.md describes the columns.
 """
 
 import dataclasses
@@ -41,10 +41,10 @@ CLIP_SCHEMA = pa.schema(
         ("offset", pa.int64()),  # of the FLAC (or WAV) inside its tar, bytes
         ("size", pa.int32()),  # of the FLAC, bytes
         ("samples", pa.int64()),
-        ("peak", pa.float32()),  # before clipping to 16 bits: above 1 the source was overloaded; null if indexed
+        ("peak", pa.float32()),  # before clipping to 16 bits; above 1 the source was overloaded; null if indexed
         ("crc32", pa.uint32()),  # of the FLAC
         ("source", pa.string()),
-        ("format", pa.string()),  # that the source was in: codec, rate, channels; null if indexed
+        ("format", pa.string()),  # of the source: codec, rate, channels; null if indexed
     ]
 )
 SHARD_SCHEMA = pa.schema(
@@ -68,7 +68,7 @@ REPORT_SCHEMA = pa.schema(
     ]
 )
 
-# Each table's columns, and those of them that have no nulls.
+# Each table's columns, and those that have no nulls.
 _TABLES = {
     MANIFEST: (CLIP_SCHEMA, {"key", "labels", "shard", "offset", "size", "samples", "crc32"}),
     SHARDS: (SHARD_SCHEMA, {"shard", "name", "size", "clips"}),
@@ -84,14 +84,14 @@ class _Version(strict_json.Record):
     schema_version: strict_json.Scalar
 
 
-MAX_LABELS = 2**15  # they are numbered in 16 bits
+MAX_LABELS = 2**15  # label indices are 16-bit
 Labels = Annotated[list[str], Field(min_length=1, max_length=MAX_LABELS)]
 SampleRate = Annotated[int, Field(ge=1, le=10**6)]  # Hz
 
 
 @dataclass(frozen=True)
 class SetInfo:
-    """The facts about a shard set that hold for all of its clips."""
+    """The facts about a shard set that apply to all of its clips."""
 
     __pydantic_config__: ClassVar[ConfigDict] = {**strict_json.STRICT, "extra": "forbid"}
 
@@ -102,7 +102,7 @@ class SetInfo:
     sample_rate: SampleRate
     codec: strict_json.Word
     resampler: dict[str, strict_json.Word]
-    versions: dict[str, strict_json.Word]  # of what decoded, resampled and encoded
+    versions: dict[str, strict_json.Word]  # of the libraries that decoded, resampled and encoded
     packing: dict[str, strict_json.Scalar]  # the options: see shards.clip.Packing; empty for an indexed set
     source_hash: str  # of the source rows and the packing options
     content_hash: str  # of the manifest's rows, not of its Parquet bytes
@@ -111,7 +111,7 @@ class SetInfo:
 
 @dataclass(frozen=True)
 class Tar:
-    """One shard of a set, and what the set says of it."""
+    """One shard of a set, as the set's tables list it."""
 
     folder: Folder
     name: str
@@ -124,7 +124,7 @@ class Tar:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The clips of one or several shard sets, in columns; entry i of each is clip i's."""
+    """The clips of one or more shard sets, in columns; entry i of each belongs to clip i."""
 
     info: SetInfo
     tars: list[Tar]
@@ -134,7 +134,7 @@ class Manifest:
     splits: pa.ChunkedArray
     folds: npt.NDArray[np.int8]  # -1 for none
     shards: npt.NDArray[np.int32]  # index into tars
-    rows: npt.NDArray[np.int32]  # in its own set's manifest
+    rows: npt.NDArray[np.int32]  # row in its own set's manifest
     offsets: npt.NDArray[np.int64]
     sizes: npt.NDArray[np.int32]
     samples: npt.NDArray[np.int64]
@@ -175,28 +175,28 @@ class Manifest:
 
 
 def read_manifest(folder: Folder, columns: list[str] | None = None) -> tuple[SetInfo, pa.Table]:
-    """The facts about the shard set in a folder, and columns of its manifest. Raises as read_table."""
+    """The facts about the shard set in a folder, and columns of its manifest. Raises what read_table raises."""
     table = _read(folder, MANIFEST, columns)
     info = _info(folder, table.schema)
     if "labels" in table.column_names:
         most = pc.max(pc.list_flatten(table["labels"])).as_py()
         if most is not None and most >= len(info.label_ids):
             raise UserError(
-                f"{folder}/{MANIFEST}: has labels that are none of its {len(info.label_ids)}; pack the set again"
+                f"{folder}/{MANIFEST}: has labels outside its {len(info.label_ids)} classes; pack the set again"
             )
     return info, table.replace_schema_metadata()
 
 
 def read_info(folder: Folder) -> SetInfo:
-    """The facts about the shard set in a folder. Raises as read_table."""
+    """The facts about the shard set in a folder. Raises what read_table raises."""
     with _opened(folder, MANIFEST) as file:
         return _info(folder, pq.read_schema(arrow_file(file)))
 
 
 def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> pa.Table:
-    """Columns of one of the set's tables, as declared above, their values checked.
+    """Columns of one of the set's tables, as declared above, with checked values.
 
-    Raises UsageError when there is no such folder, UserError when the table is not there or can't be read.
+    Raises UsageError when there is no such folder, UserError when the table is missing or can't be read.
     """
     if name != SHARDS:
         return _read(folder, name, columns)
@@ -218,19 +218,19 @@ def _read(folder: Folder, name: str, columns: list[str] | None) -> pa.Table:
 
 
 def _require_names(folder: Folder, names: list[str | None]) -> None:
-    """Raise UserError unless all are names of files in or below the folder, and fit to be shown."""
+    """Raise UserError unless all are printable names of files in or below the folder."""
     for name in names:
         if name is None or {"", ".", ".."} & set(name.split("/")) or CONTROL.search(name):
             raise UserError(
-                f"{folder}/{SHARDS}: {name!r} is no name of a tar in the set's folder; do not trust the set"
+                f"{folder}/{SHARDS}: {name!r} is not the name of a tar in the set's folder; do not trust the set"
             )
 
 
 def require_printable(where: str, labels: list[str]) -> None:
-    """Raise UserError, which names the first that does, when a label holds control characters: terminals obey them."""
+    """Raise UserError, naming the first such label, when a label contains control characters: terminals obey them."""
     for label in labels:
         if CONTROL.search(label):
-            raise UserError(f"{where}: the label {label!r} holds control characters, which a label may not")
+            raise UserError(f"{where}: the label {label!r} contains control characters, which are not allowed")
 
 
 @contextmanager
@@ -247,13 +247,13 @@ def _opened(folder: Folder, name: str) -> Iterator[BinaryIO]:
 
 
 def load_manifest(url: str | Path, endpoint: str | None = None) -> Manifest:
-    """The manifest of the shard set in a folder. Raises as read_table."""
+    """The manifest of the shard set in a folder. Raises what read_table raises."""
     folder = open_folder(str(url), endpoint)
     info, table = read_manifest(folder)
     tars = read_table(folder, SHARDS).to_pylist()
     if [tar["shard"] for tar in tars] != list(range(len(tars))):
-        raise UserError(f"{folder}/{SHARDS}: its shards are not numbered from 0 on; {_ADVICE}")
-    _require_places(folder, table, tars)
+        raise UserError(f"{folder}/{SHARDS}: its shards are not numbered from 0; {_ADVICE}")
+    _require_clips_inside_tars(folder, table, tars)
     labels = table["labels"].combine_chunks()
     return Manifest(
         info=info,
@@ -272,8 +272,8 @@ def load_manifest(url: str | Path, endpoint: str | None = None) -> Manifest:
     )
 
 
-def _require_places(folder: Folder, clips: pa.Table, tars: list[dict[str, Any]]) -> None:
-    """Raise UserError unless each clip lies in a tar: as much memory as it says is taken."""
+def _require_clips_inside_tars(folder: Folder, clips: pa.Table, tars: list[dict[str, Any]]) -> None:
+    """Raise UserError unless each clip is inside a tar, since readers allocate as much memory as its size states."""
     shards, offsets, sizes = (clips[name].to_numpy() for name in ("shard", "offset", "size"))
     there = (shards >= 0) & (shards < len(tars))
     ends = np.array([*(tar["size"] for tar in tars), 0])[np.where(there, shards, -1)]
@@ -281,7 +281,7 @@ def _require_places(folder: Folder, clips: pa.Table, tars: list[dict[str, Any]])
     if not inside.all():
         key = clips["key"][int(np.argmin(inside))].as_py()
         raise UserError(
-            f"{folder}/{MANIFEST}: clip {key!r} lies in no tar of {SHARDS}; check it with erann verify {folder}"
+            f"{folder}/{MANIFEST}: clip {key!r} is in no tar of {SHARDS}; check it with erann verify {folder}"
         )
 
 
@@ -296,7 +296,7 @@ def _info(folder: Folder, schema: pa.Schema) -> SetInfo:
             )
         info = strict_json.validate(SetInfo, text)
     except KeyError as error:
-        raise UserError(f"{where}: not a shard set's manifest (without metadata); {_ADVICE}") from error
+        raise UserError(f"{where}: not a shard set's manifest (no metadata); {_ADVICE}") from error
     except ValueError as error:
         raise UserError(f"{where}: not a shard set's manifest ({error}); {_ADVICE}") from error
     require_printable(where, [*info.label_ids, *info.label_names])
@@ -333,15 +333,15 @@ def concatenate(manifests: list[Manifest]) -> Manifest:
 
 
 def require_same_labels(a: SetInfo, b: SetInfo, a_name: str, b_name: str) -> None:
-    """Raise UserError, naming the first difference, unless both speak of the same labels, task and sample rate."""
+    """Raise UserError, naming the first difference, unless both have the same labels, task and sample rate."""
     if a.sample_rate != b.sample_rate:
-        raise UserError(f"{b_name} holds {b.sample_rate} Hz, {a_name} {a.sample_rate} Hz; pack both at one rate")
+        raise UserError(f"{b_name} is at {b.sample_rate} Hz, {a_name} at {a.sample_rate} Hz; pack both at one rate")
     if a.task != b.task:
         raise UserError(f"{b_name} is for {b.task}, {a_name} for {a.task}")
     if a.label_ids != b.label_ids:
         where = "" if len(a.label_ids) != len(b.label_ids) else f", first at index {_first_difference(a, b)}"
         raise UserError(
-            f"{b_name} has other labels ({len(b.label_ids)}) than {a_name} ({len(a.label_ids)}){where}; "
+            f"{b_name} has different labels ({len(b.label_ids)}) than {a_name} ({len(a.label_ids)}){where}; "
             "use sets made from one class list"
         )
 
@@ -352,7 +352,7 @@ def _first_difference(a: SetInfo, b: SetInfo) -> str:
 
 
 def content_hash(table: pa.Table) -> str:
-    """SHA-256 of the rows: the same for the same rows, whatever Arrow and Parquet make of them."""
+    """SHA-256 of the rows: the same for the same rows, however Arrow and Parquet represent them."""
     digest = hashlib.sha256()
     for start in range(0, len(table), 65_536):
         for name, column in zip(table.column_names, table.slice(start, 65_536).columns, strict=True):
@@ -372,7 +372,7 @@ def list_hash(keys: pa.ChunkedArray) -> str:
 
 
 def _canonical(column: pa.Array) -> Iterator[npt.NDArray[Any]]:
-    """What a column says, as arrays that do not depend on how Arrow holds it: which are null, lengths, values."""
+    """A column's content as arrays that do not depend on how Arrow stores it: validity, lengths, values."""
     yield column.is_valid().to_numpy(zero_copy_only=False)
     if pa.types.is_list(column.type):
         yield column.value_lengths().fill_null(0).to_numpy().astype("<i4")

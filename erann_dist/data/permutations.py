@@ -11,7 +11,7 @@ import numpy.typing as npt
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
 
-# What a stream of numbers is for. Streams of different purposes are independent; the values are part of the plan.
+# The purpose of a stream of numbers. Streams of different purposes are independent; changing a value changes results.
 ROUND, CLASS_PASS, EPOCH, CROP, MIXUP, TIME_MASK, FREQUENCY_MASK, SHARD_DEAL, SUBSTITUTE, PITCH, DROPOUT = range(1, 12)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -30,7 +30,7 @@ def _mix(x: U64) -> U64:
 
 
 def _word(value: int | npt.NDArray[np.integer]) -> U64:
-    """Any integer, or array of them, as 64-bit words (negative ones in two's complement)."""
+    """Any integer, or array of integers, as 64-bit words (negative values in two's complement)."""
     if isinstance(value, np.ndarray):
         return value.astype(np.uint64)
     return np.array([value & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)
@@ -45,18 +45,18 @@ def keyed_hash(*key: int | npt.NDArray[np.integer]) -> U64:
 
 
 def keyed_uniform(*key: int | npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
-    """A number from the open interval (0, 1) for each key: never 0, never 1. Returns (n,) float64."""
+    """A number in the open interval (0, 1) for each key: never 0, never 1. Returns (n,) float64."""
     return ((keyed_hash(*key) >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def keyed_integer(low: int | I64, high: int | I64, *key: int | npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
-    """An integer from low..high, both included, for each key. Returns (n,) int64."""
+    """An integer in low..high, both inclusive, for each key. Returns (n,) int64."""
     span = np.asarray(high) - np.asarray(low) + 1
     return low + np.floor(keyed_uniform(*key) * span).astype(np.int64)
 
 
 def keyed_seed(*key: int) -> int:
-    """A seed for another generator, 63 bits."""
+    """A 63-bit seed for another generator."""
     return int(keyed_hash(*key)[0] >> np.uint64(1))
 
 
@@ -64,14 +64,14 @@ def permute(index: npt.NDArray[np.integer], size: npt.NDArray[np.integer] | int,
     """Entry `index` of the random permutation of range(size) that belongs to `key`, for each triple.
 
     A Feistel network over a grid of a × b ≥ size cells (a, b near the square root), whose half-rounds add a keyed hash
-    of one coordinate to the other; what falls outside `size` walks on along its cycle. Costs the same for every index,
-    so a jump to any position is free.
+    of one coordinate to the other; results outside `size` are mapped again until they are inside (cycle walking). The
+    cost is the same for every index, so jumping to any position is free.
 
     index, size, key: (n,), broadcast; 0 <= index < size < 2**32. Returns (n,) int64.
     """
     x, size, key = np.broadcast_arrays(_word(index), _word(size), key)
-    # Even sides, at least 4: with odd ones every half-round, hence every permutation, is an even one, and sides of 2 or
-    # 3 mix small sizes too slowly (both show in a chi-square test over all permutations of 5 to 7 entries).
+    # Even sides of at least 4: with odd sides every half-round, and so every permutation, is an even permutation, and
+    # sides of 2 or 3 mix small sizes too slowly (a chi-square test over all permutations of 5 to 7 entries shows both).
     a = np.maximum(np.sqrt(size.astype(np.float64)).astype(np.uint64) & ~np.uint64(1), np.uint64(4))
     b = np.maximum((size + a - np.uint64(1)) // a, np.uint64(4))
     b += b & np.uint64(1)
@@ -98,7 +98,7 @@ def _feistel(x: U64, a: U64, b: U64, key: U64) -> U64:
         cell *= side
         cell >>= _U32
         moved += cell
-        np.subtract(moved, side, out=cell)  # wraps to a huge number where nothing is to be taken off
+        np.subtract(moved, side, out=cell)  # wraps to a huge number where nothing has to be subtracted
         np.minimum(moved, cell, out=moved)
     left *= b
     left += right
@@ -106,7 +106,7 @@ def _feistel(x: U64, a: U64, b: U64, key: U64) -> U64:
 
 
 def _mix_in_place(x: U64, scratch: U64) -> None:
-    """_mix without new arrays: those of a few hundred numbers cost more than the arithmetic."""
+    """_mix without new arrays: for a few hundred numbers, allocating them costs more than the arithmetic."""
     for shift, factor in ((_S30, _MIX1), (_S27, _MIX2)):
         np.right_shift(x, shift, out=scratch)
         x ^= scratch

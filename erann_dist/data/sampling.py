@@ -1,7 +1,7 @@
 """The order of the samples, as a pure function of (clip lists, seed, position).
 
 A sampler answers `draw(positions) -> row indices` for any positions in any order; it has no iterator and no state, so
-a run resumes by knowing one integer, and any number of workers draw the same stream.
+a run needs one integer to resume, and any number of workers draw the same stream.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from erann_dist.data.permutations import CLASS_PASS, EPOCH, I64, ROUND, keyed_ha
 
 
 class Sampler(Protocol):
-    """What the loader asks of a sampler."""
+    """The interface of a sampler."""
 
     def draw(self, positions: npt.NDArray[np.integer]) -> I64:
         """(n,) positions -> (n,) row indices."""
@@ -25,10 +25,10 @@ class BalancedSampler:
     """Class-balanced sampling with the semantics of PANNs' balanced sampler (Kong et al. 2020), by position.
 
     Round k = position // C visits each of the C classes that have clips once, in an order shuffled by (seed, k). The
-    class's clip is entry k mod n of its own n clips, shuffled anew by (seed, class, pass) for each pass k // n: all of
-    a class's clips occur once before any of them occurs again. Classes without clips are skipped.
+    class's clip is entry k mod n of its own n clips, reshuffled by (seed, class, pass) for each pass k // n: each of a
+    class's clips occurs once before any of them occurs again. Classes without clips are skipped.
 
-    class_lists: for each class the rows of the clips that carry it; a clip with several labels stands in several lists.
+    class_lists: for each class the rows of the clips with that label; a clip with several labels is in several lists.
     """
 
     def __init__(self, class_lists: Sequence[npt.NDArray[np.integer]], seed: int) -> None:

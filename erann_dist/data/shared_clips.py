@@ -1,7 +1,7 @@
-"""The clips of a run, in memory that the workers of a node share: a file that each of them maps.
+"""The clips of a run in memory that the workers of a node share: a file that each of them maps.
 
-At AudioSet's size the columns take some 200 MB, and several times that while they are read. The first worker of a node
-reads them and writes the file, the last one removes it; after a kill it stays, and the next start of the run uses it.
+For AudioSet the columns take some 200 MB, and several times that while they are read. The first worker of a node reads
+them and writes the file, the last one removes it; after a kill the file stays, and the next start of the run uses it.
 """
 
 import ctypes
@@ -35,13 +35,13 @@ _NUMBERS = ("folds", "shards", "rows", "offsets", "sizes", "samples", "crc32s")
 
 @contextmanager
 def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
-    """What load_sources gives. Raises as that does."""
+    """The clips that load_sources returns. Raises what it raises."""
     try:
         path = _path(sources)
     except OSError:
-        load_sources(sources)  # which says in words what is missing
+        load_sources(sources)  # raises a UserError that names what is missing
         raise
-    with _locked(path.with_suffix(".lock")):  # one worker of the node reads, the others wait
+    with _locked(path.with_suffix(".lock")):  # one worker of the node reads while the others wait
         try:
             file = _own(path, os.O_RDONLY)
             clips = _map(file)
@@ -51,9 +51,9 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
             ValueError,
             KeyError,
             TypeError,
-        ):  # it is not there; or a power cut left it empty
+        ):  # it is missing, or a power cut left it empty
             _write(load_sources(sources), path)
-            _give_memory_back()
+            _release_memory()
             file = _own(path, os.O_RDONLY)
             clips = _map(file)
         fcntl.flock(file, fcntl.LOCK_SH)  # as long as it is in use
@@ -65,7 +65,7 @@ def shared_clips(sources: list[DataSource]) -> Iterator[Manifest]:
 
 
 def remove_unused(sources: list[DataSource]) -> None:
-    """Remove the file that killed workers left on this machine, if they left one and no others use it."""
+    """Remove the file that killed workers left on this machine, if there is one and no other process uses it."""
     with suppress(OSError, UserError):
         _remove_unused(_path(sources))
 
@@ -76,7 +76,7 @@ def _path(sources: list[DataSource]) -> Path:
 
 def _remove_unused(path: Path) -> None:
     lock_path = path.with_suffix(".lock")
-    with _locked(lock_path), suppress(BlockingIOError):  # others still use it
+    with _locked(lock_path), suppress(BlockingIOError):  # another process still uses it
         with suppress(FileNotFoundError), _own(path, os.O_RDONLY) as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
@@ -85,7 +85,7 @@ def _remove_unused(path: Path) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone on the node. Whoever holds the lock may remove its file, and those that waited for that one try again."""
+    """Hold a lock on the node. The holder may remove the lock's file; processes that waited for that file try again."""
     while True:
         with _own(path, os.O_WRONLY | os.O_CREAT) as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -95,7 +95,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _own(path: Path, how: int) -> BinaryIO:
-    """The file, open. In a folder of everyone's, another user may have put one, or a link, under its name."""
+    """Open the file. In a world-writable folder another user may have created a file or a link of its name."""
     try:
         file = os.open(path, how | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -105,11 +105,11 @@ def _own(path: Path, how: int) -> BinaryIO:
         if os.fstat(file).st_uid == os.getuid():
             return os.fdopen(file, "rb" if how == os.O_RDONLY else "wb")
         os.close(file)
-    raise UserError(f"{path}: another user's file in the way; remove it, or set TMPDIR to another folder")
+    raise UserError(f"{path}: another user's file is in the way; remove it, or set TMPDIR to another folder")
 
 
 def _digest(sources: list[DataSource]) -> str:
-    """Of all that decides which clips there are."""
+    """A hash of everything that decides which clips there are."""
     facts: list[object] = [_VERSION]
     for source in sources:
         folder = open_folder(source.url)
@@ -145,7 +145,7 @@ def _write(clips: Manifest, path: Path) -> None:
 
 
 def _map(file: BinaryIO) -> Manifest:
-    """Raises ArrowException, ValueError, KeyError and TypeError for a file that is not whole."""
+    """Raises ArrowException, ValueError, KeyError and TypeError for an incomplete file."""
     table = pa.ipc.open_file(pa.memory_map(f"/dev/fd/{file.fileno()}")).read_all()
     table.validate(full=True)
     labels = table["labels"].chunk(0)
@@ -165,8 +165,8 @@ def _map(file: BinaryIO) -> Manifest:
     )
 
 
-def _give_memory_back() -> None:
-    """What reading took: the C library and Arrow would keep it for later."""
+def _release_memory() -> None:
+    """Return the memory that reading took to the system; the C library and Arrow would keep it."""
     gc.collect()
     pa.default_memory_pool().release_unused()
     with suppress(AttributeError):  # only glibc has it

@@ -1,4 +1,4 @@
-"""A shard set's clips in one pass over its tars, which webdataset takes apart, split over any number of workers."""
+"""A shard set's clips in one pass over its tars, which webdataset reads, split over any number of workers."""
 
 import tarfile
 from collections import deque
@@ -35,21 +35,21 @@ class StreamedClip:
 
 
 def stream_clips(manifest: Manifest, rank: int = 0, world_size: int = 1) -> Generator[StreamedClip, None, None]:
-    """This worker's clips of the manifest, in the order in which they lie in the tars.
+    """This worker's clips of the manifest, in the order in which they are stored in the tars.
 
-    Over all workers each clip comes exactly once: worker_rows says where. Of each tar only the part with the worker's
-    own clips is read. Every clip is checked. Raises UserError, which names tar and key, for a clip that is damaged or
-    no longer there, and for a tar that can't be read.
+    Over all workers each clip occurs exactly once, as worker_rows assigns it. Of each tar only the part with the
+    worker's own clips is read. Every clip is checked. Raises UserError, which names tar and key, for a clip that is
+    damaged or missing, and for a tar that can't be read.
     """
     rows = worker_rows(manifest, rank, world_size)
     starts = _starts(manifest)
-    for of_tar in np.split(rows, np.flatnonzero(np.diff(manifest.shards[rows])) + 1):
-        if len(of_tar):
-            yield from _clips_of_tar(manifest, of_tar, int(starts[of_tar[0]]))
+    for tar_rows in np.split(rows, np.flatnonzero(np.diff(manifest.shards[rows])) + 1):
+        if len(tar_rows):
+            yield from _clips_of_tar(manifest, tar_rows, int(starts[tar_rows[0]]))
 
 
 def worker_rows(manifest: Manifest, rank: int, world_size: int) -> npt.NDArray[np.int64]:
-    """The rows that one worker streams: an even run of those of all tars, also with fewer tars than workers."""
+    """The rows that one worker streams: a contiguous, equal share of all tars, also with fewer tars than workers."""
     return np.array_split(_tar_order(manifest), world_size)[rank]
 
 
@@ -58,7 +58,7 @@ def _tar_order(manifest: Manifest) -> npt.NDArray[np.int64]:
 
 
 def _starts(manifest: Manifest) -> npt.NDArray[np.int64]:
-    """For each clip a place in its tar where a member begins: behind the clip before it, or the tar's first byte."""
+    """For each clip an offset in its tar where a member begins: after the previous clip, or the tar's first byte."""
     order = _tar_order(manifest)
     ends = (manifest.offsets + manifest.sizes)[order]
     after = np.concatenate([[0], -(-ends[:-1] // _BLOCK) * _BLOCK])
@@ -69,15 +69,16 @@ def _starts(manifest: Manifest) -> npt.NDArray[np.int64]:
 
 
 def _clips_of_tar(manifest: Manifest, rows: npt.NDArray[np.int64], start: int) -> Iterator[StreamedClip]:
-    """The clips of these rows, which lie in one tar in this order, behind byte `start`."""
+    """The clips of these rows, which are in one tar in this order, from byte `start` on."""
     tar = manifest.tars[manifest.shards[rows[0]]]
     end = int(manifest.offsets[rows[-1]] + manifest.sizes[rows[-1]])
     left = deque(rows.tolist())
     try:
         with tar.folder.stream(tar.name, start, end) as file:
             for data in _sounds(file):
-                # What is no clip of ours is passed over. Names would not tell: in a tar that others made, two members
-                # may have the same. Since the order is known, size and checksum do, and they are to be checked anyway.
+                # Members that are not in the manifest are skipped. Names can't identify a clip: in a tar that another
+                # program wrote, two members may share one. As the order is known, size and checksum identify it, and
+                # they have to be checked anyway.
                 row = left[0]
                 if len(data) == manifest.sizes[row] and isal_zlib.crc32(data) == manifest.crc32s[row]:
                     yield StreamedClip(left.popleft(), data)
@@ -89,27 +90,27 @@ def _clips_of_tar(manifest: Manifest, rows: npt.NDArray[np.int64], start: int) -
 
 
 def _sounds(file: BinaryIO) -> Iterator[bytes]:
-    """The sound files of a tar, as far as it can be read. Raises what reading the file raises."""
+    """The sound files of a tar, as far as it is readable. Raises what reading the file raises."""
 
     def is_sound(name: str) -> bool:
         return name.lower().endswith(_SUFFIXES)
 
     try:
-        # skip_meta: webdataset would leave out folders with names like __this__.
+        # skip_meta: by default webdataset skips folders with names like __this__.
         yield from (member["data"] for member in tar_file_iterator(file, skip_meta=None, select_files=is_sound))
     except UserError as error:
-        raise UserError(str(error).removesuffix(f" @ {file}")) from None  # which webdataset adds
-    except (tarfile.TarError, ValueError, KeyError, TypeError, IndexError):  # tarfile's, for a damaged header
+        raise UserError(str(error).removesuffix(f" @ {file}")) from None  # webdataset adds it
+    except (tarfile.TarError, ValueError, KeyError, TypeError, IndexError):  # from tarfile, for a damaged header
         return
 
 
 def decode_clips(
     manifest: Manifest, clips: Iterable[StreamedClip], threads: int, micro_batch: int, pad_samples: int = 0
 ) -> Generator[Batch[Crops], None, None]:
-    """Streamed clips as batches of whole clips, in their order, decoded by some threads ahead of the caller.
+    """Streamed clips as batches of whole clips, in the same order, decoded in threads ahead of the caller.
 
-    A batch holds up to `micro_batch` consecutive clips that pad to the same length, `pad_samples` at least. Raises
-    BadClip for one that does not decode.
+    A batch contains up to `micro_batch` consecutive clips that pad to the same length, at least `pad_samples`. Raises
+    BadClip for a clip that does not decode.
     """
 
     def decode(clip: StreamedClip) -> npt.NDArray[np.int16]:
@@ -153,7 +154,7 @@ def _batch(manifest: Manifest, group: list[tuple[int, npt.NDArray[np.int16]]], l
 def register_s3_opener(endpoint: str | None = None) -> None:
     """Let webdataset itself read s3:// URLs in this process, as S3Folder.stream does.
 
-    A stream that is cut off raises UserError, where webdataset would take it for the end.
+    A truncated stream raises UserError; webdataset would treat it as the end.
     """
 
     def open_s3(url: str, mode: str, bufsize: int) -> BinaryIO:

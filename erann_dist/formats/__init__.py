@@ -1,1 +1,1 @@
-"""Files from outside, checked once, where they are read: JSON, YAML and Parquet."""
+"""External files (JSON, YAML and Parquet), checked once, where they are read."""

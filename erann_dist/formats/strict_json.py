@@ -1,7 +1,7 @@
 """JSON, in and out: read through a pydantic model, written without NaN and infinity, which the format does not have.
 
-Whatever is read from a disk or a bucket comes in by `validate` or `read`: strict types, bounds, finite numbers, no more
-than 200 levels, no lone surrogates. What is not so is one line that names the file and the key.
+Everything read from a disk or a bucket goes through `validate` or `read`: strict types, bounds, finite numbers, no more
+than 200 levels, no lone surrogates. Anything else is a one-line error that names the file and the key.
 """
 
 import json
@@ -18,18 +18,18 @@ T = TypeVar("T")
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=0, le=10**15)]
 Seconds = Annotated[float, Field(ge=0, le=1e11, allow_inf_nan=False)]  # durations, and times since 1970
-Number = Annotated[float, Field(ge=-1e39, le=1e39, allow_inf_nan=False)]  # whatever a float32 holds
-# What may have been infinite or undefined, and then is null in the file. For checks only: their result is not used.
+Number = Annotated[float, Field(ge=-1e39, le=1e39, allow_inf_nan=False)]  # the range of a float32
+# A value that may have been infinite or NaN, and then is null in the file. For checks only: the result is not used.
 Measured = Annotated[Number, BeforeValidator(lambda value: 0.0 if value is None else value)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Scalar = None | bool | Annotated[int, Field(ge=-(2**63), lt=2**63)] | Number | str
-# The name of a file or a folder, or of several.
+# The name of a file or a folder, or a path.
 Name = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]*$")]
 Word = Annotated[str, Field(max_length=100, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]  # such as a version
 
 
 class Record(BaseModel):
-    """What a JSON file holds. Keys that it does not have, of a later version perhaps, are passed over."""
+    """The content of a JSON file. Unknown keys, perhaps of a later version, are ignored."""
 
     model_config = STRICT
 
@@ -47,7 +47,7 @@ def _finite(value: Any) -> Any:
 
 
 def loads(data: bytes | str) -> Any:
-    """Any JSON. Raises ValueError, in one line. NaN and infinity, which others write, are null."""
+    """Any JSON. Raises ValueError, in one line. NaN and infinity, which other programs write, become null."""
     return _finite(from_json(data))
 
 
@@ -61,7 +61,7 @@ def _adapter(model: Any) -> TypeAdapter[Any]:
 
 
 def validate(model: type[T], data: bytes | str) -> T:
-    """A JSON text as the model has it. Raises ValueError, in one line: which key, what is wrong."""
+    """A JSON text validated as the model. Raises ValueError, in one line: which key, what is wrong."""
     try:
         found: T = _adapter(model).validate_json(data, strict=True)
     except ValidationError as error:
@@ -70,7 +70,7 @@ def validate(model: type[T], data: bytes | str) -> T:
 
 
 def read(model: type[T], data: bytes, where: str, advice: str) -> T:
-    """The same, of a file. Raises UserError: where, what is wrong, what to do."""
+    """The same for a file. Raises UserError: where, what is wrong, what to do."""
     try:
         return validate(model, data)
     except ValueError as error:
@@ -78,15 +78,15 @@ def read(model: type[T], data: bytes, where: str, advice: str) -> T:
 
 
 def explain(error: ValidationError) -> str:
-    """The first thing that is wrong, or all keys that are missing, in one short line."""
+    """The first problem, or all missing keys, in one short line."""
     errors = error.errors(include_url=False, include_context=False, include_input=False)
     if missing := sorted({_key(each["loc"]) for each in errors if each["type"] == "missing"}):
-        return f"without {', '.join(missing[:20])}"
+        return f"missing {', '.join(missing[:20])}"
     first = errors[0]
     return ": ".join(filter(None, [_key(first["loc"]), first["msg"].removeprefix("Value error, ")]))
 
 
 def _key(location: tuple[int | str, ...]) -> str:
-    """A key that the file may have chosen, so that it is fit to be shown."""
+    """A key, which may come from the file, in printable form."""
     key = ".".join(map(str, location))
     return key[:100] if key.isprintable() else ascii(key[:100])

@@ -1,4 +1,4 @@
-"""Parquet, as it comes from a disk or a bucket: cast to the columns that are declared, their values checked."""
+"""Parquet from a disk or a bucket: cast to the declared columns, with checked values."""
 
 import math
 from collections.abc import Collection
@@ -16,14 +16,14 @@ MAX_ROWS = 2**31 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a column, or a column of lists, may hold, or the pattern that its texts match."""
+    """The numbers that a column, or a column of lists, may contain, or the pattern that its strings match."""
 
     least: float = -math.inf
     most: float = math.inf
     pattern: str | None = None
 
 
-# By the column's name, in whatever table it is. Nulls are not looked at.
+# By the column's name, in any table. Nulls are not checked.
 RANGES = {
     "labels": Range(0),
     "targets": Range(0),
@@ -39,8 +39,8 @@ RANGES = {
 
 
 def arrow_file(file: BinaryIO) -> pa.OSFile:
-    """The same file for Arrow alone: its threads may hold what they read a moment longer than a program lives, and
-    Python's bytes, which it would have from a Python file, would crash it then."""
+    """The same file, read by Arrow itself. Arrow's threads may keep what they read a moment longer than the program
+    lives; bytes objects from a Python file would crash it then."""
     return pa.OSFile(f"/dev/fd/{file.fileno()}")
 
 
@@ -54,8 +54,8 @@ def read(
 ) -> pa.Table:
     """The declared columns of a file, or some of them, with the file's metadata.
 
-    required: columns without nulls. advice: what to do about a damaged file. Raises UserError, which names the file
-    and the column.
+    required: columns without nulls. advice: what to do about a damaged file. Raises UserError, which names the file and
+    the column.
     """
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     try:
@@ -64,7 +64,7 @@ def read(
         if missing := [name for name in wanted.names if found.names.count(name) != 1]:
             raise UserError(f"{where}: has no column {missing[0]}, or has it twice; {advice}")
         if parquet.metadata.num_rows > MAX_ROWS:
-            raise UserError(f"{where}: {parquet.metadata.num_rows:,} rows are too many; {advice}")
+            raise UserError(f"{where}: {parquet.metadata.num_rows:,} rows are more than {MAX_ROWS:,}; {advice}")
         table = parquet.read(wanted.names).select(wanted.names)
         for field in wanted:
             _require_kind(where, field, table.schema.field(field.name).type, advice)
@@ -83,9 +83,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _require_kind(where: str, field: pa.Field, found: pa.DataType, advice: str) -> None:
-    """Arrow would make numbers of texts, and whole numbers of floats."""
+    """Raise UserError for another kind of type: Arrow would cast strings to numbers, and floats to integers."""
     if _kind(found) != _kind(field.type):
-        raise UserError(f"{where}: the column {field.name} is of {found}, not of {field.type}; {advice}")
+        raise UserError(f"{where}: the column {field.name} is of type {found}, not {field.type}; {advice}")
 
 
 def _kind(type_: pa.DataType) -> str:
@@ -100,21 +100,21 @@ def _kind(type_: pa.DataType) -> str:
 
 def _require_values(where: str, name: str, column: pa.ChunkedArray, required: bool, advice: str) -> None:
     if required and column.null_count:
-        raise UserError(f"{where}: the column {name} has nulls, which it may not; {advice}")
+        raise UserError(f"{where}: the column {name} has nulls, which are not allowed; {advice}")
     if pa.types.is_list(column.type):
         column = pc.list_flatten(column)
         if column.null_count:
-            raise UserError(f"{where}: the lists of the column {name} have nulls, which they may not; {advice}")
+            raise UserError(f"{where}: the lists of the column {name} have nulls, which are not allowed; {advice}")
     allowed = RANGES.get(name)
     if allowed is None or len(column) == column.null_count:
         return
     if allowed.pattern is not None:
-        right = pc.match_substring_regex(column, allowed.pattern)
-        if not pc.all(right).as_py():
-            value = column.filter(pc.invert(right))[0].as_py()
-            raise UserError(f"{where}: {value[:100]!r} is no {name}; {advice}")
+        matches = pc.match_substring_regex(column, allowed.pattern)
+        if not pc.all(matches).as_py():
+            value = column.filter(pc.invert(matches))[0].as_py()
+            raise UserError(f"{where}: {value[:100]!r} is not a valid {name}; {advice}")
         return
     found = pc.min_max(column).as_py()
     if found["min"] < allowed.least or found["max"] > allowed.most:
         wrong = found["min"] if found["min"] < allowed.least else found["max"]
-        raise UserError(f"{where}: the column {name} has {wrong:,}, which it may not; {advice}")
+        raise UserError(f"{where}: the column {name} has {wrong:,}, which is out of range; {advice}")

@@ -1,7 +1,7 @@
 """YAML by the core schema of YAML 1.2 (yaml.org/spec/1.2.2, chapter 10.3), for files and single values.
 
-010 is ten, 0o10 eight, 1e6 a float; off, yes, 1:30, 1_000 and 2024-01-01 are strings. A key that stands twice is an
-error. The merge key << of YAML 1.1 still works. Tags build nothing but what JSON has too, so no text runs code.
+010 is ten, 0o10 eight, 1e6 a float; off, yes, 1:30, 1_000 and 2024-01-01 are strings. A duplicate key is an error. The
+merge key << of YAML 1.1 still works. Tags can only create JSON's types, so no text runs code.
 """
 
 import re
@@ -65,12 +65,12 @@ def _require_distinct_keys(node: yaml.MappingNode) -> None:
         if not isinstance(key, yaml.ScalarNode):
             raise ConstructorError(None, None, "a key is a single word", key.start_mark)
         if (key.tag, key.value) in keys:
-            raise ConstructorError(None, None, f"the key {key.value[:100]!r} stands twice", key.start_mark)
+            raise ConstructorError(None, None, f"the key {key.value[:100]!r} is given twice", key.start_mark)
         keys.add((key.tag, key.value))
 
 
 def _require_small(value: Any, depth: int = 0, values: int = 0) -> int:
-    """How many values there are, counted as often as aliases repeat them. Raises ValueError when they are endless."""
+    """How many values there are, aliases counted each time they are used. Raises ValueError when there are too many."""
     values += 1
     if depth > _MAX_DEPTH or values > _MAX_VALUES:
         raise ValueError("its aliases repeat themselves without end")
@@ -81,7 +81,7 @@ def _require_small(value: Any, depth: int = 0, values: int = 0) -> int:
 
 
 def _scalar(node: yaml.Node, pattern: re.Pattern[str], kind: str) -> str:
-    """The text of a scalar, which an explicit tag may have called something that it is not."""
+    """The text of a scalar, which an explicit tag may have mislabelled."""
     if not isinstance(node, yaml.ScalarNode) or not pattern.match(node.value):
         raise ConstructorError(None, None, f"not {kind}", node.start_mark)
     if len(node.value) > _MAX_DIGITS and pattern in (_INT, _FLOAT):
@@ -117,7 +117,7 @@ def _undefined(loader: _Loader, node: yaml.Node) -> None:
     raise ConstructorError(None, None, f"the tag {node.tag[:100]!r} is not one of JSON's types", node.start_mark)
 
 
-# Of two that match the first one counts: a number without a point and an exponent is a whole one.
+# The first match wins: a number without a decimal point and an exponent is an integer.
 for _tag, _pattern, _first, _construct in (
     ("null", _NULL, ["~", "n", "N", ""], _null),
     ("bool", _BOOL, list("tTfF"), _bool),
@@ -144,19 +144,19 @@ for _tag, _pattern, _first in (("int", _INT, list("-+0123456789")), ("float", _F
 
 
 class _Loader11(_Loader):
-    """By YAML 1.1, as PyYAML has it."""
+    """YAML 1.1, as PyYAML implements it."""
 
     yaml_implicit_resolvers = yaml.SafeLoader.yaml_implicit_resolvers
     yaml_constructors: ClassVar[Any] = {**yaml.SafeLoader.yaml_constructors, f"{_PREFIX}str": _str}
 
 
 def load(text: str | bytes) -> Any:
-    """What a text says. Raises ValueError, in one line: what is wrong, and in which line."""
+    """The value of a YAML text. Raises ValueError, in one line: what is wrong, and in which line."""
     return _load(text, _Loader)
 
 
 def load_dumped(text: str | bytes) -> Any:
-    """What PyYAML or `dump` wrote, such as a run's recipe.yaml: by YAML 1.1. Raises as load."""
+    """The value of a YAML 1.1 text by PyYAML or `dump`, such as a run's recipe.yaml. Raises what load raises."""
     return _load(text, _Loader11)
 
 
@@ -169,18 +169,18 @@ def _load(text: str | bytes, kind: type[_Loader]) -> Any:
         where = error.problem_mark or error.context_mark
         problem = " ".join((error.problem or error.context or "it ends too early").split())
         raise ValueError(f"{problem}, line {where.line + 1}" if where else problem) from error
-    # PyYAML's scanner has chr() of any number; YAML 1.1's constructors look up what an explicit tag promised.
+    # PyYAML's scanner calls chr() with any number; YAML 1.1's constructors rely on what an explicit tag claims.
     except (yaml.YAMLError, ValueError, OverflowError, KeyError, AttributeError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
 def dump(tree: Any) -> str:
-    """As YAML that `load` and readers of YAML 1.1 read alike."""
+    """YAML that `load` and readers of YAML 1.1 understand in the same way."""
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def read(path: Path) -> Any:
-    """What a file says. Raises UsageError, which names it."""
+    """The value of a YAML file. Raises UsageError, which names the file."""
     data = read_plain_file(path, _MAX_BYTES)
     try:
         return load(data)

@@ -1,1 +1,1 @@
-"""What a run reports, and where it goes."""
+"""A run's events, its log, and the other sinks of its events."""

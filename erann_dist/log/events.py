@@ -1,6 +1,6 @@
-"""What a run reports while it trains. The loop emits events; metrics.jsonl, TensorBoard and the live view read them.
+"""The events of a run while it trains. The loop emits them; metrics.jsonl, TensorBoard and the live view read them.
 
-The types have the bounds of what a log may say: erann_dist.log.run_log passes over lines that are outside.
+The field types bound the values in a log: erann_dist.log.run_log skips lines with other values.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from erann_dist.formats.strict_json import Count, Measured, Number, Seconds
 
-# failure: workers were lost, hung, or the command before this one ended; stop: that was told to; resize: there are more
-# or fewer workers.
+# failure: workers were lost or hung, or the previous command ended; stop: the previous command was asked to stop;
+# resize: the number of workers changed.
 IncidentKind = Literal[
     "bad_clip",
     "cache",
@@ -28,7 +28,7 @@ IncidentKind = Literal[
 
 @dataclass(frozen=True)
 class Interruption:
-    """Why workers are to stop, or why they ended."""
+    """Why workers have to stop, or why they ended."""
 
     kind: IncidentKind
     text: str  # one line
@@ -36,7 +36,7 @@ class Interruption:
 
 @dataclass(frozen=True)
 class Started:
-    """Before the first step."""
+    """Emitted before the first step."""
 
     step: Count  # 0, or the step of the checkpoint from which the run resumes
     steps: Count
@@ -45,7 +45,7 @@ class Started:
     train_clips: Count
     eval_clips: Count
     resumed_from: str | None
-    launched: Seconds  # when the command was started, in unix time; the same for all starts of its workers
+    launched: Seconds  # when the command was started, in Unix time; the same for all starts of its workers
     hosts: list[str]  # by rank
     hardware: list[str] = field(default_factory=list)  # by rank: the name of the GPU, or of the processor
     versions: dict[str, str] = field(default_factory=dict)
@@ -53,25 +53,25 @@ class Started:
 
 @dataclass(frozen=True)
 class Step:
-    """Averages over the steps since the last of these."""
+    """Averages over the steps since the last Step event."""
 
     step: Count  # steps done
     loss: Measured
     lr: Number
     examples_per_s: Number
     clips_per_s: Number  # decoded; twice the examples with fresh mixup partners
-    data_wait: Number  # share of the time, on the first worker
-    steps: Count  # over which it averages: the last ones
+    data_wait: Number  # share of the time, on rank 0
+    steps: Count  # how many it averages over
     seconds: Seconds  # that they took, without checkpoints and evaluations
     grad_norm: Measured  # of the whole gradient, before clipping
-    read_mb_per_s: Number  # by the first worker, from shards and cache
-    cache_hits: Number | None  # share of its clips that came from the cache; none without a cache
-    bad_clips: Count  # that it gave up so far
+    read_mb_per_s: Number  # on rank 0, from shards and cache
+    cache_hits: Number | None  # share of rank 0's clips that came from the cache; none without a cache
+    bad_clips: Count  # that rank 0 has given up so far
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What a command is at before its workers have started, which may take a minute. It is not logged."""
+    """What a command is doing before its workers have started, which may take a minute. It is not logged."""
 
     step: Count
     text: str  # such as "starting 2 workers"
@@ -79,7 +79,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class EvaluationProgress:
-    """While an evaluation goes on, on the first worker."""
+    """Emitted during an evaluation, on rank 0."""
 
     step: Count
     done: Count
@@ -91,28 +91,28 @@ class Evaluated:
     step: Count
     clips: Count
     metrics: dict[str, Measured]
-    averaged: Count | None = None  # how many checkpoints' mean weights these are; none: the run's own
+    averaged: Count | None = None  # of how many checkpoints the weights are the mean; none: the run's own weights
 
 
 @dataclass(frozen=True)
 class CheckpointSaved:
-    """When it is committed, some steps later."""
+    """Emitted when the checkpoint is committed, some steps later."""
 
     step: Count
     path: str
     seconds: Seconds  # until it was committed
-    stall_s: Seconds  # that training was held up
+    stall_s: Seconds  # for which training was blocked
 
 
 @dataclass(frozen=True)
 class Incident:
-    """What a person should know of, though the run goes on."""
+    """Something a person should know about, although the run continues."""
 
     step: Count
     kind: IncidentKind
     text: str  # one line: what, where
-    steps_lost: Count = 0  # that had been computed and are computed again
-    seconds_lost: Seconds = 0.0  # since the last step that counts was done
+    steps_lost: Count = 0  # that were computed and have to be computed again
+    seconds_lost: Seconds = 0.0  # since the last step that counts
     keys: list[str] = field(default_factory=list)  # of the clips concerned
 
 
@@ -126,17 +126,17 @@ class Finished:
 
 @dataclass(frozen=True)
 class Ended:
-    """In metrics.jsonl, when the command gives up a run that is not finished, or was told to stop."""
+    """In metrics.jsonl, when the command gives up an unfinished run, or was asked to stop."""
 
     step: Count  # done, as far as the log knows
     text: str  # one line: why
-    told: bool  # to stop: by a signal, Ctrl-C
-    launched: Seconds  # when the command was started, in unix time
+    told: bool  # whether a stop was requested, by a signal or Ctrl-C
+    launched: Seconds  # when the command was started, in Unix time
 
 
 @dataclass(frozen=True)
 class Discarded:
-    """In metrics.jsonl, in place of the last lines of a start whose steps are computed again: until when it ran."""
+    """In metrics.jsonl, in place of the last lines of a start whose steps are computed again: how long it ran."""
 
     step: Count  # of the last of them
 
@@ -145,7 +145,7 @@ Event = (
     Phase | Started | Step | EvaluationProgress | Evaluated | CheckpointSaved | Incident | Finished | Ended | Discarded
 )
 Emit = Callable[[Event], None]
-StopRequest = Callable[[], Interruption | None]  # why the workers are to stop, once that is known
+StopRequest = Callable[[], Interruption | None]  # why the workers have to stop, once a stop is requested
 
 
 def both(first: Emit, second: Emit) -> Emit:

@@ -1,10 +1,10 @@
-"""A run's log: metrics.jsonl, the other sinks of its events, and how much of the time counted.
+"""A run's log: metrics.jsonl, the other sinks of its events, and how much of the time was productive.
 
-One JSON object a line, {"event": a class of events.py, "time": unix time, ...its fields}. A start of the run that goes
-on from a checkpoint takes the lines of later steps out, for it writes them anew. What happened stays: starts,
-incidents, the end. So the log reads as that of one undisturbed run, with its incidents, and tells what time they cost.
+One JSON object per line, {"event": a class of events.py, "time": Unix time, ...its fields}. A start of the run that
+resumes from a checkpoint removes the lines of later steps, because it writes them again. History stays: starts,
+incidents, the end. The log therefore reads as that of one undisturbed run with its incidents and the time they cost.
 
-A command is what the user started; its workers may start several times. Time between commands is nobody's loss.
+A command is what the user started; its workers may start several times. Time between commands does not count as lost.
 """
 
 import os
@@ -39,7 +39,7 @@ from erann_dist.log.sinks import SINKS
 from erann_dist.storage.folder import Folder, LocalFolder
 
 LOG = "metrics.jsonl"
-_REACHED = ".step"  # a file beside it on a disk: the last step that was done, in decimal digits
+_REACHED = ".step"  # a file next to it, on a disk only: the last step that was done, in decimal digits
 UPLOAD_S = 30.0  # between uploads to S3
 
 Line = dict[str, Any]
@@ -48,7 +48,7 @@ _WORK, _HISTORY = (Step, Evaluated, CheckpointSaved), (Started, Incident, Finish
 
 
 def _line_model(kind: type[Any]) -> type[strict_json.Record]:
-    """What a line of this event holds: its fields, and when it was logged."""
+    """The model of this event's lines: its fields, and when it was logged."""
     hints = get_type_hints(kind, include_extras=True)
     keys: dict[str, Any] = {
         field.name: (hints[field.name], ... if field.default is MISSING and field.default_factory is MISSING else None)
@@ -59,35 +59,35 @@ def _line_model(kind: type[Any]) -> type[strict_json.Record]:
 
 _LINES = {kind.__name__: _line_model(kind) for kind in (*_WORK, *_HISTORY)}
 _IS_WORK = {kind.__name__ for kind in _WORK}
-_FOUND_AGAIN = {"bad_clip", "bad_step"}  # kinds of incidents, which are told again when their steps are computed
+_FOUND_AGAIN = {"bad_clip", "bad_step"}  # kinds of incidents that are reported again when their steps are computed
 _ACCOUNTED = ("event", "time", "step", "steps", "seconds", "launched", "seconds_lost")
 
 
 @dataclass(frozen=True)
 class Lost:
-    """What a start of the run does again, and what it cost."""
+    """What a start of the run has to repeat, and what that costs."""
 
-    steps: int  # that were computed before
-    seconds: float  # that commands ran since the last step that counts was done
-    last_step: int  # that was computed before
+    steps: int  # that are computed again
+    seconds: float  # that commands ran since the last step that counts
+    last_step: int  # the last step that had been computed
 
 
 class RunLog:
     """The log of a run that resumes after a step: metrics.jsonl, and the other sinks. Close it at the end.
 
-    In a folder on a disk it is complete at every moment; lines for which the disk has no room follow when it has some.
-    To S3 it is uploaded in the background; an upload that fails is tried again at the next one. A start of the run that
+    In a folder on a disk it is always complete; lines that a full disk rejects are written once there is space again.
+    To S3 it is uploaded in the background; a failed upload is repeated with the next one. A start of the run that
     another one has replaced no longer changes the log.
 
-    found: the lines that were there, and reached: the last step that was done then, for `lost`.
-    lines: those of them that count and what was logged since, for `goodput`: the keys that it needs.
+    found: the existing lines, and reached: the last step that was done then, both for `lost`.
+    lines: those of them that count and everything logged since, reduced to the keys that `goodput` needs.
     """
 
     def __init__(self, folder: Folder, from_step: int) -> None:
         self.found = read_log(folder)
         self.reached = _reached(folder)
         kept = continued(self.found, from_step)
-        # Also when nothing changes: a process that was replaced holds the old file open, and writes there.
+        # Even when nothing changes: a process that was replaced has the old file open, and writes to that one.
         text = "".join(strict_json.dumps(line) + "\n" for line in kept)
         folder.write(LOG, text.encode())
         self.lines = [_accounted(line) for line in kept]
@@ -119,7 +119,7 @@ class RunLog:
             self.flush()
 
     def reach(self, step: int) -> None:
-        """This step is done. The log says so only every now and then; on a disk it is written down all the same."""
+        """Record that this step is done. The log contains only some steps; on a disk every one is recorded."""
         if self._step:
             with suppress(OSError):
                 os.pwrite(self._step.fileno(), str(step).encode(), 0)
@@ -131,14 +131,14 @@ class RunLog:
 
     @property
     def problem(self) -> str | None:
-        """Why the last upload failed, if it did, or what another sink misses."""
+        """Why the last upload failed, if it did, or what is missing in another sink."""
         problems = [self._copy.problem if self._copy else None, *(sink.problem for sink in self._sinks)]
         return next((problem for problem in problems if problem), None)
 
     def flush(self) -> None:
-        """Upload now; it does not wait for that."""
+        """Start an upload now, without waiting for it."""
         if self._copy:
-            self._copy.ask()
+            self._copy.request()
 
     def close(self) -> None:
         """Waits for the last upload."""
@@ -154,7 +154,7 @@ class RunLog:
 
 
 class _Copy:
-    """Uploads the log's files that changed, in a thread."""
+    """Uploads the log's changed files, in a thread."""
 
     def __init__(self, directory: Path, folder: Folder, lines: Sequence[Line]) -> None:
         self.problem: str | None = None
@@ -164,24 +164,24 @@ class _Copy:
         self._sizes: dict[str, int] = {}  # of what was uploaded
         self._version = folder.version(LOG)
         self._replaced = False
-        self._asked = threading.Event()
+        self._requested = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="run-log", daemon=True)
         self._thread.start()
 
-    def ask(self) -> None:
-        self._asked.set()
+    def request(self) -> None:
+        self._requested.set()
 
     def close(self) -> None:
         self._closing = True
-        self._asked.set()
+        self._requested.set()
         self._thread.join()
 
     def _run(self) -> None:
         closing = False
         while not closing:
-            self._asked.wait(UPLOAD_S)
-            self._asked.clear()
+            self._requested.wait(UPLOAD_S)
+            self._requested.clear()
             closing = self._closing
             try:
                 self._upload()
@@ -201,9 +201,9 @@ class _Copy:
                 self._version = self._folder.version(LOG)
 
     def _is_ours(self) -> bool:
-        """Whether the stored log is this start's, or one that this start went on from.
+        """Whether the stored log is this start's, or one that this start continues.
 
-        Its version tells, unless S3 stored it and its answer was lost.
+        Its version shows that, unless S3 stored it and the response was lost.
         """
         if not self._replaced and self._folder.version(LOG) != self._version:
             known = [line for line in self._lines if line["event"] == "Started"]
@@ -217,12 +217,12 @@ def as_line(event: Event, now: float) -> Line:
 
 
 def read_log(folder: Folder) -> list[Line]:
-    """The lines of a run's log, none when it has none yet. Those that are damaged are left out."""
+    """The lines of a run's log, none when there is no log yet. Damaged lines are left out."""
     return read_damaged_log(folder)[0]
 
 
 def read_damaged_log(folder: Folder) -> tuple[list[Line], int]:
-    """The same, and how many lines were left out; the last one, which is being written, is not counted."""
+    """The same, and how many lines were left out; the last line, which may be incomplete, is not counted."""
     try:
         texts = folder.read(LOG).split(b"\n")
     except FileNotFoundError:
@@ -236,12 +236,12 @@ def end(folder: Folder, ended: Ended) -> None:
     """Add the end of a command to the run's log, if it has one. Nothing else may be writing there."""
     with suppress(FileNotFoundError):
         text = folder.read(LOG)
-        cut = b"" if text.endswith(b"\n") else b"\n"  # a line that was cut short
+        cut = b"" if text.endswith(b"\n") else b"\n"  # ends a truncated line
         folder.write(LOG, text + cut + f"{strict_json.dumps(as_line(ended, steady_time()))}\n".encode())
 
 
 def last_step(folder: Folder) -> int:
-    """The last step of a run that is known to be done."""
+    """The last step of a run that is known to have been done."""
     return max([_reached(folder), *(line["step"] for line in read_log(folder) if line["event"] == "Step")])
 
 
@@ -253,7 +253,7 @@ def _reached(folder: Folder) -> int:
 
 
 def _parse(text: bytes) -> Line | None:
-    """A line, unless it was cut short or does not have what such an event has."""
+    """A line, or None when it is truncated or does not match its event."""
     try:
         line = strict_json.loads(text)
         _LINES[line["event"]].model_validate(line)
@@ -267,22 +267,22 @@ def _accounted(line: Line) -> Line:
 
 
 def continued(lines: Sequence[Line], from_step: int) -> list[Line]:
-    """The lines that count when the run goes on from a step."""
+    """The lines that count when the run resumes after a step."""
     kept = []
     for line, following in zip_longest(lines, lines[1:]):
         if line["step"] <= from_step or not (line["event"] in _IS_WORK or line.get("kind") in _FOUND_AGAIN):
             kept.append(line)
         elif following is None or following["event"] == "Started":
-            # How long a command ran is told by its last line.
+            # A command's last line shows how long it ran.
             kept.append(as_line(Discarded(line["step"]), line["time"]))
     return kept
 
 
 def lost(lines: Sequence[Line], from_step: int, launched: float, now: float, reached: int = 0) -> Lost:
-    """What the start of the run that goes on from a step does again; `lines` are those that it found.
+    """What the start of the run that resumes after a step has to repeat; `lines` are those that it found.
 
-    launched: when its command was. reached: the last step that is known to be done, beside what the lines say. Seconds
-    that an earlier incident has counted are not counted again.
+    launched: when its command was started. reached: the last step known to be done from other sources than the lines.
+    Seconds that an earlier incident has counted are not counted again.
     """
     if not lines:
         return Lost(0, 0.0, from_step)
@@ -296,7 +296,7 @@ def lost(lines: Sequence[Line], from_step: int, launched: float, now: float, rea
 
 
 def goodput(lines: Sequence[Line], now: float) -> float:
-    """Share of the time that commands ran which steps that count took. The last command runs, or ran until now."""
+    """Share of the commands' running time that was spent on steps that count. The last command runs until now."""
     running = sum(end - start for start, end in _commands([*lines, {"event": "", "time": now}]))
     counted: float = sum(line["seconds"] for line in lines if line["event"] == "Step")
     return min(1.0, counted / running) if running else 0.0  # clocks of several hosts may disagree
@@ -308,7 +308,7 @@ def seconds_run(lines: Sequence[Line]) -> float:
 
 
 class CommandGoodput:
-    """The goodput of a command from its events, for those that watch it; the log knows of the commands before too."""
+    """The goodput of one command from its events, for a live view; the log's includes earlier commands."""
 
     def __init__(self) -> None:
         self._launched = 0.0
@@ -329,12 +329,12 @@ class CommandGoodput:
 
 
 def _done_at(line: Line) -> float:
-    """When the step of a line was done: before a checkpoint of it was begun."""
+    """When the step of a line was done; a checkpoint of it was begun after that."""
     return line["time"] - line["seconds"] if line["event"] == "CheckpointSaved" else line["time"]
 
 
 def _commands(lines: Sequence[Line]) -> list[tuple[float, float]]:
-    """When each command was started, and when it ended, as far as is known: with its last line."""
+    """When each command was started, and when it ended as far as is known, which is at its last line."""
     spans: list[tuple[float, float]] = []
     launched = None
     for line in lines:

@@ -1,1 +1,1 @@
-"""What is computed: the front end and the networks."""
+"""The models: the front end and the networks."""

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from erann_dist.models.log_mel import MelConfig
 
-# of the weights: he, after He et al. (2015), as the model says; pytorch, that of torch's layers.
+# Of the weights. he: He et al. (2015), as each model's class describes; pytorch: the defaults of torch's layers.
 Initialisation = Literal["he", "pytorch"]
 
 
@@ -26,7 +26,7 @@ class AudioModel(nn.Module):
         self.front_end = front_end
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask: optional (B, 1, mel bins, frames) bool, SpecAugment's: what is True becomes the mean, 0."""
+        """mask: optional (B, 1, mel bins, frames) bool, SpecAugment's: where it is True, x becomes the mean, 0."""
         raise NotImplementedError
 
 

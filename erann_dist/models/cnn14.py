@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from erann_dist.models.base import AudioModel, Initialisation
 from erann_dist.models.log_mel import MelConfig
 
-# PANNs' own: 32 kHz, 100 frames a second, librosa's mel filters. (Its frames at a clip's ends reflect the sound, these
-# hold zeros.)
+# PANNs' own: 32 kHz, 100 frames per second, librosa's mel filters. (PANNs reflects the sound at a clip's ends; here it
+# is padded with zeros.)
 PANNS_MEL = MelConfig(
     window=1024,
     hop=320,
@@ -51,7 +51,7 @@ class CNN14(AudioModel):
     def __init__(
         self, name: str, num_classes: int, front_end: MelConfig, initialisation: Initialisation = "he"
     ) -> None:
-        """initialisation: he, for ReLU and with small first logits, or pytorch. PANNs' is Xavier's, uniform."""
+        """initialisation: he, for ReLU and with small initial logits, or pytorch. PANNs uses Xavier uniform."""
         super().__init__(name, num_classes, front_end)
         self.bn0 = nn.BatchNorm2d(front_end.mel_bins)
         c_ins = (1, *_CHANNELS[:-1])
@@ -69,7 +69,7 @@ class CNN14(AudioModel):
             nn.init.normal_(self.fc2.weight, std=0.01)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, N) of log-mel spectrograms x (B, 1, mel bins, T). ValueError when the shape can't work."""
+        """Logits (B, N) of log-mel spectrograms x (B, 1, mel bins, T). Raises ValueError for any other shape."""
         bins = self.front_end.mel_bins
         if x.ndim != 4 or x.shape[1:3] != (1, bins) or x.shape[3] < 32:
             raise ValueError(f"{self.name} takes (B, 1, {bins}, T) with T >= 32, not {tuple(x.shape)}")

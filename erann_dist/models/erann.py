@@ -17,7 +17,7 @@ from erann_dist.models.log_mel import ERANN_MEL
 
 MEL_BINS = ERANN_MEL.mel_bins
 NEGATIVE_SLOPE = 0.01
-MAX_WIDTH = 32  # the paper's widest has 6; the parameters grow by its square, to 1.5 billion here
+MAX_WIDTH = 32  # the paper's widest has 6; the number of parameters grows with its square, to 1.5 billion here
 # Kernel size and second convolution's padding for a stride (Table 2). The first convolution always pads by 1.
 _KERNELS = {1: (3, 3, 1), 2: (3, 3, 1), 4: (6, 5, 2)}
 
@@ -38,7 +38,7 @@ class Variant:
         """The variant called, for example, "ERANN-1-6"."""
         match = re.fullmatch(r"ERANN-([0-9]{1,9})-([0-9]{1,9})", name)
         if not match:
-            raise ValueError(f"{name!r} is no ERANN variant; write ERANN-<s_m>-<width>, for example ERANN-1-6")
+            raise ValueError(f"{name!r} is not an ERANN variant; write ERANN-<s_m>-<width>, for example ERANN-1-6")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class Variant:
 
     @property
     def frame_multiple(self) -> int:
-        """The number of input frames must be a multiple of this, else shortcut and main path differ in length."""
+        """The number of input frames must be a multiple of this; otherwise shortcut and main path differ in length."""
         return 4**self.s_m
 
 
@@ -87,7 +87,7 @@ class ERANN(AudioModel):
     """
 
     def __init__(self, variant: Variant, num_classes: int, initialisation: Initialisation = "he") -> None:
-        """initialisation: he, as `_initialise` says, or pytorch, that of torch's layers. The paper's is not known."""
+        """initialisation: he (see `_initialise`) or pytorch, that of torch's layers. The paper does not give one."""
         super().__init__(str(variant), num_classes, ERANN_MEL)
         self.variant = variant
         w = variant.width
@@ -103,8 +103,8 @@ class ERANN(AudioModel):
             self._initialise()
 
     def _initialise(self) -> None:
-        """He et al. (2015) for LeakyReLU where one lies before a layer; unit gain for the linear path, the shortcuts
-        and FC1, whose input it would double from stage to stage; and small first logits."""
+        """He et al. (2015): for LeakyReLU where one precedes the layer; with unit gain for the linear path, the
+        shortcuts and FC1, where it would double the input from stage to stage; and with small initial logits."""
         for name, layer in self.named_modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 linear_path = name.endswith("shortcut") or name == "fc1"
@@ -116,8 +116,8 @@ class ERANN(AudioModel):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, N) of log-mel spectrograms x (B, 1, 128, T).
 
-        mask: optional (B, 1, 128, T) bool, SpecAugment's: what is True is set to 0, the mean, behind the input
-        BatchNorm. ValueError when the shape can't work.
+        mask: optional (B, 1, 128, T) bool, SpecAugment's: where it is True, the output of the input BatchNorm is set to
+        0, the mean. Raises ValueError for any other shape.
         """
         multiple = self.variant.frame_multiple
         if x.ndim != 4 or x.shape[1:3] != (1, MEL_BINS) or x.shape[3] < 1 or x.shape[3] % multiple:

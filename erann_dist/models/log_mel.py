@@ -1,6 +1,6 @@
 """The front end: waveform to log-mel spectrogram.
 
-ERANN's parameters are the paper's, with this project's defaults for what it leaves open: HTK mel scale without filter
+ERANN's parameters are the paper's, with this project's defaults where it leaves them open: HTK mel scale without filter
 normalisation, power spectrogram, 10·log10 with a floor of 1e-10.
 """
 
@@ -41,14 +41,14 @@ class MelConfig:
     f_max: float
     mel_scale: Literal["htk", "slaney"]
     half_second: int  # frames
-    sample_rate: int = SAMPLE_RATE  # to which the sound is resampled
+    sample_rate: int = SAMPLE_RATE  # the sound is resampled to it
 
     def frames(self, samples: int) -> int:
-        """How many frames come of so many samples at 44.1 kHz."""
+        """How many frames a clip of this many samples at 44.1 kHz gives."""
         return padded_samples(samples) // PAD_SAMPLES * self.half_second
 
     def as_dict(self) -> dict[str, bool | int | float | str | None]:
-        """As a model folder's config.json has it."""
+        """The form in a model folder's config.json."""
         names = ("window", "hop", "mel_bins", "f_min", "f_max", "mel_scale")
         resampled = {} if self.sample_rate == SAMPLE_RATE else {"resampled_to": self.sample_rate}
         return {name: getattr(self, name) for name in names} | {"power_floor": FLOOR} | resampled
@@ -62,9 +62,9 @@ class LogMel(nn.Module):
     """Log-mel spectrogram: (B, samples) at 44.1 kHz -> (B, 1, mel bins, frames) in dB.
 
     The clip is zero-padded to a whole number of half seconds. Frame j covers `window` samples around sample hop·j,
-    zeros outside the clip; ERANN's the samples [345·j − 690, 345·j + 690) for j < 128·t in t seconds. float32 also
-    under autocast; the Fourier transform itself is in double precision, because in single precision rumble below the
-    mel range, which real recordings have, costs the quiet bins their third decimal.
+    with zeros outside the clip; for ERANN these are the samples [345·j − 690, 345·j + 690) for j < 128·t in t seconds.
+    The result is float32 also under autocast. The Fourier transform itself is in double precision: in single precision,
+    rumble below the mel range, which real recordings have, costs the quiet bins their third decimal.
     """
 
     window: Tensor
@@ -80,7 +80,7 @@ class LogMel(nn.Module):
         return decibels(self.power(waveform))
 
     def power(self, waveform: Tensor) -> Tensor:
-        """The mel power of which that is the logarithm: (B, 1, mel bins, frames) float32."""
+        """The mel power, before the logarithm: (B, 1, mel bins, frames) float32."""
         config = self.config
         with torch.autocast(waveform.device.type, enabled=False):
             frames = config.frames(waveform.shape[-1])

@@ -1,7 +1,7 @@
-"""Pitch shift: torchaudio's phase vocoder stretches the sound, its resampling makes it as long as before.
+"""Pitch shift: torchaudio's phase vocoder stretches the sound, and resampling restores its length.
 
-torchaudio.functional.pitch_shift is the same, but resamples by the exact ratio of a semitone, whose filter has some 57
-million taps at 44.1 kHz. With a ratio of small whole numbers the filter is short: `erann bench augment` has both.
+torchaudio.functional.pitch_shift does the same, but resamples by the exact ratio of a semitone, whose filter has some
+57 million taps at 44.1 kHz. With a ratio of small integers the filter is short: `erann bench augment` measures both.
 """
 
 import math
@@ -14,15 +14,15 @@ from erann_dist.versions import import_torchaudio
 
 torchaudio = import_torchaudio()
 
-WINDOW = 2048  # samples, 46 ms: tells the partials of a voice of 100 Hz apart
+WINDOW = 2048  # samples, 46 ms: resolves the partials of a 100 Hz voice
 _HOP = WINDOW // 4
 _LARGEST_DENOMINATOR = 18
 
 
 def pitch_ratio(semitones: int) -> Fraction:
-    """New frequency over old: 18/17 for a semitone (1 cent flat), 9/8 for two (4 cents sharp).
+    """New frequency / old frequency: 18/17 for one semitone (1 cent flat), 9/8 for two (4 cents sharp).
 
-    Up to 12 semitones it is within 10 cents.
+    For up to 12 semitones it is accurate to 10 cents.
     """
     ratio = Fraction(2 ** (abs(semitones) / 12)).limit_denominator(_LARGEST_DENOMINATOR)
     return ratio if semitones >= 0 else 1 / ratio
@@ -31,8 +31,8 @@ def pitch_ratio(semitones: int) -> Fraction:
 def shift_pitch(waveform: Tensor, semitones: int) -> Tensor:
     """The clips (n, samples) float32 at pitch_ratio(semitones) times their frequencies: (n, samples) float32.
 
-    Any device. Silence stays silence; what begins or ends suddenly is smeared by up to half a window (23 ms), as by
-    every phase vocoder.
+    On any device. Silence stays silence; as with every phase vocoder, onsets and offsets are smeared by up to half a
+    window (23 ms).
     """
     samples, ratio = waveform.shape[-1], pitch_ratio(semitones)
     window = torch.hann_window(WINDOW, device=waveform.device)

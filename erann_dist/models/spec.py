@@ -1,4 +1,4 @@
-"""The models that `model.variant` may name. Another one is a file and an entry here."""
+"""The models that `model.variant` may name. To add one, add a file and an entry here."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from erann_dist.models.log_mel import ERANN_MEL
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that the rest of the program asks of a family of models."""
+    """Everything the rest of the program needs to know about a family of models."""
 
-    names: str  # which there are, for messages
-    normalise: Callable[[str], str]  # a name as it is stored; ValueError when the family has none of that name
-    build: Callable[[str, int, Initialisation], AudioModel]  # by name, for so many classes
-    head_layers: tuple[str, ...]  # the last ones, in their order; the very last has an output for each class
+    names: str  # the names in the family, for messages
+    normalise: Callable[[str], str]  # a name as it is stored; ValueError when the family has no such model
+    build: Callable[[str, int, Initialisation], AudioModel]  # from the name and the number of classes
+    head_layers: tuple[str, ...]  # the last layers, in order; the very last has an output for each class
     description: str  # for the model card: what it is, and its source
 
 
@@ -32,7 +32,7 @@ def _is(name: str) -> Callable[[str], str]:
 
 
 _PANNS = "the baseline of PANNs (arXiv 1912.10211)"
-# By what their names begin with, the longest that fits.
+# By the prefix of the models' names; the longest match counts.
 MODELS: dict[str, ModelSpec] = {
     "ERANN": ModelSpec(
         "ERANN-<s_m>-<width>, for example ERANN-1-6",
@@ -59,26 +59,26 @@ MODELS: dict[str, ModelSpec] = {
 
 
 def model_spec(name: str) -> ModelSpec:
-    """The family that a name belongs to. ValueError when there is none."""
-    fitting = [begin for begin in MODELS if name.startswith(begin)]
-    if not fitting:
+    """The family that a name belongs to. Raises ValueError when there is none."""
+    prefixes = [prefix for prefix in MODELS if name.startswith(prefix)]
+    if not prefixes:
         known = "; ".join(spec.names for spec in MODELS.values())
-        raise ValueError(f"{name!r} is no model; there are {known}")
-    return MODELS[max(fitting, key=len)]
+        raise ValueError(f"{name!r} is not a model; the models are {known}")
+    return MODELS[max(prefixes, key=len)]
 
 
 def model_name(name: str) -> str:
-    """The name as it is stored. ValueError when there is no such model."""
+    """The name as it is stored. Raises ValueError when there is no such model."""
     return model_spec(name).normalise(name)
 
 
 def build_model(name: str, num_classes: int, initialisation: Initialisation = "he") -> AudioModel:
-    """A model with new weights, from torch's generator. ValueError when there is none of that name."""
+    """A model with new weights, from torch's generator. Raises ValueError when there is no such model."""
     return model_spec(name).build(name, num_classes, initialisation)
 
 
 def macs_of(name: str, num_classes: int, samples: int) -> int:
-    """Multiply-accumulate operations of a model for one clip of so many samples at 44.1 kHz."""
+    """Multiply-accumulate operations of a model for one clip of this many samples at 44.1 kHz."""
     with torch.device("meta"):
         model = build_model(name, num_classes)
     return count_macs(model, model.front_end.frames(samples))

@@ -1,1 +1,1 @@
-"""Bytes on a disk or in a bucket."""
+"""Storage on a disk or in a bucket."""

@@ -1,4 +1,4 @@
-"""A folder of files on a local or shared disk or in an S3 bucket: whole files in and out, each there or not at all."""
+"""A folder on a local or shared disk or in an S3 bucket, whose files are read and written atomically."""
 
 import os
 import secrets
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, BinaryIO, Union
 from erann_dist.errors import UsageError, naming, require_no_credentials
 from erann_dist.storage.stream_file import sequential_file
 
-if TYPE_CHECKING:  # its libraries take longer to load than the rest together, and many a run needs no S3
+if TYPE_CHECKING:  # its libraries take longer to load than all the rest, and many runs need no S3
     from erann_dist.storage.s3 import S3Folder
 
-_BLOCK = 1 << 20  # bytes that are copied at once
+_BLOCK = 1 << 20  # bytes copied at a time
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class LocalFolder:
         return self.url
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """The files in and below the folder whose relative name starts with prefix: name -> bytes, by name."""
+        """The files in and below the folder whose relative name starts with prefix: name -> bytes, sorted by name."""
         found = {}
         for path in self._files():
             name = path.relative_to(self.url).as_posix()
@@ -38,7 +38,7 @@ class LocalFolder:
         return dict(sorted(found.items()))
 
     def is_empty(self) -> bool:
-        """Whether there is no file in or below it; also when it does not exist."""
+        """Whether it does not exist, or there is no file in or below it."""
         return all(path.suffix == ".part" for path in self._files())
 
     def exists(self, name: str) -> bool:
@@ -49,7 +49,7 @@ class LocalFolder:
         return Path(self.url, name).read_bytes()
 
     def version(self, name: str) -> str:
-        """What changes when the file does. Raises FileNotFoundError."""
+        """A string that changes when the file does. Raises FileNotFoundError."""
         status = Path(self.url, name).stat()
         return f"{status.st_ino}-{status.st_size}-{status.st_mtime_ns}"
 
@@ -60,15 +60,15 @@ class LocalFolder:
             yield file
 
     def stream(self, name: str, start: int = 0, end: int | None = None) -> BinaryIO:
-        """Bytes start .. end of the file, to be read from front to back; use it as a context. Raises FileNotFoundError.
+        """Bytes start .. end of the file, for sequential reading, as a context manager. Raises FileNotFoundError.
 
-        A file that is shorter ends earlier.
+        A shorter file ends earlier.
         """
 
         def read() -> Generator[bytes, None, None]:
             with Path(self.url, name).open("rb") as file:
                 file.seek(start)
-                yield b""  # it is open
+                yield b""  # so that opening the file fails here
                 while data := file.read(_BLOCK if end is None else min(_BLOCK, end - file.tell())):
                     yield data
 
@@ -77,7 +77,7 @@ class LocalFolder:
         return sequential_file(pieces, f"{self.url}/{name}")
 
     def fetch(self, name: str, file: BinaryIO, on_progress: Callable[[int], None] = lambda done: None) -> None:
-        """Make the content that of an open file; on_progress is told how many bytes of it are there, and may raise.
+        """Copy the content to an open file; on_progress gets the number of bytes copied so far, and may raise.
 
         Raises FileNotFoundError.
         """
@@ -90,7 +90,7 @@ class LocalFolder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A new file to write, read and seek in; it gets its name at the end, unless the body raises. Leave it open."""
+        """A new file to write, read and seek in; it is named at the end, unless the body raises. Don't close it."""
         path = Path(self.url, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
@@ -98,7 +98,7 @@ class LocalFolder:
             with naming(path), part.open("x+b") as file:  # a full disk
                 yield file
                 file.flush()
-                os.fsync(file.fileno())  # a name that outlives a power cut must not lead to an empty file
+                os.fsync(file.fileno())  # after a power cut the name must not refer to an empty file
             part.replace(path)
         except BaseException:
             part.unlink(missing_ok=True)
@@ -109,7 +109,7 @@ class LocalFolder:
             file.write(data)
 
     def delete(self, name: str) -> None:
-        """No error when there is none. As in S3, no empty folder is left."""
+        """Delete a file, if it exists. As in S3, no empty folder is left."""
         path = Path(self.url, name)
         path.unlink(missing_ok=True)
         with suppress(OSError):
@@ -118,7 +118,7 @@ class LocalFolder:
                 path.rmdir()
 
     def discard_unfinished(self, prefix: str = "") -> None:
-        """Remove what killed processes left of files whose name starts with prefix; one still written then fails."""
+        """Remove what killed processes left of files whose name starts with prefix; a write still in progress fails."""
         for path in self._files():
             name = path.relative_to(self.url).as_posix()
             if path.suffix == ".part" and name.startswith(prefix):
@@ -137,9 +137,9 @@ Folder = Union[LocalFolder, "S3Folder"]
 
 
 def open_folder(url: str, endpoint: str | None = None) -> Folder:
-    """The folder at a path or at s3://bucket/prefix; nothing is asked yet. Raises UsageError for any other URL."""
+    """The folder at a path or at s3://bucket/prefix; no request is made yet. Raises UsageError for any other URL."""
     if not url:
-        raise UsageError("a folder is needed, and the path given is empty")
+        raise UsageError("the path is empty; a folder is needed")
     scheme, separator, rest = url.partition("://")
     if not separator:
         return LocalFolder(url.rstrip("/") or url[:1])
@@ -151,7 +151,7 @@ def open_folder(url: str, endpoint: str | None = None) -> Folder:
     if "//" in rest.rstrip("/"):
         raise UsageError(f"{url}: has an empty part between two slashes; s3://bucket/prefix has none")
     if endpoint and not endpoint.startswith(("http://", "https://")):
-        raise UsageError("an S3 endpoint begins with http:// or https://")  # not shown: it may hold a password
+        raise UsageError("an S3 endpoint begins with http:// or https://")  # not shown: it may contain a password
     require_no_credentials(endpoint or "")
     from erann_dist.storage.s3 import S3Folder
 

@@ -1,4 +1,4 @@
-"""A bounded number of open files, the ones used last: a set may have more tars than a process may have files open."""
+"""A bounded number of open files, the most recently used: a set may have more tars than a process may open files."""
 
 import os
 import resource
@@ -12,12 +12,12 @@ from typing import Generic, TypeVar
 K = TypeVar("K", bound=Hashable)
 
 _MOST = 4096
-# Of the files that the process may have open: a run has two loaders (training and evaluation) and a cache.
+# 1/8 of the files that the process may open: a run has two loaders (training and evaluation) and a cache.
 _SHARE = 8
 
 
 class OpenFile:
-    """A file descriptor, closed when nobody refers to it any more: a thread may still read what others have let go."""
+    """A file descriptor, closed when the last reference goes: a thread may still read what others have released."""
 
     def __init__(self, path: str | Path, flags: int, mode: int = 0o666) -> None:
         """Raises OSError."""
@@ -25,26 +25,26 @@ class OpenFile:
         self._close = weakref.finalize(self, os.close, self.descriptor)
 
     def close(self) -> None:
-        """At once; it may be called again."""
+        """Close it at once; calling it again does nothing."""
         self._close()
 
 
 class OpenFiles(Generic[K]):
-    """Open files by key, the ones used last; for any number of threads."""
+    """The most recently used open files by key, for any number of threads."""
 
     def __init__(self, most: int | None = None) -> None:
-        """most: how many at once; otherwise an eighth of those that the process may have open, at least 16."""
+        """most: how many at once; by default an eighth of the files that the process may open, at least 16."""
         self._most = most or min(_MOST, max(16, allowed_files() // _SHARE))
         self._lock = threading.Lock()
         self._files: OrderedDict[K, OpenFile] = OrderedDict()
 
     def get(self, key: K, open_it: Callable[[], OpenFile]) -> OpenFile:
-        """The file, opened if need be, which may happen in several threads at once. Keep it while it is in use."""
+        """The file, opened if necessary, possibly by several threads at once. Keep the reference while it is in use."""
         with self._lock:
             if file := self._files.get(key):
                 self._files.move_to_end(key)
                 return file
-        opened = open_it()  # not under the lock: on a network's file system it takes a while
+        opened = open_it()  # not under the lock: on a network file system it takes a while
         with self._lock:
             file = self._files.setdefault(key, opened)
             self._files.move_to_end(key)
@@ -53,13 +53,13 @@ class OpenFiles(Generic[K]):
             return file
 
     def close(self) -> None:
-        """All that are not in use; the others when they are not any more."""
+        """Close all files that are not in use; the others close when their last reference goes."""
         with self._lock:
             self._files.clear()
 
 
 def allowed_files() -> int:
-    """How many files this process may have open, once its own limit is as high as the system allows."""
+    """How many files this process may open, after raising its limit as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,4 +1,4 @@
-"""Files that users name: read at once, or one line that says why not. A pipe would hold a command for ever."""
+"""Files named by the user: read at once, or a one-line error. A pipe would block a command for ever."""
 
 import stat
 from pathlib import Path
@@ -7,7 +7,7 @@ from erann_dist.errors import UsageError
 
 
 def require_plain_file(path: Path, max_bytes: int | None = None) -> None:
-    """Raise UsageError, naming the path, unless there is a plain file of at most so many bytes."""
+    """Raise UsageError, naming the path, unless it is a plain file of at most max_bytes bytes."""
     try:
         status = path.stat()
     except OSError as error:
@@ -17,7 +17,7 @@ def require_plain_file(path: Path, max_bytes: int | None = None) -> None:
     if stat.S_ISDIR(status.st_mode):
         raise UsageError(f"{path}: is a folder; a file is needed")
     if not stat.S_ISREG(status.st_mode):
-        raise UsageError(f"{path}: is a pipe or a device; save what it holds in a file and name that")
+        raise UsageError(f"{path}: is a pipe or a device; save its content to a file and give that")
     if max_bytes is not None and status.st_size > max_bytes:
         raise UsageError(f"{path}: has {status.st_size:,} bytes, more than {max_bytes:,}; is it the right file?")
 

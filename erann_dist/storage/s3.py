@@ -37,23 +37,23 @@ from erann_dist.storage.stream_file import sequential_file
 
 T = TypeVar("T")
 
-# An answer that fails in a way that may pass is asked for again, ATTEMPTS times in all, after pauses of about PAUSE_S,
-# 2, 4, 8… times PAUSE_S. Whatever happens, an operation ends after REQUEST_S and the time its bytes take at RATE.
+# A request that fails in a way that may be transient is repeated, ATTEMPTS times in all, after pauses of about PAUSE_S,
+# 2, 4, 8… times PAUSE_S. In any case an operation ends after REQUEST_S plus the time its bytes take at RATE.
 ATTEMPTS = 6
 PAUSE_S = 0.5
 REQUEST_S = 60.0
-# A clip that a run on many machines waits for is asked for longer: for about a minute, at PAUSE_S as above.
+# A clip that a run on many machines waits for is requested for longer: for about a minute, at PAUSE_S as above.
 PATIENT_ATTEMPTS = 9
 PATIENT_S = 180.0
 LONGEST_PAUSE_S = 16.0
-STOP_S = 0.2  # until it is noticed that nobody waits any more
+STOP_S = 0.2  # how often a pause checks whether it should stop
 RATE = 1e6  # bytes per second
 CONNECT_S = 10.0
 SILENCE_S = 20.0  # without a byte on a connection
-PARALLEL = 4  # requests at once in one transfer
+PARALLEL = 4  # concurrent requests in one transfer
 RANGE = 16 << 20  # bytes of a ranged read
-STREAM_RANGE = 4 << 20  # the same in a stream, which holds PARALLEL of them in memory
-PART = 32 << 20  # bytes of a part of an upload; what is not longer goes in one request
+STREAM_RANGE = 4 << 20  # the same in a stream, which keeps PARALLEL of them in memory
+PART = 32 << 20  # bytes of a part of an upload; anything up to this size goes in one request
 PART_SIZE = "erann-part-size"  # in an object's metadata
 
 PASSING = (*S3_RETRYABLE_ERRORS, ConnectionError, IncompleteReadError)
@@ -65,7 +65,7 @@ PASSING_CODES = {"BadDigest", "IncompleteBody", "OperationAborted", "RequestTime
 class S3Folder:
     """The objects of a bucket below a prefix. Credentials come from the environment, a profile or the machine's role.
 
-    Every method raises UserError when S3 refuses, and when faults last or the answer takes too long.
+    Every method raises UserError when S3 refuses, when errors persist, and when a response takes too long.
     """
 
     url: str
@@ -82,7 +82,7 @@ class S3Folder:
             page = self._request("listed", "", "list_objects_v2", **query)
             found.update({self._name(each["Key"]): each["Size"] for each in page.get("Contents", ())})
             if not page.get("IsTruncated"):
-                # Consoles mark "directories" by empty objects whose keys end in a slash.
+                # Consoles create empty objects whose keys end in a slash as "directories".
                 return {name: found[name] for name in sorted(found) if name and not name.endswith("/")}
             query["ContinuationToken"] = page["NextContinuationToken"]
 
@@ -98,7 +98,7 @@ class S3Folder:
         return True
 
     def read(self, name: str) -> bytes:
-        """The whole content, of the length and checksum that S3 names. Raises FileNotFoundError."""
+        """The whole content, with the length and checksum that S3 reports. Raises FileNotFoundError."""
         file = io.BytesIO()
         self.fetch(name, file)
         return file.getvalue()
@@ -106,9 +106,9 @@ class S3Folder:
     def read_range(
         self, name: str, start: int, size: int, etag: str | None, stop: threading.Event | None = None
     ) -> bytes:
-        """Bytes start .. start + size of the object of that ETag, or of any. It is more patient than the other methods.
+        """Bytes start .. start + size of the object with that ETag, or any. It retries longer than the other methods.
 
-        stop: when it is set, nothing is tried again. Raises FileNotFoundError.
+        stop: when it is set, nothing is retried. Raises FileNotFoundError.
         """
         at = {"Bucket": self._bucket, "Key": self._key(name)} | ({"IfMatch": etag} if etag else {})
 
@@ -121,36 +121,36 @@ class S3Folder:
             raise self._error("read", name, "it is no longer the object that this run began with") from None
 
     def size_and_version(self, name: str, stop: threading.Event | None = None) -> tuple[int, str]:
-        """The object's bytes, and its ETag. As patient as read_range. Raises FileNotFoundError."""
+        """The object's size in bytes, and its ETag. Retries as long as read_range. Raises FileNotFoundError."""
         head = self._head("read", name, PATIENT_ATTEMPTS, PATIENT_S, stop)
         return head["ContentLength"], head["ETag"]
 
     def version(self, name: str) -> str:
-        """What changes when the object does: its ETag. Raises FileNotFoundError."""
+        """A string that changes when the object does: its ETag. Raises FileNotFoundError."""
         return self.size_and_version(name)[1]
 
     @contextmanager
     def reading(self, name: str) -> Iterator[BinaryIO]:
-        """A nameless local copy, of the length and checksum that S3 names. Raises FileNotFoundError."""
+        """A nameless local copy, with the length and checksum that S3 reports. Raises FileNotFoundError."""
         with naming(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             self.fetch(name, file)
             file.seek(0)
             yield file
 
     def stream(self, name: str, start: int = 0, end: int | None = None) -> BinaryIO:
-        """Bytes start .. end of the object, to be read from front to back; use it as a context.
+        """Bytes start .. end of the object, for sequential reading, as a context manager.
 
-        PARALLEL ranges of it are asked for ahead, as patiently as read_range does. An object that is shorter ends
-        earlier. Raises FileNotFoundError; reading raises UserError, also when the object changes meanwhile.
+        PARALLEL ranges of it are requested ahead, and retried as long as by read_range. A shorter object ends earlier.
+        Raises FileNotFoundError; reading raises UserError, also when the object changes meanwhile.
         """
         size, etag = self.size_and_version(name)
         pieces = self._pieces(name, etag, start, size if end is None else min(end, size))
         return sequential_file(pieces, f"{self.url}/{name}")
 
     def fetch(self, name: str, file: BinaryIO, on_progress: Callable[[int], None] = lambda done: None) -> None:
-        """Make the content, of the length and checksum that S3 names and all of one version, that of an open file.
+        """Copy the content, all of one version and with the length and checksum that S3 reports, to an open file.
 
-        on_progress is told how many bytes of it are there, and may raise. Raises FileNotFoundError.
+        on_progress gets the number of bytes copied so far, and may raise. Raises FileNotFoundError.
         """
         for _ in range(ATTEMPTS):
             head = self._head("read", name)
@@ -164,7 +164,7 @@ class S3Folder:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[BinaryIO]:
-        """A new local file to write, read and seek in; uploaded at the end, unless the body raises. Leave it open."""
+        """A new local file to write, read and seek in; uploaded at the end, unless the body raises. Don't close it."""
         with naming(tempfile.gettempdir()), tempfile.TemporaryFile() as file:
             yield file
             self._store(name, file)
@@ -173,12 +173,12 @@ class S3Folder:
         self._store(name, io.BytesIO(data))
 
     def delete(self, name: str) -> None:
-        """No error when there is none."""
+        """Delete an object, if it exists."""
         self._request("deleted", name, "delete_object", Key=self._key(name))
 
     def discard_unfinished(self, prefix: str = "") -> None:
-        """Abort the uploads that killed processes left of files whose name starts with prefix; one that still goes on
-        fails."""
+        """Abort the uploads that killed processes left of files whose name starts with prefix; an upload still in
+        progress fails."""
         query: dict[str, Any] = {"Prefix": self._key(prefix)}
         while True:
             page = self._request("cleared of unfinished uploads", "", "list_multipart_uploads", **query)
@@ -200,7 +200,7 @@ class S3Folder:
         return key.removeprefix(self._key(""))
 
     def _pieces(self, name: str, etag: str, start: int, end: int) -> Generator[bytes, None, None]:
-        """The bytes start .. end of the object of that ETag, range by range."""
+        """The bytes start .. end of the object with that ETag, range by range."""
         at = {"Bucket": self._bucket, "Key": self._key(name), "IfMatch": etag}
         starts = iter(range(start, end, STREAM_RANGE))
         ahead: deque[asyncio.Task[bytes]] = deque()
@@ -211,7 +211,7 @@ class S3Folder:
         async def next_piece(s3: S3FileSystem) -> bytes:
             for first in islice(starts, PARALLEL - len(ahead)):
                 ahead.append(asyncio.create_task(fetch(s3, first)))
-                # Of failures, the first in the object's order ends the stream; asyncio would log the others.
+                # The failure that comes first in the object ends the stream; asyncio would log the others.
                 ahead[-1].add_done_callback(lambda task: task.cancelled() or task.exception())
             return await ahead.popleft() if ahead else b""
 
@@ -246,17 +246,17 @@ class S3Folder:
         self._wait("read", name, REQUEST_S + size / RATE, fetch)
 
     def _store(self, name: str, file: BinaryIO) -> None:
-        """Make the file's content the object `name`."""
+        """Upload the file's content as the object `name`."""
         md5s = _md5s(file, PART)
         for _ in range(ATTEMPTS):
-            # Not found is an upload that another process aborted, or one whose completion was answered but not heard.
+            # Not found: another process aborted the upload, or the response to its completion was lost.
             with suppress(FileNotFoundError):
                 self._send(name, file, md5s)
             with suppress(FileNotFoundError):
                 if self._holds(name, file, _etag(md5s)):
                     return
         self.delete(name)
-        raise self._error("written", name, f"what S3 then holds is not what was sent, {ATTEMPTS} times in a row")
+        raise self._error("written", name, f"what S3 stored is not what was sent, {ATTEMPTS} times in a row")
 
     def _send(self, name: str, file: BinaryIO, md5s: list[bytes]) -> None:
         key = self._key(name)
@@ -265,7 +265,7 @@ class S3Folder:
             body = {"Body": file.read(), "ContentMD5": base64.b64encode(md5s[0]).decode()}
             self._request("written", name, "put_object", Key=key, **body, seconds=REQUEST_S + PART / RATE)
             return
-        # The size of the parts goes along: with it, whoever reads can check the ETag.
+        # The size of the parts is stored too, because a reader needs it to check the ETag.
         metadata = {PART_SIZE: str(PART)}
         begun = self._request("written", name, "create_multipart_upload", Key=key, Metadata=metadata)
         upload = {"Bucket": self._bucket, "Key": key, "UploadId": begun["UploadId"]}
@@ -286,12 +286,12 @@ class S3Folder:
         try:
             self._wait("written", name, REQUEST_S + PART * len(md5s) / RATE, send)
         except BaseException:
-            with suppress(UserError):  # the first error says more
+            with suppress(UserError):  # the first error is more informative
                 self._abort(name, begun["UploadId"])
             raise
 
     def _holds(self, name: str, file: BinaryIO, etag: str) -> bool:
-        """Whether the object is the file. Where its ETag is no MD5 (encryption with a KMS key), read back to see."""
+        """Whether the object is the file. Where its ETag is not an MD5 (encryption with a KMS key), it is read back."""
         head = self._head("written", name)
         if head["ContentLength"] != file.seek(0, os.SEEK_END):
             return False
@@ -315,7 +315,7 @@ class S3Folder:
             try:
                 return await s3._call_s3("head_object", **at)
             except OSError as error:
-                # A refused HEAD has no body to tell why: no such key or no such bucket, denied or expired.
+                # A refused HEAD has no body with the reason: no such key or no such bucket, denied or expired.
                 if not isinstance(error.__cause__, ClientError) or _may_pass(error.__cause__):
                     raise
                 answer = await s3._call_s3("get_object", **at)
@@ -331,7 +331,7 @@ class S3Folder:
     def _request(
         self, done: str, name: str, method: str, seconds: float | None = None, **fields: Any
     ) -> dict[str, Any]:
-        """One request and its answer."""
+        """Send one request and return its response."""
 
         async def ask(s3: S3FileSystem) -> dict[str, Any]:
             return await _retried(lambda: s3._call_s3(method, Bucket=self._bucket, **fields))
@@ -339,7 +339,7 @@ class S3Folder:
         return self._wait(done, name, seconds or REQUEST_S, ask)
 
     def _wait(self, done: str, name: str, seconds: float, work: Callable[[S3FileSystem], Awaitable[T]]) -> T:
-        """Run work on s3fs's event loop, for so many seconds at most; its failure in words."""
+        """Run work on s3fs's event loop for at most that many seconds; a failure becomes a readable error."""
         s3 = _file_system(self.endpoint)
         kind: type[UserError]
         try:
@@ -357,10 +357,10 @@ class S3Folder:
 
 
 class _Refused(Exception):
-    """An answer, or the lack of one, that stays. The message is the reason and what to do."""
+    """A permanent failure, of a response or the lack of one. The message is the reason and what to do."""
 
     def __init__(self, reason: str, passes: bool = False) -> None:
-        """passes: it stayed for all attempts, but may be gone later."""
+        """passes: all attempts failed, but a later one may succeed."""
         super().__init__(reason)
         self.passes = passes
 
@@ -370,15 +370,15 @@ class _Missing(Exception):
 
 
 class _Changed(Exception):
-    """The object is no longer the one of the ETag asked for."""
+    """The object no longer has the requested ETag."""
 
 
 class CutShort(Exception):
-    """An answer that claims to be whole and is not."""
+    """A response that claims to be complete and is not."""
 
 
 def connection(endpoint: str | None, bucket: str) -> Connection:
-    """How s3fs asks for the bucket's objects, for another client. Raises as s3fs does."""
+    """How s3fs requests the bucket's objects, for another client. Raises what s3fs raises."""
     s3 = _file_system(endpoint)
     return cast(Connection, sync(s3.loop, find_connection, s3, bucket, timeout=REQUEST_S))
 
@@ -391,8 +391,8 @@ def _file_system(endpoint: str | None) -> S3FileSystem:
 def _kept_file_system(endpoint: str | None, process: int, connect_s: float, silence_s: float) -> S3FileSystem:
     """The s3fs client of this process.
 
-    A forked process keeps its parent's client too: were it collected, closing its connections there would take them
-    out of the epoll that both processes share, and the parent would wait for answers in vain.
+    A forked process keeps its parent's client too: if it were collected there, closing its connections would remove
+    them from the epoll that both processes share, and the parent would wait for responses in vain.
     """
     return s3fs_client(endpoint, connect_s, silence_s)
 
@@ -400,9 +400,9 @@ def _kept_file_system(endpoint: str | None, process: int, connect_s: float, sile
 async def _retried(
     attempt: Callable[[], Awaitable[T]], attempts: int | None = None, stop: threading.Event | None = None
 ) -> T:
-    """What attempt() gives, asked again after failures that may pass. Raises _Missing, _Changed or _Refused.
+    """The result of attempt(), repeated after failures that may be transient. Raises _Missing, _Changed or _Refused.
 
-    stop: when it is set, nothing is asked again.
+    stop: when it is set, nothing is repeated.
     """
     attempts = attempts or ATTEMPTS
     for i in range(attempts):
@@ -416,7 +416,7 @@ async def _retried(
         try:
             return await attempt()
         except Exception as error:
-            # s3fs makes an OSError of an answer and leaves the answer, with its code, as the cause.
+            # s3fs turns an error response into an OSError and leaves the response, with its code, as the cause.
             cause = error.__cause__ if isinstance(error.__cause__, ClientError) else error
             renewed = _has_expired(cause) and credentials_stamp() != keys
             if not (_may_pass(cause) or renewed):
@@ -436,7 +436,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _explained(error: BaseException, attempts: int) -> Exception:
-    """The error in words: codes and botocore's own messages, for the rest of an answer can hold session tokens."""
+    """The error as codes and botocore's own messages; the rest of a response can contain session tokens."""
     again = f", {attempts} times in a row" if _may_pass(error) else ""
     if isinstance(error, ClientError):
         code = error.response["Error"]["Code"]
@@ -500,7 +500,7 @@ async def _range(s3: S3FileSystem, start: int, end: int, at: dict[str, str]) -> 
 
 
 def _is_content_of(file: BinaryIO, head: dict[str, Any]) -> bool:
-    """Whether the file has the object's checksum, as far as the ETag is one."""
+    """Whether the file has the object's checksum, if the ETag is a checksum."""
     etag = head["ETag"].strip('"')
     if head.get("ServerSideEncryption", "").startswith("aws:"):  # a KMS key: no MD5 of the plain text
         return True
@@ -521,7 +521,7 @@ def _md5s(file: BinaryIO, part: int) -> list[bytes]:
 
 
 def _etag(md5s: list[bytes]) -> str:
-    """What S3 calls an object that came in these parts."""
+    """The ETag that S3 gives an object uploaded in these parts."""
     return md5s[0].hex() if len(md5s) == 1 else f"{_md5(b''.join(md5s)).hexdigest()}-{len(md5s)}"
 
 

@@ -1,7 +1,7 @@
-"""The two S3 clients, s3fs and Arrow's, made from the same facts: where requests go, by which way, in whose name.
+"""The two S3 clients, s3fs and Arrow's, made from the same settings: server, proxy and credentials.
 
-What botocore knows from its configuration, credentials and environment is the source; Arrow's client, which reads less
-of that by itself, is given what s3fs's client was made with. Two settings have no variable of Amazon's own. They have
+The settings are what botocore finds in its configuration, credentials and environment. Arrow's client, which reads less
+of that by itself, is given what s3fs's client was made with. Two settings have no variable of Amazon's own and use
 GDAL's names: AWS_NO_SIGN_REQUEST=YES reads public buckets without credentials, AWS_REQUEST_PAYER=requester pays for
 requests to a bucket whose owner does not. fsspec's FSSPEC_S3_ANON and FSSPEC_S3_REQUESTER_PAYS do the same.
 """
@@ -29,29 +29,29 @@ _AMAZONS_OWN = re.compile(r"s3(\.[a-z0-9-]+)?\.amazonaws\.com")  # not the endpo
 
 @dataclass(frozen=True)
 class Connection:
-    """How the objects of a bucket are asked for."""
+    """How the objects of a bucket are requested."""
 
     server: str  # the endpoint's URL
-    region: str  # the bucket's, for which requests are signed
+    region: str  # the bucket's region, for which requests are signed
     virtual_host: bool  # the bucket is part of the host's name, not of the path
-    proxy: str | None = field(repr=False)  # its URL, which may hold a password
-    ca_file: str | None  # the certificates that are trusted; none: the system's
+    proxy: str | None = field(repr=False)  # its URL, which may contain a password
+    ca_file: str | None  # the trusted certificates; none: the system's
     requester_pays: bool
     credentials: tuple[str, str, str | None] | None = field(repr=False)  # key, secret key, token; none: anonymous
 
 
 def s3fs_client(endpoint: str | None, connect_s: float, silence_s: float) -> S3FileSystem:
-    """A new s3fs client that asks once. It takes over keys that are renewed in the credentials file."""
+    """A new s3fs client that does not retry. It picks up keys that are renewed in the credentials file."""
     config = {
         "connect_timeout": connect_s,
         "read_timeout": silence_s,
         "max_pool_connections": 64,
         "retries": {"total_max_attempts": 1},
-        # The MD5s of s3.py do what botocore's CRCs do, and on S3 servers that are not Amazon's too.
+        # The MD5s of s3.py do what botocore's CRCs do, and also work on S3 servers other than Amazon's.
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
-    configured = fsspec.config.conf.get("s3", {})  # of text, where a variable has set it
+    configured = fsspec.config.conf.get("s3", {})  # strings, where a variable has set them
     session = AioSession(profile=configured.get("profile"))
     session.register("before-parameter-build.s3", functools.partial(_take_renewed_keys, session, _Seen()))
     s3 = S3FileSystem(
@@ -63,8 +63,8 @@ def s3fs_client(endpoint: str | None, connect_s: float, silence_s: float) -> S3F
         use_listings_cache=False,
         skip_instance_cache=True,
     )
-    # botocore tries again after status 500 but not after an answer cut short, s3fs the other way round, and neither
-    # checks the content; one on top of the other they multiply. So s3.py alone tries again.
+    # botocore retries after status 500 but not after a truncated response, s3fs does the opposite, and neither checks
+    # the content; together their retries multiply. So only s3.py retries.
     s3.retries = 1
     return s3
 
@@ -74,13 +74,13 @@ def _is_true(value: object) -> bool:
 
 
 async def find_connection(s3: S3FileSystem, bucket: str) -> Connection:
-    """What the s3fs client sends requests for this bucket with. Raises as its requests do."""
+    """The settings with which the s3fs client sends requests for this bucket. Raises what its requests raise."""
     client = await s3.set_session()
     server = client.meta.endpoint_url
     url = urlsplit(server)
     region, amazons_own = client.meta.region_name or "us-east-1", bool(_AMAZONS_OWN.fullmatch(url.hostname or ""))
     if (url.hostname or "").endswith(".amazonaws.com"):
-        region = await _region_of(s3, bucket) or region  # botocore follows a redirection to it, Arrow does not
+        region = await _region_of(s3, bucket) or region  # botocore follows a redirect to it, Arrow does not
         if amazons_own:
             server = f"{url.scheme}://s3.{region}.amazonaws.com"
     found = None if s3.anon else await s3.session.get_credentials()
@@ -89,7 +89,7 @@ async def find_connection(s3: S3FileSystem, bucket: str) -> Connection:
     return Connection(
         server=server,
         region=region,
-        # As botocore does: not with an endpoint of the user's, nor with a dot, for which no certificate would fit.
+        # As in botocore: not with the user's own endpoint, nor with a dot, which no certificate would match.
         virtual_host=amazons_own and "." not in bucket and not _is_endpoint_given(s3),
         proxy=proxy if not proxy or "://" in proxy else f"http://{proxy.removeprefix('//')}",
         ca_file=s3.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE"),
@@ -103,7 +103,7 @@ def _is_endpoint_given(s3: S3FileSystem) -> bool:
 
 
 async def _region_of(s3: S3FileSystem, bucket: str) -> str | None:
-    """That Amazon names, in refusals too."""
+    """The bucket's region, which Amazon names even when it refuses the request."""
     try:
         answer = await s3._call_s3("head_bucket", Bucket=bucket)
     except OSError as error:
@@ -115,7 +115,7 @@ async def _region_of(s3: S3FileSystem, bucket: str) -> str | None:
 
 
 def arrow_client(at: Connection, connect_s: float, request_s: float) -> pyarrow.fs.S3FileSystem:
-    """A new client of Arrow's that asks once. It can't send that the requester pays."""
+    """A new Arrow client that does not retry. It can't request with requester pays."""
     url = urlsplit(at.server)
     access_key, secret_key, token = at.credentials or (None, None, None)
     return pyarrow.fs.S3FileSystem(
@@ -125,7 +125,7 @@ def arrow_client(at: Connection, connect_s: float, request_s: float) -> pyarrow.
         anonymous=at.credentials is None,
         region=at.region,
         scheme=url.scheme,
-        # Named also where it is Amazon's own: without it Arrow would look for one in the environment by other rules.
+        # Given even for Amazon's own: otherwise Arrow would look for one in the environment by other rules.
         endpoint_override=url.netloc,
         force_virtual_addressing=at.virtual_host,
         proxy_options=_with_port(at.proxy) if at.proxy else None,
@@ -151,7 +151,7 @@ Stamp = tuple[tuple[int, int, int] | None, ...]
 
 
 def credentials_stamp() -> Stamp:
-    """What changes when the files do that keys are read from."""
+    """A value that changes when the files that keys are read from change."""
     names = (
         os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
         os.environ.get("AWS_CONFIG_FILE", "~/.aws/config"),
@@ -172,7 +172,7 @@ class _Seen:
 
 
 async def _take_renewed_keys(session: AioSession, seen: _Seen, **_: Any) -> None:
-    """Before each request. botocore reads a file once, and renews only what a role or a service has given."""
+    """Called before each request. botocore reads a file once, and renews only keys from a role or a service."""
     stamp = credentials_stamp()
     if stamp == seen.stamp:
         return

@@ -1,4 +1,4 @@
-"""Pieces of bytes that come one after the other, as a file that is read from front to back."""
+"""A generator of bytes as a file for sequential reading."""
 
 import io
 from collections.abc import Generator
@@ -12,7 +12,7 @@ class _Pieces(io.RawIOBase):
         self._pieces = pieces
         self._rest = memoryview(b"")
         self._error: Exception | None = None
-        self.name = name  # what a message shows of the file
+        self.name = name  # shown in messages
 
     def readable(self) -> bool:
         return True
@@ -30,7 +30,7 @@ class _Pieces(io.RawIOBase):
         super().close()
 
     def _next(self) -> bytes:
-        if self._error:  # of a generator that has failed, Python says that it is at its end
+        if self._error:  # to Python, a generator that has failed is at its end
             raise self._error
         try:
             return next(self._pieces, b"")
@@ -40,8 +40,8 @@ class _Pieces(io.RawIOBase):
 
 
 def sequential_file(pieces: Generator[bytes, None, None], name: str) -> BinaryIO:
-    """The pieces, none of them empty, as a file that is only read and can't seek. Closing it closes the generator.
+    """The pieces, none of them empty, as a read-only file that can't seek. Closing it closes the generator.
 
-    What the generator raises is raised by each read from there on.
+    An exception of the generator is raised by that read and all later ones.
     """
     return io.BufferedReader(_Pieces(pieces, name), _BUFFER)

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background of the training."""
+"""Checkpoints written in the background while the training continues."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from erann_dist.train.checkpoint import Facts, Start, Superseded
 from erann_dist.train.engine import Engine, State
 from erann_dist.train.run import Run
 
-# Seconds before the last checkpoint is tried again, by how many failed in a row.
+# Seconds before the last checkpoint is written again, by how many attempts failed in a row.
 _PAUSES_S = (0.0, 2.0, 5.0, 15.0, 30.0)
 
 
@@ -20,38 +20,38 @@ class CheckpointWriter:
     """Writes the checkpoints of one start of a run, one at a time, in a thread of its own. Rank 0 has one."""
 
     def __init__(self, start: Start, settings: CheckpointSection, due: Callable[[int], bool]) -> None:
-        """due: at which steps there is a checkpoint whatever happens."""
+        """due: at which steps a checkpoint is always written."""
         self.start = start
-        self.state: State = {}  # the copy that is written; not to be changed before `drain` has reported it
+        self.state: State = {}  # the copy that is written; do not change it before `drain` has reported the result
         self.saved_step: int | None = None
         self.last: str | None = None  # the name of the checkpoint of that step
         self._settings = settings
         self._due = due
         self._failed = 0  # in a row
-        self._reported: set[str] = set()  # what is wrong with checkpoints that are kept or could not be deleted
+        self._reported: set[str] = set()  # problems with checkpoints that are kept or could not be deleted
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[list[Event]] | None = None
 
     def begin(self, facts: Facts, stall_s: float, pause_s: float = 0.0) -> None:
-        """Write `state`, after a pause. stall_s: how long the training was held up for the copy."""
+        """Write `state`, after a pause. stall_s: how long the training was blocked for the copy."""
         self._facts, self._stall_s = facts, stall_s
         self._writing = self._thread.submit(self._write, facts, stall_s, pause_s)
 
     def begin_again(self) -> None:
-        """Write what could not be written, after a while."""
+        """Write the checkpoint that failed again, after a pause."""
         self.begin(self._facts, self._stall_s, _PAUSES_S[min(self._failed, len(_PAUSES_S) - 1)])
 
     @property
     def has_failed(self) -> bool:
-        """Whether what was begun last is known not to be written."""
+        """Whether the last checkpoint is known to have failed."""
         return self._writing is None and self._failed > 0
 
     def is_done(self, seconds: float) -> bool:
-        """Whether nothing is being written any more; waits so long for it."""
+        """Whether nothing is being written any more; waits up to that long."""
         return self._writing is None or bool(wait([self._writing], timeout=seconds).done)
 
     def drain(self) -> list[Event]:
-        """The result of the checkpoint that was begun, once it is done and only once.
+        """The events of the checkpoint that was begun, once it is done; later calls return none.
 
         Raises UserError when one too many failed, and Superseded.
         """
@@ -68,19 +68,19 @@ class CheckpointWriter:
         return events
 
     def record(self, step: int, metrics: dict[str, float]) -> list[Event]:
-        """Write the evaluation of the last checkpoint beside it, if it is this step's. Raises Superseded."""
+        """Write the evaluation next to the last checkpoint, if that is this step's. Raises Superseded."""
         try:
             if self.saved_step == step and self.last:
                 checkpoint.record(self.start, self.last, metrics)
         except Superseded:
             raise
         except (OSError, UserError) as error:
-            text = f"{self.start.run}: the evaluation of step {step} could not be written beside its checkpoint"
+            text = f"{self.start.run}: the evaluation of step {step} could not be written next to its checkpoint"
             return [Incident(step, "checkpoint", f"{text} ({_reason(error)})")]
         return []
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Wait for the checkpoint that is being written."""
         self._thread.shutdown()
 
     def _write(self, facts: Facts, stall_s: float, pause_s: float) -> list[Event]:
@@ -115,7 +115,7 @@ def _reason(error: OSError | UserError) -> str:
 
 
 class AsyncCheckpoints:
-    """The checkpoints of one start of a run, on each of its workers: they wait for each other where one has to."""
+    """The checkpoints of one start of a run, on each of its workers, which wait for each other where necessary."""
 
     def __init__(self, run: Run, writer: CheckpointWriter | None, emit: Emit) -> None:
         """writer: on rank 0."""
@@ -133,12 +133,12 @@ class AsyncCheckpoints:
             self.writer.begin(now, time.perf_counter() - began)
 
     def report(self) -> None:
-        """Emit the result of a checkpoint that is written. Rank 0 raises UserError when one too many failed."""
+        """Emit the result of a finished checkpoint. Rank 0 raises UserError when one too many failed."""
         for event in self.writer.drain() if self.writer else []:
             self._emit(event)
 
     def wait(self) -> None:
-        """Wait until nothing is being written. All workers call it, and none looks as if it hung."""
+        """Wait until nothing is being written. All workers call it; meanwhile their watchdogs see progress."""
         while not self._run.workers.broadcast(self.writer is None or self.writer.is_done(seconds=1.0)):
             self._run.watchdog.alive()
         self.report()

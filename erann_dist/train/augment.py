@@ -1,7 +1,7 @@
 """From int16 crops to the model's input, on the device: pitch shift, mixup of waveforms or spectrograms, SpecAugment.
 
-Every random choice is keyed by (seed, position): of the example, or of the clip for its pitch. So it is the same on any
-number of workers and after every restart.
+Every random choice is keyed by (seed, position); the position is the example's, or the clip's for the pitch. So it is
+the same on any number of workers and after every restart.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class AugmentParams:
     lam: Tensor  # (M,) float32: the first clip's share in a mixup
     time_masks: Tensor  # (M, 2, masks) int64: first frames and numbers of frames
     frequency_masks: Tensor  # (M, 2, masks) int64: the same of mel bins
-    shifted: dict[int, Tensor]  # (k,) int64 for each shift in semitones but 0: the crops of the micro-batch to shift so
+    shifted: dict[int, Tensor]  # by shift in semitones, without 0: (k,) int64, the crops of the micro-batch
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "AugmentParams":
         return AugmentParams(
@@ -43,7 +43,7 @@ class AugmentParams:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the model is trained on: one micro-batch."""
+    """One micro-batch of the model's training input."""
 
     log_mel: Tensor  # (M, 1, bins, T) float32, dB
     mask: Tensor | None  # (M, 1, bins, T) bool, SpecAugment's
@@ -51,9 +51,9 @@ class Inputs:
 
 
 def clip_positions(examples: npt.NDArray[np.int64], mixup: Mixup, partner: Partner) -> npt.NDArray[np.int64]:
-    """The sampler's positions that the examples need: two for each with fresh partners, else one.
+    """The sampler's positions for the examples: two for each with fresh partners, otherwise one.
 
-    PANNs' way is a fresh partner: example e mixes positions 2e and 2e + 1.
+    As in PANNs, example e with a fresh partner mixes positions 2e and 2e + 1.
     """
     if mixup != "none" and partner == "fresh":
         return np.stack([2 * examples, 2 * examples + 1], axis=1).reshape(-1)
@@ -63,9 +63,10 @@ def clip_positions(examples: npt.NDArray[np.int64], mixup: Mixup, partner: Partn
 def draw_augment_params(
     examples: npt.NDArray[np.int64], bins: int, frames: int, seed: int, augment: AugmentSection
 ) -> AugmentParams:
-    """For the examples at these positions (M,) of the run, with crops of so many mel bins and frames; on the CPU.
+    """The random choices for the examples at these positions (M,) of the run, on the CPU.
 
-    SpecAugment's are two time masks of up to 1/16 of the frames and two frequency masks of up to 1/8 of the bins.
+    bins, frames: of the crops. SpecAugment uses two time masks of up to 1/16 of the frames and two frequency masks of
+    up to 1/8 of the bins.
     """
     positions = clip_positions(examples, augment.mixup, augment.partner)
     shifts = keyed_integer(-augment.pitch_shift, augment.pitch_shift, seed, PITCH, positions)
@@ -107,35 +108,35 @@ def _pairs(clips: Tensor, partner: Partner) -> tuple[Tensor, Tensor]:
     return clips, clips[torch.arange(len(clips), device=clips.device) ^ 1]
 
 
-def interpolate(x1: Tensor, x2: Tensor, share: Tensor) -> Tensor:
-    """share·x1 + (1 − share)·x2 (Zhang et al. 2018). x1, x2: (M, ...); share: (M,)."""
-    share = share.view(-1, *[1] * (x1.dim() - 1))
-    return share * x1 + (1 - share) * x2
+def interpolate(x1: Tensor, x2: Tensor, lam: Tensor) -> Tensor:
+    """lam·x1 + (1 − lam)·x2 (Zhang et al. 2018). x1, x2: (M, ...); lam: (M,)."""
+    lam = lam.view(-1, *[1] * (x1.dim() - 1))
+    return lam * x1 + (1 - lam) * x2
 
 
-def mix_modified(x1: Tensor, x2: Tensor, share: Tensor) -> Tensor:
-    """Between-class mixing (Tokozume et al. 2018): the share is one of loudness, and the sum keeps its energy.
+def mix_modified(x1: Tensor, x2: Tensor, lam: Tensor) -> Tensor:
+    """Between-class mixing (Tokozume et al. 2018): lam is the ratio r of perceived loudness, and energy is preserved.
 
     p = 1 / (1 + 10^((G1 − G2) / 20) · (1 − r) / r) for the levels G in dB, x = (p·x1 + (1 − p)·x2) / √(p² + (1 − p)²).
-    The paper's own rule for "modified mixup" is not published; this is the default for it. Levels are plain RMS.
+    The paper's own rule for "modified mixup" is not published; this is our default. Levels are plain RMS.
     """
     rms1, rms2 = (x.square().mean(dim=1).sqrt().clamp(min=_SILENCE_RMS) for x in (x1, x2))
-    p = (1 / (1 + rms1 / rms2 * (1 - share) / share))[:, None]
+    p = (1 / (1 + rms1 / rms2 * (1 - lam) / lam))[:, None]
     return (p * x1 + (1 - p) * x2) / (p.square() + (1 - p).square()).sqrt()
 
 
-def mix_decibels(power1: Tensor, power2: Tensor, share: Tensor) -> Tensor:
-    """The shares are of the log-mels, as in PANNs."""
-    return interpolate(decibels(power1), decibels(power2), share)
+def mix_decibels(power1: Tensor, power2: Tensor, lam: Tensor) -> Tensor:
+    """Interpolate the log-mels, as in PANNs."""
+    return interpolate(decibels(power1), decibels(power2), lam)
 
 
-def mix_power(power1: Tensor, power2: Tensor, share: Tensor) -> Tensor:
-    """The shares are of the mel power, which adds up where sounds do; the paper's rule is not published here either."""
-    return decibels(interpolate(power1, power2, share))
+def mix_power(power1: Tensor, power2: Tensor, lam: Tensor) -> Tensor:
+    """Interpolate the mel power, which is additive like the sounds; the paper's rule is not published here either."""
+    return decibels(interpolate(power1, power2, lam))
 
 
-# From the examples' two clips and the first one's shares (M,): waveforms (M, samples) to the mixed one, mel power
-# (M, 1, bins, T) to the mixed log-mel. Another rule is another function here.
+# From the examples' two clips and lam (M,): waveforms (M, samples) to the mixed waveform, mel power (M, 1, bins, T) to
+# the mixed log-mel. To add a rule, add a function here.
 MIXES: dict[tuple[MixupOn, Mixup], Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     ("waveform", "standard"): interpolate,
     ("waveform", "modified"): mix_modified,
@@ -145,13 +146,13 @@ MIXES: dict[tuple[MixupOn, Mixup], Callable[[Tensor, Tensor, Tensor], Tensor]] =
 
 
 def spec_augment_mask(params: AugmentParams, bins: int, frames: int) -> Tensor:
-    """What the masks cover: (M, 1, bins, frames) bool."""
+    """The cells that the masks cover: (M, 1, bins, frames) bool."""
     time, frequency = _covered(params.time_masks, frames), _covered(params.frequency_masks, bins)
     return frequency[:, None, :, None] | time[:, None, None, :]
 
 
 def _bands(purpose: int, examples: npt.NDArray[np.int64], masks: int, widest: int, length: int, seed: int) -> Tensor:
-    """`masks` bands of 0 to `widest` cells anywhere in `length`: (M, 2, masks) int64, their first cells and widths."""
+    """`masks` bands of 0 to `widest` cells anywhere in `length`: (M, 2, masks) int64, first cells and widths."""
     bands = np.empty((len(examples), 2, masks), np.int64)
     for number in range(masks):
         width = bands[:, 1, number] = keyed_integer(0, widest, seed, purpose, number, 0, examples)
@@ -160,7 +161,7 @@ def _bands(purpose: int, examples: npt.NDArray[np.int64], masks: int, widest: in
 
 
 def _covered(bands: Tensor, length: int) -> Tensor:
-    """(M, length) bool"""
+    """Whether a band covers each cell: (M, length) bool."""
     cells = torch.arange(length, device=bands.device)[:, None]
     first, width = bands[:, 0, None], bands[:, 1, None]
     return ((cells >= first) & (cells < first + width)).any(dim=-1)

@@ -1,6 +1,6 @@
 """BatchNorm's running statistics, the same on every worker and exact at every step.
 
-Inside a micro-batch BatchNorm uses that micro-batch's own statistics. The running ones, which evaluation uses, are
+Within a micro-batch BatchNorm uses that micro-batch's own statistics. The running statistics, used in evaluation, are
 updated once per optimizer step from the mean over the step's micro-batches, whichever workers computed them.
 """
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class RunningStatistics:
-    """Takes over the running statistics of a model's BatchNorms while it is trained.
+    """Manages the running statistics of a model's BatchNorms while it is trained.
 
-    Made after a checkpoint was loaded. Per step: `add` after each micro-batch's forward pass, then one `update`. With a
-    momentum of 1 a BatchNorm leaves the statistics of the micro-batch itself in its buffers, and in training it never
+    Create it after a checkpoint is loaded. Per step: `add` after each micro-batch's forward pass, then one `update`.
+    With a momentum of 1 a BatchNorm leaves the micro-batch's own statistics in its buffers, and in training it never
     reads them.
     """
 
@@ -23,7 +23,7 @@ class RunningStatistics:
             layer.momentum = 1.0
         self._buffers = [b for m in layers for b in (m.running_mean, m.running_var) if b is not None]
         self._counters = [m.num_batches_tracked for m in layers if m.num_batches_tracked is not None]
-        # Of steps; forward passes count themselves in the buffers. A model without a BatchNorm has none.
+        # Counts steps; the buffers' own counters count forward passes. A model without a BatchNorm has none.
         self._count = self._counters[0].clone() if layers else None
         self._device = next(model.parameters()).device
         self._running = self._collect()
@@ -33,7 +33,7 @@ class RunningStatistics:
         return torch.cat(self._buffers) if self._buffers else torch.zeros(0, device=self._device)
 
     def add(self, weight: float) -> None:
-        """Count the micro-batch that just went forward; one of weight 0 has no effect."""
+        """Add the micro-batch of the last forward pass; one of weight 0 has no effect."""
         self._sum += weight * self._collect()
 
     def share(self) -> Tensor:
@@ -41,7 +41,7 @@ class RunningStatistics:
         return self._sum
 
     def update(self, mean: Tensor, skipped: Tensor) -> None:
-        """Bring the running statistics up to date with a step; one that the optimizer skipped leaves them as they were.
+        """Update the running statistics after a step; a step that the optimizer skipped leaves them unchanged.
 
         mean: (n,) of the step's micro-batches. skipped: () 1 or 0.
         """

@@ -1,14 +1,14 @@
-"""The checkpoints of a run: safetensors and JSON, free of the number of workers and of the ZeRO stage.
+"""The checkpoints of a run: safetensors and JSON, independent of the number of workers and of the ZeRO stage.
 
-    starts/0003-5f0c…                              each start of the run's workers; the last one may write
+    starts/0003-5f0c…                              one for each start of the run's workers; only the last may write
     checkpoints/step-00001000-0003/                the step, and the start that wrote it
         state.safetensors                          weights, buffers and Adam's state by parameter name
         state.json                                 step, hashes of recipe and manifests, versions
         COMMITTED                                  sha256 of both, written last
-        metrics.json                               of the evaluation at this step, if there was one
+        metrics.json                               the evaluation at this step, if there was one
 
-A checkpoint without its marker, or that does not match it, is named and does not count. Loading one runs no code. What
-else lies in these folders is left alone.
+A checkpoint without its marker, or that does not match it, is reported and ignored. Loading a checkpoint runs no code.
+Other files in these folders are left alone.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ _DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # as safetensors calls the
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint says of itself."""
+    """What a checkpoint records about itself."""
 
     __pydantic_config__: ClassVar[ConfigDict] = {**strict_json.STRICT, "extra": "forbid"}
 
@@ -49,8 +49,8 @@ class Facts:
     train_hash: str  # of the training manifests' content
     variant: str
     threads: strict_json.Count
-    bad_clips: list[str]  # keys of those that were given up so far
-    bad_steps: list[strict_json.Count]  # that were skipped, for their loss or gradient was not finite
+    bad_clips: list[str]  # keys of the clips given up so far
+    bad_steps: list[strict_json.Count]  # skipped because their loss or gradient was not finite
     versions: dict[str, str]
 
 
@@ -67,7 +67,7 @@ class Superseded(UserError):
 
 
 class Removed(Superseded):
-    """The run's folder was removed while it was trained. Nothing more is written there."""
+    """The run's folder was removed during training. Nothing more is written there."""
 
 
 class _Damaged(Exception):
@@ -80,7 +80,7 @@ def committed(run: Folder) -> list[str]:
 
 
 def _found(run: Folder) -> dict[str, set[str]]:
-    """The names of the checkpoints that there are, oldest first, with the names of their files."""
+    """The names of the existing checkpoints, oldest first, with the names of their files."""
     found = defaultdict(set)
     for path in run.sizes(_CHECKPOINTS):
         name, _, file = path.rpartition("/")
@@ -104,33 +104,35 @@ def _numbers(name: str) -> dict[str, int]:
 
 
 def regular(names: Iterable[str], due: Callable[[int], bool]) -> list[str]:
-    """Those of steps at which one is due: without what was saved because of a notice, which depends on when that came.
+    """The checkpoints of steps at which one is due, without those saved for a stop request, whose time is arbitrary.
 
-    names: oldest first. Of two of one step the later start's.
+    names: oldest first. Of two checkpoints of one step, the later start's is returned.
     """
     return list({step_of(name): name for name in names if due(step_of(name))}.values())
 
 
 def latest(run: Folder) -> tuple[str | None, list[str]]:
-    """The last committed checkpoint that is whole, and what is wrong with those behind it, a line each.
+    """The last committed checkpoint that is intact, and the problems of those after it, a line each.
 
-    Raises UserError when there are committed ones and none of them is whole.
+    Raises UserError when there are committed checkpoints and none of them is intact.
     """
-    there = _found(run)
+    existing = _found(run)
     used: str | None = None
     problems: list[str] = []
-    for name in reversed(there):
+    for name in reversed(existing):
         try:
-            if _MARKER not in there[name]:
-                raise _Damaged("writing it was not finished")
+            if _MARKER not in existing[name]:
+                raise _Damaged("it was not completely written")
             _read(run, name)
         except _Damaged as damaged:
             problems.append(f"{run}/{name}: {damaged}")
         else:
             used = name
             break
-    if not used and (names := _committed(there)):
-        raise UserError(f"{run}/{names[-1]}: damaged, and no other checkpoint is whole; remove {run} to start anew")
+    if not used and (names := _committed(existing)):
+        raise UserError(
+            f"{run}/{names[-1]}: damaged, and no other checkpoint is intact; remove {run} to start from scratch"
+        )
     then = "the checkpoint before it is used" if used else "there is none before it"
     return used, [f"{problem}; {then}" for problem in problems]
 
@@ -144,7 +146,7 @@ def is_whole(run: Folder, name: str) -> bool:
 
 
 def load(run: Folder, name: str) -> tuple[Facts, dict[str, Tensor]]:
-    """A checkpoint that `latest` named. Raises UserError when it is damaged."""
+    """A checkpoint that `latest` returned. Raises UserError when it is damaged."""
     try:
         contents = _read(run, name)
     except _Damaged as damaged:
@@ -153,13 +155,13 @@ def load(run: Folder, name: str) -> tuple[Facts, dict[str, Tensor]]:
         return strict_json.validate(Facts, contents[_FACTS]), safetensors.torch.load(contents[_TENSORS])
     except (ValueError, SafetensorError) as error:
         raise UserError(
-            f"{run}/{name}: no checkpoint of this version of the program ({str(error).splitlines()[0]}); "
-            "remove it to go on from the one before"
+            f"{run}/{name}: not a checkpoint of this version of the program ({str(error).splitlines()[0]}); "
+            "remove it to resume from the one before"
         ) from error
 
 
 def mean(run: Folder, names: list[str], alive: Callable[[], None]) -> dict[str, Tensor]:
-    """The mean state of some checkpoints; of whole numbers the last one's. alive: called before each is read."""
+    """The mean state of some checkpoints; integers are the last one's. alive: called before each is read."""
     sums: dict[str, Tensor] = {}
     for name in names:
         alive()
@@ -172,7 +174,7 @@ def mean(run: Folder, names: list[str], alive: Callable[[], None]) -> dict[str, 
 
 
 def _read(run: Folder, name: str) -> dict[str, bytes]:
-    """The files of a checkpoint, as its marker says they are."""
+    """The files of a checkpoint. Raises _Damaged unless they match its marker."""
     try:
         marker = strict_json.validate(_Marker, run.read(f"{name}/{_MARKER}")).hashes()
         contents = {file: run.read(f"{name}/{file}") for file in (_TENSORS, _FACTS)}
@@ -182,7 +184,7 @@ def _read(run: Folder, name: str) -> dict[str, bytes]:
     except ValueError as error:
         raise _Damaged(f"its {_MARKER} is damaged ({error})") from error
     if damaged:
-        raise _Damaged(f"its {damaged[0]} is not what its {_MARKER} says")
+        raise _Damaged(f"its {damaged[0]} does not match its {_MARKER}")
     return contents
 
 
@@ -198,23 +200,23 @@ class Start:
         return _number(self.name)
 
     def require_last(self) -> None:
-        """Raise Superseded when there is a later one, Removed when its own mark is gone and there is none."""
+        """Raise Superseded when there is a later start, Removed when there is none, not even this one."""
         starts = _starts(self.run)
         if not starts:
             raise Removed(f"{self.run}: was removed, or its {_STARTS} was, while this run trained; start it again")
         last = max(starts, key=lambda name: (_number(name), name))
         if last != self.name:
-            raise Superseded(f"{self.run}: this run was started again (start {last}), which goes on with it")
+            raise Superseded(f"{self.run}: this run was started again, and start {last} continues it")
 
 
 def begin(run: Folder) -> Start:
-    """Take the right to write over from the starts before."""
+    """Take over the right to write from earlier starts."""
     number = max(map(_number, _starts(run)), default=0) + 1
     start = Start(run, f"{number:04d}-{secrets.token_hex(4)}")
     run.write(f"{_STARTS}{start.name}", b"")
     start.require_last()
-    with suppress(UserError):  # it needs the right to list uploads
-        run.discard_unfinished(_CHECKPOINTS)  # of those before: killed, or no longer to write
+    with suppress(UserError):  # it needs the permission to list uploads
+        run.discard_unfinished(_CHECKPOINTS)  # of earlier starts, which were killed or may no longer write
     return start
 
 
@@ -227,9 +229,10 @@ def _starts(run: Folder) -> list[str]:
 
 
 def save(start: Start, facts: Facts, state: dict[str, Tensor]) -> str:
-    """Commit one checkpoint; its name.
+    """Commit one checkpoint and return its name.
 
-    What a start that was cut off writes late lies beside the later start's checkpoints, not in them. Raises Superseded.
+    A start that was cut off and writes late writes next to the later start's checkpoints, not into them. Raises
+    Superseded.
     """
     run, name = start.run, f"{_CHECKPOINTS}step-{facts.step:08d}-{start.number:04d}"
     contents = {_TENSORS: serialised(state), _FACTS: [json.dumps(asdict(facts), indent=1).encode()]}
@@ -237,7 +240,7 @@ def save(start: Start, facts: Facts, state: dict[str, Tensor]) -> str:
     try:
         marker = {file: _write(run, f"{name}/{file}", pieces) for file, pieces in contents.items()}
     except (OSError, UserError):
-        start.require_last()  # which takes away what this one is writing
+        start.require_last()  # a later start removes what this one is writing
         raise
     start.require_last()
     run.write(f"{name}/{_MARKER}", json.dumps(marker).encode())
@@ -245,7 +248,7 @@ def save(start: Start, facts: Facts, state: dict[str, Tensor]) -> str:
 
 
 def _write(run: Folder, file: str, pieces: Iterable[bytes | memoryview]) -> str:
-    """Write a file, and its SHA-256."""
+    """Write a file and return its SHA-256."""
     digest = hashlib.sha256()
     with run.writing(file) as out:
         for piece in pieces:
@@ -255,10 +258,10 @@ def _write(run: Folder, file: str, pieces: Iterable[bytes | memoryview]) -> str:
 
 
 def serialised(state: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """What safetensors.torch.save gives, piece by piece.
+    """The bytes that safetensors.torch.save returns, piece by piece.
 
-    That one copies everything twice and holds Python's lock all the while, in which the training stands still: .35 s
-    for ERANN-1-6. Writing and hashing a tensor's own memory does neither.
+    That function copies everything twice and holds the GIL throughout, which blocks the training: .35 s for ERANN-1-6.
+    Writing and hashing a tensor's own memory does neither.
     """
     names = sorted(state, key=lambda name: (-state[name].itemsize, name))
     header, end = {}, 0
@@ -274,13 +277,13 @@ def serialised(state: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
 
 
 def record(start: Start, name: str, metrics: dict[str, float]) -> None:
-    """Write down the evaluation of a checkpoint, by whose first metric the best are told. Raises Superseded."""
+    """Write the evaluation of a checkpoint, whose first metric ranks the checkpoints. Raises Superseded."""
     start.require_last()
     start.run.write(f"{name}/{_METRICS}", strict_json.dumps(metrics).encode())
 
 
 def best(run: Folder, names: list[str]) -> tuple[list[str], list[str]]:
-    """Those that were evaluated, best first, of equals the earlier one; and damaged evaluations, a line each."""
+    """The evaluated checkpoints, best first and ties oldest first; and damaged evaluations, a line each."""
     scores, problems = {}, []
     for name in names:
         try:
@@ -296,13 +299,13 @@ def best(run: Folder, names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def delete_others(start: Start, newest: str, due: Callable[[int], bool], keep_last: int, keep_best: int) -> list[str]:
-    """Delete all but the newest checkpoint, the last `keep_last` of regular ones up to it, and the best `keep_best`.
+    """Delete all but the newest checkpoint, the last `keep_last` regular ones up to it, and the best `keep_best`.
 
     Returns what is wrong with the evaluations that rank them, a line each. Raises Superseded.
     """
     start.require_last()  # a later start may be reading what would be deleted
     run, found = start.run, _found(start.run)
-    # One of a later step is what a damaged checkpoint left that the run has gone back behind.
+    # A checkpoint of a later step was damaged, and the run resumed from an earlier one.
     earlier = [name for name in _committed(found) if name <= newest]
     evaluated, problems = best(run, earlier) if keep_best else ([], [])
     kept = {newest, *regular(earlier, due)[-keep_last:], *evaluated[:keep_best]}

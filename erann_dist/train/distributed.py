@@ -1,4 +1,4 @@
-"""The workers of one run, and what they say to each other. A process group always exists, also for one worker."""
+"""The workers of one run and their communication. A process group always exists, also for one worker."""
 
 import platform
 import re
@@ -27,10 +27,10 @@ class Workers:
     rank: int
     world_size: int
     device: torch.device
-    launched: float = field(default_factory=steady_time)  # when the command was started, in unix time
-    failure: Interruption | None = None  # why the workers before these ended, if this command started those too
-    reached: int = 0  # the last step that they were heard to have done
-    stop_request: StopRequest = lambda: None  # why this worker is to stop, once that is known
+    launched: float = field(default_factory=steady_time)  # when the command was started, in Unix time
+    failure: Interruption | None = None  # why the previous workers ended, if this command started those too
+    reached: int = 0  # the last step that they reported
+    stop_request: StopRequest = lambda: None  # why this worker has to stop, once a stop is requested
 
     @property
     def is_rank_zero(self) -> bool:
@@ -43,7 +43,7 @@ class Workers:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Each worker's value, by rank, on the first; an empty list on the others."""
+        """Each worker's value, by rank, on rank 0; an empty list on the other workers."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size if self.is_rank_zero else []
@@ -58,7 +58,7 @@ class Workers:
         return values
 
     def broadcast(self, value: T) -> T:
-        """The first worker's value, on all of them."""
+        """Rank 0's value, on all of them."""
         values = [value]
         if self.world_size > 1:
             dist.broadcast_object_list(values)
@@ -75,7 +75,7 @@ def process_group_backend(device: torch.device) -> str:
 
 @contextmanager
 def process_group(device: torch.device, rank: int, world_size: int, store: Store) -> Iterator[Workers]:
-    """This process as worker `rank` of `world_size` that meet at `store`, until the context ends."""
+    """This process as worker `rank` of the `world_size` that meet at `store`, until the context ends."""
     dist.init_process_group(process_group_backend(device), store=store, rank=rank, world_size=world_size)
     try:
         yield Workers(rank, world_size, device)
@@ -91,7 +91,7 @@ def single_worker(device: torch.device) -> Iterator[Workers]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the processor as far as Linux tells it."""
+    """The name of the GPU, or of the processor as far as Linux reports it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     linux = Path("/proc/cpuinfo")

@@ -1,7 +1,7 @@
-"""What turns losses into weights: DeepSpeed, and plain PyTorch as its oracle and baseline, behind one interface.
+"""The engines that turn losses into weights: DeepSpeed, and plain PyTorch as its reference, with one interface.
 
-Both optimise with Adam (optimizer.py). `state` and `load_state` speak of parameters by name, free of the number of
-workers and of the ZeRO stage.
+Both use Adam (optimizer.py). `state` and `load_state` address parameters by name, independent of the number of workers
+and of the ZeRO stage.
 """
 
 import logging
@@ -34,28 +34,28 @@ class Engine(Protocol):
     """One step: `forward` and `backward` for each of the worker's micro-batches, then `step`."""
 
     model: AudioModel
-    adam: CheckedAdam  # its `skipped` and `norm` tell of the last step
+    adam: CheckedAdam  # its `skipped` and `norm` describe the last step
 
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
         """Logits of a micro-batch."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of the micro-batch's share of the step's loss; shares add up over all workers."""
+        """Add the gradient of the micro-batch's part of the step's loss; the parts are summed over all workers."""
 
     def step(self, lr: float, loss: Tensor) -> None:
-        """Let the optimizer take one step at this learning rate, unless the loss or the gradient is not finite.
+        """Take one optimizer step at this learning rate, unless the loss or the gradient is not finite.
 
         loss: () the step's, over all workers.
         """
 
     def state(self, into: State | None) -> None:
-        """Copy weights, buffers and the optimizer's state `into` the tensors of that name, which are made if need be.
+        """Copy weights, buffers and the optimizer's state `into` the tensors of that name, created if necessary.
 
-        All workers call it; one that gives nothing only takes part.
+        All workers call it; a worker that passes None only takes part.
         """
 
     def load_state(self, state: State) -> None:
-        """Take over what `state` gave. Only before the first step of this engine."""
+        """Load what `state` saved. Only before the first step of this engine."""
 
 
 def make_engine(kind: str, model: AudioModel, optim: OptimSection, micro_batches: int, workers: Workers) -> Engine:
@@ -75,7 +75,7 @@ def require_compiler(device: torch.device) -> None:
     if not any(shutil.which(name.split(" ")[0]) for name in names):
         raise UsageError(
             f"optim.compile=true needs a {wanted} compiler on {socket.gethostname()}, and {' or '.join(names)} is not "
-            "there; install one, or leave optim.compile out"
+            "there; install one, or remove optim.compile"
         )
 
 
@@ -96,10 +96,11 @@ class TorchEngine:
             self._settle_buckets(workers.device)
 
     def _settle_buckets(self, device: torch.device) -> None:
-        """A backward pass that comes to nothing.
+        """Run a backward pass without effect.
 
-        Behind its first one DistributedDataParallel lays out the gradients' buckets anew, in the order in which they
-        came. The first step after a resume would be summed in another order than in the undisturbed run.
+        After its first backward pass DistributedDataParallel rebuilds the gradient buckets in the order in which the
+        gradients arrived. Without this pass, the first step after a resume would be summed in another order than in an
+        undisturbed run.
         """
         front_end = self.model.front_end
         shape = front_end.mel_bins, front_end.frames(PAD_SAMPLES)
@@ -112,14 +113,14 @@ class TorchEngine:
     def forward(self, log_mel: Tensor, mask: Tensor | None) -> Tensor:
         self._left -= 1
         network = self._network
-        # Gradients go to the other workers with those of the last micro-batch.
+        # Gradients are sent to the other workers together with those of the last micro-batch.
         alone = network.no_sync() if isinstance(network, DistributedDataParallel) and self._left else nullcontext()
         with alone:
             logits: Tensor = network(log_mel, mask)
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        # DistributedDataParallel averages over the workers; the shares of the loss are to be added.
+        # DistributedDataParallel averages over the workers, but the parts of the loss must be summed.
         _scaled(loss, self.adam, self._world_size).backward()
 
     def step(self, lr: float, loss: Tensor) -> None:
@@ -138,7 +139,7 @@ class TorchEngine:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed at ZeRO stage 0, 1 or 2, over the process group that exists."""
+    """DeepSpeed at ZeRO stage 0, 1 or 2, over the existing process group."""
 
     def __init__(self, model: AudioModel, optim: OptimSection, micro_batches: int, workers: Workers) -> None:
         deepspeed = _import_deepspeed(workers.device)
@@ -147,11 +148,11 @@ class DeepSpeedEngine:
         self._sharded = optim.zero_stage > 0
         self.adam = CheckedAdam(model.parameters(), optim, workers.all_reduce_sum if self._sharded else _whole)
         config = {
-            # Nominal: a rank that is one micro-batch short repeats its last with weight 0.
+            # Nominal: a rank with one micro-batch fewer repeats its last one with weight 0.
             "train_micro_batch_size_per_gpu": optim.micro_batch,
             "gradient_accumulation_steps": micro_batches,
             "gradient_clipping": 0.0,  # DeepSpeed's default is 1.0; CheckedAdam clips
-            # The norm, CheckedAdam's too: DeepSpeed's makes the host wait for the device in each step.
+            # CheckedAdam computes the norm too: DeepSpeed's makes the host wait for the device in each step.
             "zero_optimization": {"stage": optim.zero_stage} | ({"compute_grad_norm": False} if self._sharded else {}),
             "zero_allow_untested_optimizer": True,
             "timers": {"throughput": {"enabled": False}},  # it waits for the device in each micro-batch
@@ -166,7 +167,7 @@ class DeepSpeedEngine:
         return logits
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed averages too.
+        # DeepSpeed averages as well.
         self._engine.backward(_scaled(loss, self.adam, self._workers.world_size), scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
@@ -208,8 +209,8 @@ class DeepSpeedEngine:
             self.adam.state[flat] = {"step": state["adam.step"].to(flat.device)} | {
                 moment: torch.zeros_like(flat) for moment in _MOMENTS
             }
-        # Private, hence DeepSpeed's exact pin: links each parameter with its slice of the flat moments, which
-        # otherwise happens in the first step only.
+        # Private, hence the exact pin of DeepSpeed: links each parameter with its slice of the flat moments, which
+        # otherwise happens only in the first step.
         zero._lazy_init_hp_params_optimizer_state()
         for name, parameter in self.model.named_parameters():
             safe_set_full_fp32_param(parameter, state[f"model.{name}"].to(self._workers.device))
@@ -218,9 +219,9 @@ class DeepSpeedEngine:
 
 
 class _Network(nn.Module):
-    """The model as it is computed: under autocast, compiled.
+    """The model as it is computed: under autocast, and compiled if requested.
 
-    Autocast in here and not by DeepSpeed, which would also add up the gradients in the lower precision.
+    Autocast is applied here and not by DeepSpeed, which would also sum the gradients in the lower precision.
     """
 
     def __init__(self, model: AudioModel, optim: OptimSection) -> None:
@@ -243,14 +244,14 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 def _import_deepspeed(device: torch.device) -> Any:
     assert dist.is_initialized()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout, where a command's JSON goes
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # asked for although a process group exists
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it writes to stdout, which is for a command's JSON
+    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # required although a process group exists
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
-    # A C++ extension for gloo over shared memory that is compiled at start-up; a killed compilation's lock file hangs
-    # the next one for ever. The results are the same without it.
+    # A C++ extension for gloo over shared memory that is compiled at start-up; the lock file of a killed compilation
+    # makes the next one hang for ever. The results are the same without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -261,7 +262,7 @@ def _scaled(loss: Tensor, adam: CheckedAdam, world_size: int) -> Tensor:
 
 
 def _whole(square: Tensor) -> Tensor:
-    """The gradient is whole on each worker."""
+    """The sum when each worker has the whole gradient."""
     return square
 
 
@@ -286,7 +287,7 @@ def _copy_state(model: nn.Module, adam: CheckedAdam, into: State) -> None:
 
 
 def _copy_rest(adam: CheckedAdam, into: State) -> None:
-    """What Adam has besides the moments; behind it everything is on the CPU."""
+    """Copy Adam's state other than the moments, and wait until all copies are on the CPU."""
     _copy("adam.step", next(iter(adam.state.values()))["step"], into)  # the same for all parameters
     if adam.scaled:
         _copy("loss_scale.scale", adam.scale, into)

@@ -1,4 +1,4 @@
-"""Every clip of a shard set scored exactly once, on any number of workers, with the same result."""
+"""Scores every clip of a shard set exactly once, on any number of workers, with the same result."""
 
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -39,13 +39,13 @@ class Predictions:
 
 
 class NotFinite(UserError):
-    """A model's scores are NaN or infinite, as after a training that diverged."""
+    """A model's scores are NaN or infinite, for example because the training diverged."""
 
 
 def require_finite(scores: npt.NDArray[np.floating], keys: pa.ChunkedArray, of: str) -> None:
-    """Raise NotFinite when any of the scores (n, N) is NaN or infinite: how many clips' are, and the first one's key.
+    """Raise NotFinite when any score (n, N) is NaN or infinite, with the number of clips and the first one's key.
 
-    of: what has scored them, or the file that holds the scores.
+    of: what produced the scores, or the file that contains them.
     """
     bad = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(bad):
@@ -56,9 +56,9 @@ def require_finite(scores: npt.NDArray[np.floating], keys: pa.ChunkedArray, of: 
 
 
 def evaluation_batches(manifest: Manifest, pad_samples: int = 0) -> list[tuple[int, npt.NDArray[np.int64]]]:
-    """Whole micro-batches of clips that pad to the same length, and that: (samples, rows), fixed by the manifest alone.
+    """Micro-batches of clips that pad to the same length, as (samples, rows), determined by the manifest alone.
 
-    So each clip is scored at its own full length, whoever scores it; a shorter one at `pad_samples`.
+    Each clip is therefore scored at its own full length on any worker; one shorter than `pad_samples` is padded to it.
     """
     padded = padded_samples(np.maximum(manifest.samples, pad_samples))
     order = np.argsort(padded, kind="stable")
@@ -80,15 +80,14 @@ def score(
     progress: Callable[[int, int], None] = lambda done, total: None,
     slow: SlowReads | None = None,
 ) -> Predictions | None:
-    """Full-length clips through the model. The answer is the first worker's; the others get None.
+    """Score full-length clips with the model. Rank 0 gets the predictions, the other workers None.
 
-    pad_samples: the length that shorter clips are zero-padded to.
-    progress is told how many clips are done, of how many, judged by this worker's share. slow: counts the clips that
-    this worker read from S3 the slow way. Raises UserError for a clip that can't be read or decoded, and NotFinite on
-    the first worker.
+    pad_samples: the length that shorter clips are zero-padded to. progress: called with the number of clips done and
+    their total, estimated from this worker's share. slow: counts the clips that this worker read from S3 the slow way.
+    Raises UserError for a clip that can't be read or decoded, and NotFinite on rank 0.
     """
     batches = evaluation_batches(manifest, pad_samples)
-    mine = batches[workers.rank :: workers.world_size]  # assigned one by one, for they are in the order of their length
+    mine = batches[workers.rank :: workers.world_size]  # interleaved, because they are sorted by length
     crops = [loader.whole_clips(manifest, rows, length) for length, rows in mine]
     total = sum(len(rows) for _, rows in mine)
     stats = ReadStats(slow=slow or SlowReads())
@@ -107,10 +106,10 @@ def score_stream(
     pad_samples: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> npt.NDArray[np.float32] | None:
-    """The scores of full-length clips as in `score`, (n, N), in one pass over their tars and whatever their labels.
+    """The scores of full-length clips as in `score`, (n, N), in one pass over their tars, ignoring their labels.
 
-    Which clips share a micro-batch depends on the number of workers. In evaluation no clip sees the others of its
-    batch, so its scores differ by no more than the order in which floats are summed. Raises as `score` does.
+    Which clips share a micro-batch depends on the number of workers. In evaluation a clip's scores do not depend on the
+    rest of its batch, except for the order in which floats are summed. Raises what `score` raises.
     """
     total = len(worker_rows(manifest, workers.rank, workers.world_size))
     with (
@@ -130,7 +129,7 @@ def _scores(
     workers: Workers,
     progress: Callable[[int, int], None],
 ) -> npt.NDArray[np.float32] | None:
-    """On the first worker the scores of all clips, by row. `batches` hold this worker's share, `total` clips.
+    """On rank 0 the scores of all clips, by row. `batches` contain this worker's share of `total` clips.
 
     keys: of all clips. Raises NotFinite.
     """
@@ -159,13 +158,13 @@ def _scores(
 
 
 def probabilities_of(logits: torch.Tensor, task: Task) -> torch.Tensor:
-    """What a model's outputs (B, N) mean: independent probabilities, or those of one class; NaN for infinite logits."""
+    """The probabilities for a model's logits (B, N), by sigmoid or softmax; NaN where a logit is not finite."""
     probabilities = logits.sigmoid() if task == "tagging" else logits.softmax(dim=1)
     return probabilities.where(logits.isfinite(), torch.nan)
 
 
 def summarise(predictions: Predictions, task: Task) -> dict[str, float]:
-    """The few numbers that stand for an evaluation."""
+    """The few figures that summarise an evaluation."""
     if task == "tagging":
         tagging = tagging_metrics(predictions.scores, predictions.targets)
         return {"mAP": tagging.mean_ap, "mAUC": tagging.mean_auc, "d_prime": tagging.d_prime}
@@ -173,9 +172,9 @@ def summarise(predictions: Predictions, task: Task) -> dict[str, float]:
 
 
 def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[str, Any]:
-    """All metrics, per class too, with what they were measured on.
+    """All metrics, also per class, and what they were measured on.
 
-    listed: source rows of the evaluated list, those that could not be packed included.
+    listed: the number of source rows in the evaluated list, including those that could not be packed.
     """
     info = manifest.info
     result: dict[str, Any] = {
@@ -189,7 +188,7 @@ def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[st
     positives = predictions.targets.sum(axis=0).astype(int).tolist()
     if info.task == "tagging":
         tagging = tagging_metrics(predictions.scores, predictions.targets)
-        # What scores that know nothing of the clips would reach: each class's share of positives.
+        # What scores that do not depend on the clips would reach: each class's share of positives.
         result["chance_mAP"] = float(np.mean([p / len(manifest) for p in positives if p]))
         result["left_out"] = [info.label_names[c] for c in tagging.left_out]
         columns = {"ap": tagging.ap, "auc": tagging.auc}
@@ -205,7 +204,7 @@ def detail(predictions: Predictions, manifest: Manifest, listed: int) -> dict[st
     return result
 
 
-class _OfClass(strict_json.Record):
+class _ClassMetrics(strict_json.Record):
     id: str
     name: str
     positives: strict_json.Count
@@ -215,7 +214,7 @@ class _OfClass(strict_json.Record):
 
 
 class _Detail(strict_json.Record):
-    """What `detail` gives."""
+    """The result of `detail`."""
 
     task: Task
     mAP: strict_json.Number | None = None
@@ -230,13 +229,13 @@ class _Detail(strict_json.Record):
     chance_accuracy: strict_json.Number | None = None
     left_out: list[str] = Field(default_factory=list)
     confusion: list[list[strict_json.Count]] | None = None
-    per_class: list[_OfClass] = Field(min_length=1)
+    per_class: list[_ClassMetrics] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _complete(self) -> "_Detail":
         metric, of_class = ("mAP", "ap") if self.task == "tagging" else ("accuracy", "accuracy")
         if metric not in self.model_fields_set or any(of_class not in each.model_fields_set for each in self.per_class):
-            raise ValueError(f"without {metric} or a class's {of_class}")
+            raise ValueError(f"missing {metric} or a class's {of_class}")
         lengths = {len(self.confusion or []), *map(len, self.confusion or [])}
         if self.task == "classification" and lengths != {len(self.per_class)}:
             raise ValueError(f"the confusion matrix is not one of {len(self.per_class)} classes")
@@ -244,7 +243,7 @@ class _Detail(strict_json.Record):
 
 
 def read_detail(data: bytes) -> dict[str, Any]:
-    """What `detail` gave, from a metrics.json. Raises ValueError, in one line, for anything else."""
+    """The result of `detail`, read from a metrics.json. Raises ValueError, in one line, for anything else."""
     return strict_json.validate(_Detail, data).model_dump(exclude_unset=True)
 
 
@@ -256,13 +255,13 @@ def write_predictions(file: BinaryIO, predictions: Predictions, manifest: Manife
 
 
 def read_predictions(file: BinaryIO, where: str = "predictions.parquet") -> tuple[list[str], list[str], Predictions]:
-    """What write_predictions wrote: keys, label ids, predictions. Raises UserError, which begins with `where`."""
+    """Read what write_predictions wrote: keys, label ids, predictions. Raises UserError, which begins with `where`."""
     advice = "evaluate the model again to write it again"
     table = strict_parquet.read(file, where, PREDICTIONS_SCHEMA, PREDICTIONS_SCHEMA.names, advice)
     try:
         labels = (table.schema.metadata or {})[b"labels"].decode().split("\n")
     except (KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}: damaged, its metadata have no labels; {advice}") from error
+        raise UserError(f"{where}: damaged, its metadata has no labels; {advice}") from error
     scores, targets = (table[name].combine_chunks() for name in ("scores", "targets"))
     indices, counts = targets.flatten().to_numpy(), targets.value_lengths().to_numpy()
     if (scores.value_lengths().to_numpy() != len(labels)).any() or (indices >= len(labels)).any():

@@ -1,4 +1,4 @@
-"""Evaluations in a run, and what is written at its end: the predictions, the model folder, that of averaged weights."""
+"""A run's evaluations and its results: the predictions, the model folder, and the model folder of averaged weights."""
 
 import torch
 
@@ -21,16 +21,16 @@ class Finisher:
     def __init__(
         self, run: Run, model: AudioModel, checkpoints: AsyncCheckpoints, reporter: Reporter, slow: SlowReads
     ) -> None:
-        """slow: counts the evaluation's slow reads too."""
+        """slow: also counts the evaluation's slow reads."""
         self._run, self._model = run, model
         self._checkpoints, self._reporter = checkpoints, reporter
         self._slow = slow
 
     def evaluate(self, step: int, averaged: int | None = None) -> Predictions | None:
-        """Score the evaluation clips. The answer is rank 0's, None for scores that are not finite.
+        """Score the evaluation clips. Rank 0 gets the predictions, or None when the scores are not finite.
 
-        averaged: of how many checkpoints the model's weights are the mean. Scores that are not finite are an incident
-        while the training continues, and raise NotFinite at its end.
+        averaged: the number of checkpoints of which the model's weights are the mean. Non-finite scores are an incident
+        during the training, and raise NotFinite at its end.
         """
         run, emit = self._run, self._reporter.emit
 
@@ -82,7 +82,7 @@ class Finisher:
         run.workers.barrier()
 
     def _average_weights(self, number: int) -> int:
-        """Load the mean of the last checkpoints' weights; of how many there are."""
+        """Load the mean of the last checkpoints' weights, and return how many there were."""
         run = self._run
         names: list[str] = []
         if run.workers.is_rank_zero:
@@ -94,7 +94,7 @@ class Finisher:
         return len(names)
 
     def _write_results(self, predictions: Predictions | None) -> None:
-        """The evaluation's scores; then the model, by which the run is known as finished."""
+        """Write the evaluation's scores, then the model, which marks the run as finished."""
         assert predictions
         self._require_last_start()
         with self._run.folder.writing("predictions.parquet") as file:
@@ -121,6 +121,6 @@ class Finisher:
         save_model(open_folder(f"{run.folder}/{name}"), self._model, model_info, metrics, card)
 
     def _require_last_start(self) -> None:
-        """Raises Superseded when the run has been started again since."""
+        """Raise Superseded when the run has been started again since."""
         assert self._checkpoints.writer
         self._checkpoints.writer.start.require_last()

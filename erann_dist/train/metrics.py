@@ -1,7 +1,7 @@
 """Metrics of tagging and classification, in double precision.
 
-Not torchmetrics': its curves are computed in float32. The definitions are scikit-learn's average_precision_score and
-roc_auc_score (tied scores count as one threshold).
+torchmetrics is not used because it computes its curves in float32. The definitions are those of scikit-learn's
+average_precision_score and roc_auc_score (tied scores count as one threshold).
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ F64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TaggingMetrics:
-    """Macro means over the classes, and each class's own. A class without positives is nan and not in the means."""
+    """Macro means over the classes, and each class's metrics. A class without positives is nan and not averaged."""
 
     mean_ap: float
     mean_auc: float

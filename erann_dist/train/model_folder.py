@@ -1,4 +1,4 @@
-"""A trained model as a folder: weights, what they mean, how good they are, and a card for people.
+"""A trained model as a folder: weights, configuration, metrics, and a model card.
 
 model.safetensors   the weights
 config.json         variant, task, label ids and names in order, sample rate, front end
@@ -33,7 +33,7 @@ _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model's outputs and inputs are."""
+    """A model's inputs and outputs."""
 
     __pydantic_config__: ClassVar[ConfigDict] = {**strict_json.STRICT, "extra": "forbid"}  # of a config.json
 
@@ -49,7 +49,7 @@ class ModelInfo:
 
 
 def save_model(folder: Folder, model: AudioModel, info: ModelInfo, metrics: dict[str, Any], card: str) -> None:
-    """Write a model folder; its config.json comes last, and one that stood there goes first."""
+    """Write a model folder; an existing config.json is deleted first, and the new one is written last."""
     folder.delete(_CONFIG)
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     data = safetensors.torch.save(weights)
@@ -61,7 +61,7 @@ def save_model(folder: Folder, model: AudioModel, info: ModelInfo, metrics: dict
 
 
 def weights_problem(folder: Folder) -> str | None:
-    """What is wrong with the weights of a finished model folder, one line: missing, or not those of its config.json."""
+    """The problem with the weights of a finished model folder, one line: missing, or not those of its config.json."""
     try:
         info = _read_info(folder)
         found = hashlib.sha256(folder.read(_WEIGHTS)).hexdigest()
@@ -75,16 +75,16 @@ def weights_problem(folder: Folder) -> str | None:
 
 
 def unfinish(folder: Folder) -> None:
-    """Let a model folder be one that has to be written again: without its config.json it is not finished."""
+    """Mark a model folder as unfinished, so that it is written again: delete its config.json."""
     folder.delete(_CONFIG)
 
 
 def find_model(url: str) -> Folder:
-    """The model folder there, or that of the run there. Raises UsageError when there is none."""
+    """The model folder at this URL, or that of the run there. Raises UsageError when there is none."""
     for found in (open_folder(url), open_folder(f"{url.rstrip('/')}/model")):
         if found.exists(_CONFIG):
             return found
-    raise UsageError(f"{url}: no model here: neither a model folder, with its config.json, nor a run that is finished")
+    raise UsageError(f"{url}: no model here: neither a model folder with its config.json nor a finished run")
 
 
 def load_model(folder: Folder) -> tuple[AudioModel, ModelInfo]:
@@ -101,7 +101,7 @@ def load_model(folder: Folder) -> tuple[AudioModel, ModelInfo]:
         raise UserError(f"{path}: damaged, or not the weights that {_CONFIG} was written with")
     model = build_model(info.variant, len(info.label_ids))
     if info.front_end != model.front_end.as_dict():
-        raise UserError(f"{folder}/{_CONFIG}: made for another front end than this program's {info.variant} has")
+        raise UserError(f"{folder}/{_CONFIG}: made for another front end than that of this program's {info.variant}")
     checkpoint.require_shapes(path, weights, dict(model.state_dict()))
     for name, value in weights.items():
         if not torch.isfinite(value).all():
@@ -128,29 +128,29 @@ def _read_info(folder: Folder) -> ModelInfo:
 
 
 def initialise(model: AudioModel, url: str, fresh: list[str]) -> ModelInfo:
-    """Give the model the weights and running statistics of another one of its variant, but for the layers `fresh`.
+    """Load the weights and running statistics of another model of the same variant, except for the layers `fresh`.
 
-    What that one is. Raises UserError when they do not fit, UsageError when the model has no such layer.
+    Returns the other model's info. Raises UserError when they do not match, UsageError when there is no such layer.
     """
     folder = find_model(url)
     pretrained, info = load_model(folder)
     require_beginning(model, str(folder), info, fresh)
-    begins_anew = tuple(f"{layer}." for layer in fresh)
-    kept = {name: value for name, value in pretrained.state_dict().items() if not name.startswith(begins_anew)}
+    reinitialised = tuple(f"{layer}." for layer in fresh)
+    kept = {name: value for name, value in pretrained.state_dict().items() if not name.startswith(reinitialised)}
     model.load_state_dict(kept, strict=False)
     return info
 
 
 def require_beginning(model: AudioModel, name: str, pretrained: ModelInfo, fresh: list[str]) -> None:
-    """Raise UserError unless the model can begin with the weights of the pretrained one but for the layers `fresh`.
+    """Raise UserError unless the model can start from the pretrained weights, except for the layers `fresh`.
 
-    name: what the pretrained one is called.
+    name: of the pretrained model, for messages.
     """
     require_layers(model, fresh)
     if pretrained.variant != model.name:
         raise UserError(f"{name}: is an {pretrained.variant}, model.variant is {model.name}; they must be the same")
     if pretrained.sample_rate != SAMPLE_RATE:
-        raise UserError(f"{name}: takes {pretrained.sample_rate} Hz, models are trained at {SAMPLE_RATE} Hz")
+        raise UserError(f"{name}: needs {pretrained.sample_rate} Hz, models are trained at {SAMPLE_RATE} Hz")
     labels = len(pretrained.label_ids)
     last = model_spec(model.name).head_layers[-1]
     if last not in fresh and labels != model.num_classes:
@@ -158,22 +158,22 @@ def require_beginning(model: AudioModel, name: str, pretrained: ModelInfo, fresh
 
 
 def require_layers(model: AudioModel, fresh: list[str]) -> None:
-    """Raise UsageError when the model has not all of these layers."""
+    """Raise UsageError unless the model has all of these layers."""
     layers = [name for name, _ in model.named_modules()]
     for layer in fresh:
         if layer not in layers:
             last = " and ".join(model_spec(model.name).head_layers)
-            raise UsageError(f"model.fresh: {model.name} has no layer {layer}; its last ones are {last}")
+            raise UsageError(f"model.fresh: {model.name} has no layer {layer}; its last layers are {last}")
 
 
 def require_rate(model_folder: Folder, model: ModelInfo, shards: str, info: SetInfo) -> None:
-    """Raise UserError unless the model takes the shard set's sample rate."""
+    """Raise UserError unless the shard set has the model's sample rate."""
     if model.sample_rate != info.sample_rate:
-        raise UserError(f"{shards} holds {info.sample_rate} Hz, the model {model_folder} takes {model.sample_rate} Hz")
+        raise UserError(f"{shards} is at {info.sample_rate} Hz, the model {model_folder} needs {model.sample_rate} Hz")
 
 
 def require_fit(model_folder: Folder, model: ModelInfo, shards: str, info: SetInfo) -> None:
-    """Raise UserError unless the model's labels, task and sample rate are those of the shard set."""
+    """Raise UserError unless the shard set has the model's labels, task and sample rate."""
     require_rate(model_folder, model, shards, info)
     if model.task != info.task:
         raise UserError(f"{shards} is for {info.task}, the model {model_folder} for {model.task}")

@@ -1,4 +1,4 @@
-"""Adam that looks at the gradient before it steps, on the device: the host waits for nothing."""
+"""Adam that checks the gradient before a step, on the device, so that the host need not wait."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,16 +7,16 @@ from torch import Tensor, nn
 
 from erann_dist.recipe import OptimSection
 
-# As torch.amp.GradScaler: the scale is halved when a gradient overflows, and doubled after so many steps without.
+# As in torch.amp.GradScaler, the scale is halved when a gradient overflows, and doubled after this many steps without.
 _FIRST_SCALE = 65536.0
 _GROWTH_INTERVAL = 2000
 
 
 class CheckedAdam(torch.optim.Adam):
-    """torch's fused Adam, which leaves weights and moments alone when the step is not finite.
+    """torch's fused Adam, which leaves weights and moments unchanged when the step is not finite.
 
-    Before `step`, `loss` is the step's loss over all workers. Behind it, `skipped` and `norm` say what came of it; each
-    is () on the device. The gradient is clipped to `clip_norm` and freed of the scale that the losses were given.
+    Before `step`, set `loss` to the step's loss over all workers. After it, `skipped` and `norm` are the outcome. All
+    are () on the device. The gradient is divided by the loss scale and clipped to `clip_norm`.
     """
 
     def __init__(
@@ -25,12 +25,12 @@ class CheckedAdam(torch.optim.Adam):
         optim: OptimSection,
         sum_of_parts: Callable[[Tensor], Tensor],
     ) -> None:
-        """sum_of_parts: what adds up a number over those who each hold a part of the gradient."""
+        """sum_of_parts: sums a number over the workers that each have a part of the gradient."""
         super().__init__(parameters, optim.lr, optim.betas, weight_decay=optim.weight_decay, fused=True)
         device = self.param_groups[0]["params"][0].device
         self._clip_norm = optim.clip_norm
         self._sum_of_parts = sum_of_parts
-        self.scaled = optim.precision == "fp16"  # the losses are, and with them the gradient
+        self.scaled = optim.precision == "fp16"  # whether the losses are scaled, and with them the gradient
         self.scale = torch.full((), _FIRST_SCALE if self.scaled else 1.0, device=device)
         self.steps_at_scale = torch.zeros((), device=device)
         self.loss = self.norm = self.skipped = torch.zeros((), device=device)
@@ -41,7 +41,7 @@ class CheckedAdam(torch.optim.Adam):
         square = self._sum_of_parts(nn.utils.get_total_norm(gradients).square())
         self.norm = square.sqrt() / self.scale
         self.skipped = (~(torch.isfinite(self.norm) & torch.isfinite(self.loss))).float()
-        # What torch's GradScaler hands to fused optimizers: they divide by the one, and do nothing if the other is 1.
+        # torch's GradScaler sets these for fused optimizers, which skip if found_inf is 1, and divide by grad_scale.
         self.found_inf = self.skipped
         self.grad_scale = None
         if self._clip_norm is not None:

@@ -1,4 +1,4 @@
-"""Micro-batches copied to the device in the background of the computation."""
+"""Copies micro-batches to the device in the background of the computation."""
 
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
@@ -16,15 +16,15 @@ class DeviceBatch:
     pcm: Tensor  # (n, samples) int16
     targets: Tensor  # (n, N) float32
     params: AugmentParams
-    weight: float  # of its loss: MicroBatch's
-    first_example: int  # its position in the run, by which random choices of torch's are keyed
+    weight: float  # of its loss, as in MicroBatch
+    first_example: int  # its position in the run, which keys torch's random choices
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "DeviceBatch":
         return replace(self, pcm=function(self.pcm), targets=function(self.targets), params=self.params.map(function))
 
 
 def prefetch_to_device(batches: Iterable[DeviceBatch], device: torch.device) -> Generator[DeviceBatch, None, None]:
-    """The batches on the device. On a GPU each is copied, by a stream of its own, while the one before is computed."""
+    """The batches on the device. On a GPU each is copied, on a separate stream, while the previous one is computed."""
     if device.type != "cuda":
         yield from batches
         return
@@ -40,7 +40,7 @@ def prefetch_to_device(batches: Iterable[DeviceBatch], device: torch.device) -> 
         computing.wait_event(done)
 
         def used_there(tensor: Tensor) -> Tensor:
-            tensor.record_stream(computing)  # its memory is not the copying stream's again before that has used it
+            tensor.record_stream(computing)  # the copying stream may reuse its memory only after the computation
             return tensor
 
         return copied.map(used_there)

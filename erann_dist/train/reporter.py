@@ -1,4 +1,4 @@
-"""What a start of a run reports: its beginning, its steps, and its incidents."""
+"""Reports a start of a run: its beginning, its steps and its incidents."""
 
 import socket
 import time
@@ -15,7 +15,7 @@ from erann_dist.versions import program_versions
 
 
 class Reporter:
-    """Rank 0's events go to the run's log and to the caller; the other workers' go nowhere."""
+    """Rank 0's events go to the run's log and to the caller; those of other workers are dropped."""
 
     def __init__(self, run: Run, log: RunLog | None, emit: Emit) -> None:
         """log: on rank 0."""
@@ -31,7 +31,7 @@ class Reporter:
             sink(event)
 
     def start(self, step: int, resumed_from: str | None, damaged: list[str], start_number: int) -> None:
-        """The training begins after so many steps: that, and what was lost since the last start. All workers call it.
+        """Report that the training begins after this step, and what was lost since the last start. All workers call it.
 
         resumed_from: the checkpoint's name. damaged: lines about checkpoints and results. start_number: rank 0's.
         """
@@ -62,7 +62,7 @@ class Reporter:
             self.emit(self._interruption(self.log, step, stacks, start_number))
 
     def _interruption(self, log: RunLog, step: int, stacks: list[tuple[str, str]], start_number: int) -> Incident:
-        """Why the start before this one ended, and what that cost."""
+        """Why the previous start ended, and what that cost."""
         run, workers = self._run, self._run.workers
         gone = lost(log.found, step, workers.launched, steady_time(), max(log.reached, workers.reached))
         if workers.failure:
@@ -83,23 +83,23 @@ class Reporter:
             self.log.reach(step)
 
     def problem(self, kind: IncidentKind, text: str | None) -> None:
-        """Note what is wrong on this worker; `incidents` reports it, on rank 0 once it is there."""
+        """Record a problem of this worker; `incidents` reports it, once rank 0 has it."""
         if text:
             self._problems.setdefault(text, kind)
 
     def gather_problems(self) -> None:
-        """Let rank 0 know of the other workers' problems. All workers call it."""
+        """Collect the other workers' problems on rank 0. All workers call it."""
         for problems in self._run.workers.all_gather(self._problems):
             self._problems |= problems
 
     def ignore(self, keys: Iterable[str]) -> None:
-        """Bad clips that an earlier start has reported."""
+        """Do not report these bad clips, which an earlier start has reported."""
         self._reported |= set(keys)
 
     def incidents(self, step: int, bad_clips: BadClips) -> None:
-        """Each bad clip once, and each problem.
+        """Report each bad clip and each problem once.
 
-        That S3 is read the slow way is reported once in a run: each worker may have another reason.
+        Slow reads from S3 are reported only once in a run, because each worker may have another reason.
         """
         self.problem("log", self.log.problem if self.log else None)
         for key in sorted(bad_clips.found.keys() - self._reported):
@@ -113,7 +113,7 @@ class Reporter:
             self._reported.add(text)
 
     def was_evaluated(self, step: int) -> bool:
-        """Whether the run's log has an evaluation at this step. All workers call it, and get the same answer."""
+        """Whether the run's log has an evaluation at this step. All workers call it and get the same answer."""
         lines = self.log.lines if self.log else []
         found = any(line["event"] == "Evaluated" and line["step"] == step for line in lines)
         return self._run.workers.broadcast(found)

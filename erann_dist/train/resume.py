@@ -1,4 +1,4 @@
-"""Where a start of a run begins: it claims the run's folder and loads the last checkpoint."""
+"""How a start of a run begins: it claims the run's folder and loads the last checkpoint."""
 
 import socket
 from contextlib import ExitStack, closing
@@ -14,7 +14,7 @@ from erann_dist.versions import program_versions
 
 @dataclass(frozen=True)
 class Progress:
-    """How far the run is, as its checkpoint says."""
+    """How far the run is, according to its checkpoint."""
 
     step: int = 0
     bad_clips: list[str] = field(default_factory=list)  # keys
@@ -22,10 +22,10 @@ class Progress:
 
 
 def claim(run: Run, resources: ExitStack) -> tuple[CheckpointWriter | None, str | None, list[str]]:
-    """Take over the run's folder, before anything is read there: an earlier start that still lives could delete it.
+    """Take over the run's folder before anything is read there, since an earlier start still running could delete it.
 
-    The writer of its checkpoints, on rank 0; the newest checkpoint's name, if there is one; and a line for each damaged
-    one. Raises UserError.
+    Returns the writer of its checkpoints, on rank 0; the newest checkpoint's name, if there is one; and a line for each
+    damaged checkpoint. Raises UserError.
     """
     writer, found = None, None
     if run.workers.is_rank_zero:
@@ -51,9 +51,9 @@ def load(run: Run, name: str, engine: Engine) -> Progress:
     path = f"{run.folder}/{name}"
     facts, state = checkpoint.load(run.folder, name)
     if facts.train_hash != run.clips.info.content_hash:
-        raise UserError(f"{path}: made with other training clips than {run.recipe.data.train[0].url} now holds")
+        raise UserError(f"{path}: made with other training clips than {run.recipe.data.train[0].url} now contains")
     if facts.recipe_hash != run.recipe.hash():
-        raise UserError(f"{path}: made by another recipe; give this one another run.name")
+        raise UserError(f"{path}: made with another recipe; give this one another run.name")
     weights = {key: value for key, value in state.items() if key.startswith("model.")}
     checkpoint.require_shapes(path, weights, {f"model.{k}": v for k, v in engine.model.state_dict().items()})
     engine.load_state(state)
@@ -61,7 +61,7 @@ def load(run: Run, name: str, engine: Engine) -> Progress:
 
 
 def facts(run: Run, progress: Progress) -> checkpoint.Facts:
-    """What a checkpoint says of the run."""
+    """What a checkpoint records about the run."""
     return checkpoint.Facts(
         step=progress.step,
         recipe_hash=run.recipe.hash(),

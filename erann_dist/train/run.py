@@ -1,4 +1,4 @@
-"""What one start of a run works with, on one of its workers."""
+"""The objects that one start of a run uses, on one of its workers."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from erann_dist.train.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class Run:
-    """The same on all workers, but for the worker itself."""
+    """The same on all workers, except for `workers` and `watchdog`."""
 
     recipe: Recipe
     workers: Workers
@@ -29,17 +29,17 @@ class Run:
         return self.recipe.steps(len(self.clips))
 
     def is_evaluation_due(self, step: int) -> bool:
-        """Whether an intermediate evaluation follows this step; the one at the end is not counted."""
+        """Whether an intermediate evaluation follows this step; the one at the end does not count."""
         every = self.recipe.evaluate.every
         return every is not None and step % every == 0 and 0 < step < self.steps
 
     def is_checkpoint_due(self, step: int) -> bool:
-        """Whether a checkpoint follows this step whatever happens."""
-        # Before an evaluation too: one that takes long costs no steps if it is the run's last.
+        """Whether a checkpoint always follows this step."""
+        # Also before an evaluation: if the run is lost during a long one, no steps are lost.
         return self.is_evaluation_due(step) or step % self.recipe.checkpoint.every == 0 or step == self.steps
 
     def on_rank_zero(self, work: Callable[[], None]) -> None:
-        """Let rank 0 do it while the others wait, and none looks as if it hung. All workers call it."""
+        """Let rank 0 do the work while the other workers wait and their watchdogs see progress. All workers call it."""
         with ThreadPoolExecutor(1) as thread:
             doing = thread.submit(work) if self.workers.is_rank_zero else None
             while not self.workers.broadcast(doing is None or bool(wait([doing], timeout=1.0).done)):

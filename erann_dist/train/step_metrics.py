@@ -8,10 +8,10 @@ from erann_dist.train.step_results import StepResult
 
 
 class StepMetrics:
-    """What happened since the last Step event."""
+    """The measurements since the last Step event."""
 
     def __init__(self, read: Counter[str]) -> None:
-        """read: what ClipReader counts; it continues to count."""
+        """read: ClipReader's counters, which continue to count."""
         self._read = read
         self.restart()
 
@@ -25,7 +25,7 @@ class StepMetrics:
     def step_event(
         self, step: int, lr: float, global_batch: int, clips_per_example: int, *, with_cache: bool, bad_clips: int
     ) -> Step:
-        """The interval that ends with this step; the next one begins."""
+        """The event for the interval that ends with this step; the next interval begins."""
         seconds = time.perf_counter() - self._began
         counted = [result for result in self.results if not result.skipped] or self.results
         examples = len(self.results) * global_batch / seconds

@@ -14,18 +14,18 @@ _LAG = 8  # How many steps may be queued on a GPU.
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's; the same on all workers."""
+    """The result of one step; the same on all workers."""
 
     step: int
     loss: float  # over all workers
     grad_norm: float
-    skipped: bool  # by the optimizer, because one of them was not finite
-    loss_scale: float  # of fp16; 1 without
-    stop_requests: int  # workers that were requested to stop
+    skipped: bool  # by the optimizer, because the loss or the gradient was not finite
+    loss_scale: float  # of fp16; otherwise 1
+    stop_requests: int  # the number of workers that were requested to stop
 
 
 class StepResults:
-    """In the order of the steps. All workers read a result at the same step, so that they may act on it as one."""
+    """Step results in order. All workers read a result at the same step, so that they can act on it together."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -41,7 +41,7 @@ class StepResults:
         self._pending.append((step, values, done))
 
     def drain(self, wait: bool) -> Iterator[StepResult]:
-        """Those that are new. On a GPU the last few come only with `wait`, which waits for the device."""
+        """The new results. On a GPU the last few are returned only with `wait`, which waits for the device."""
         while len(self._pending) > (_LAG if self._cuda and not wait else 0):
             step, values, done = self._pending.popleft()
             if done:

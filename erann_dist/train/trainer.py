@@ -1,7 +1,7 @@
 """One training loop, under Ray Train, under torchrun or in a bare process.
 
-The gradient of a step is the sum of its examples' losses over the global batch. So any number of workers up to one for
-each micro-batch computes the same function, up to the order of summation; which examples those are is work_plan.py's.
+The loss of a step is the sum of its examples' losses, divided by the global batch. So any number of workers up to one
+per micro-batch computes the same function, up to the order of summation; work_plan.py determines the examples.
 """
 
 import math
@@ -51,7 +51,7 @@ _KEYS_SHOWN = 8  # How many clip keys the message of a bad step lists.
 
 
 class BatchSource(Protocol):
-    """What gives the loop its batches; a Loader does."""
+    """The source of the loop's batches, such as a Loader."""
 
     def __iter__(self) -> Iterator[Batch[MicroBatchCrops]]: ...
 
@@ -69,7 +69,7 @@ class Trainer:
     """One start of a run's workers, on one of them."""
 
     def __init__(self, run: Run, emit: Emit, resources: ExitStack) -> None:
-        """resources: closed when the training ends, however it does."""
+        """resources: closed when the training ends, however it ends."""
         recipe, workers = run.recipe, run.workers
         self.run, self.optim, self.workers = run, recipe.optim, workers
         torch.set_num_threads(recipe.run.threads)
@@ -89,7 +89,7 @@ class Trainer:
         self.bad_clips.unite([dict.fromkeys(progress.bad_clips, "")])
         if writer and self.resumed_from:
             writer.saved_step, writer.last = self.first_step, self.resumed_from
-        self.statistics = RunningStatistics(self.model)  # of the weights that were loaded
+        self.statistics = RunningStatistics(self.model)  # of the loaded weights
 
         cache = recipe.data.cache
         self.cache = ClipCache(Path(cache.dir), cache.max_bytes, cache.format) if cache else None
@@ -106,7 +106,7 @@ class Trainer:
         self.checkpoints = AsyncCheckpoints(run, writer, self.reporter.emit)
         self.finisher = Finisher(run, self.model, self.checkpoints, self.reporter, self.read.slow)
 
-    # A measurement that leaves out a part of the work overrides these.
+    # A benchmark that omits a part of the work overrides these.
 
     def make_model(self) -> AudioModel:
         """A model with new weights, from torch's generator."""
@@ -114,7 +114,7 @@ class Trainer:
         return build_model(section.variant, self.run.clips.num_classes, section.initialisation)
 
     def make_loader(self, crops: Iterator[MicroBatchCrops]) -> BatchSource:
-        """What reads this worker's micro-batches."""
+        """The source of this worker's micro-batches."""
         return Loader(
             self.run.clips,
             crops,
@@ -135,7 +135,7 @@ class Trainer:
         run, writer = self.run, self.checkpoints.writer
         self.reporter.start(self.first_step, self.resumed_from, self.damaged, writer.start.number if writer else 0)
         if run.is_evaluation_due(self.first_step) and not self.reporter.was_evaluated(self.first_step):
-            self.finisher.evaluate(self.first_step)  # during which the start before this one was lost
+            self.finisher.evaluate(self.first_step)  # the previous start was lost during this evaluation
         self.model.train()
         self.metrics.restart()
         for done in range(self.first_step + 1, run.steps + 1):
@@ -167,7 +167,7 @@ class Trainer:
         loss = torch.zeros((), device=workers.device)
         for _ in range(self.micro_batches):
             loss += self.train_micro_batch()
-        # One small all-reduce for all that the workers must know of each other.
+        # One small all-reduce for everything that the workers must know about each other.
         stop_requested = torch.full((1,), float(workers.stop_request() is not None), device=workers.device)
         total = workers.all_reduce_sum(torch.cat([self.statistics.share(), loss.reshape(1), stop_requested]))
         statistics, loss, stop_requests = total[:-2], total[-2], total[-1]
@@ -177,7 +177,7 @@ class Trainer:
         self.results.add(step + 1, loss, adam, stop_requests)
 
     def train_micro_batch(self) -> Tensor:
-        """The share () of the step's loss that the next micro-batch has; its gradient is added to the engine's."""
+        """The next micro-batch's part () of the step's loss; its gradient is added to the engine's."""
         waiting = time.perf_counter()
         batch = next(self.batches)
         self.metrics.data_wait_s += time.perf_counter() - waiting
@@ -211,12 +211,12 @@ class Trainer:
         return prefetch_to_device(batches, workers.device)
 
     def _process_step_results(self, wait: bool) -> bool:
-        """Take note of the steps' results; whether the workers are to stop. The answer is the same on all."""
+        """Process the steps' results and return whether a stop is requested. The answer is the same on all workers."""
         stops = False
         for result in self.results.drain(wait):
             stops |= result.stop_requests > 0
             self.metrics.results.append(result)
-            # By overflows the loss scale finds its value; it does not help against a gradient that is undefined.
+            # Overflows are how the loss scale adapts. At scale 1 a non-finite gradient can't be one.
             overflowed = math.isfinite(result.loss) and result.loss_scale > 1
             if result.skipped and not overflowed:
                 self._skip_bad_step(result)
@@ -235,7 +235,7 @@ class Trainer:
             where = f"last checkpoint {self.run.folder}/{last}" if last else "no checkpoint yet"
             raise UserError(
                 f"step {step}: {text}; {where}; bad step number {len(self.bad_steps)}, "
-                f"optim.max_bad_steps is {allowed}; more may be skipped, or another run may take a lower optim.lr"
+                f"optim.max_bad_steps is {allowed}; allow more, or start another run with a lower optim.lr"
             )
         self.reporter.emit(Incident(step, "bad_step", f"skipped: {text}", keys=keys))
 
@@ -256,7 +256,7 @@ class Trainer:
         self.reporter.incidents(step, self.bad_clips)
 
     def _facts(self, step: int) -> Facts:
-        """What the checkpoint of this step says, with what all workers found so far. All workers call it."""
+        """What the checkpoint of this step records, with what all workers found so far. All workers call it."""
         self.bad_clips.unite(self.workers.all_gather(self.bad_clips.found))
         self.reporter.gather_problems()
         self._report_incidents(step)
@@ -276,8 +276,8 @@ def train(
 ) -> None:
     """Train, evaluate and write the model folder; resume from the run's last checkpoint if it has one.
 
-    incident: what the command found wrong with the run's checkpoints or results, one line for the log.
-    make_trainer: gets what Trainer gets.
+    incident: a problem that the command found with the run's checkpoints or results, one line for the log.
+    make_trainer: called with Trainer's arguments.
     All workers call it. Rank 0's events go to `emit` and to the run's log.
     Raises UserError, and Stopped after a request to stop (`Workers.stop_request`), when the checkpoint is written.
     """
@@ -302,12 +302,12 @@ def train(
                 f"the GPU's memory is too small for the weights of {recipe.model.variant} and their optimizer's state; "
                 "use a smaller model.variant"
             ) from error
-        if incident and workers.failure is None:  # once, in the first of this command's starts
+        if incident and workers.failure is None:  # only in the first of this command's starts
             trainer.damaged.insert(0, incident)
         try:
             trainer.train()
             return
         except torch.OutOfMemoryError:
             trainer.model.zero_grad()
-        # After the exception, which holds on to what was computed.
+        # After the exception is gone, because it keeps the computed tensors alive.
         raise memory.too_small(trainer.model, recipe.optim, recipe.data.crop_samples)

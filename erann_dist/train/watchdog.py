@@ -1,7 +1,7 @@
-"""Ends a worker that makes no progress, and leaves the stacks of its threads behind.
+"""Ends a worker that makes no progress, after writing the stacks of its threads to a file.
 
-A worker may hang where no Python runs, in a collective operation or in a driver: faulthandler's own thread, which needs
-no lock of Python's, writes the stacks, and the kernel's timer ends the process.
+A worker may hang outside Python, in a collective operation or in a driver. So faulthandler's own thread, which does not
+need the GIL, writes the stacks, and a kernel timer ends the process.
 """
 
 import faulthandler
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-_REARM_S = 1.0  # each costs a thread
-_START_S = 600.0  # the least that the start may take: reading manifests and a checkpoint, compiling
-_GRACE_S = 5.0  # in which the others that wait for a hung worker write their stacks too, before the first one ends
+_REARM_S = 1.0  # at most this often, because each time starts a thread
+_START_S = 600.0  # the minimum for the start: reading manifests and a checkpoint, compiling
+_GRACE_S = 5.0  # so that workers waiting for the hung one can write their stacks too before the first one ends
 
 
 class Watchdog:
@@ -29,31 +29,31 @@ class Watchdog:
         self._armed = 0.0
         descriptor, new = tempfile.mkstemp(".new", f"{_prefix(run)}rank{rank}-")
         self._file = os.fdopen(descriptor, "w")
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # until this process ends; its id may mean another in a container beside
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # until this process ends; another container may use the same id
         self._path = Path(new).rename(Path(new).with_suffix(".txt"))
         self._arm(max(timeout, _START_S))
 
     def alive(self) -> None:
-        """There is progress."""
+        """Report progress."""
         if time.monotonic() - self._armed > min(_REARM_S, self._timeout / 4):
             self._arm(self._timeout)
 
     def _arm(self, seconds: float) -> None:
         self._armed = time.monotonic()
         faulthandler.dump_traceback_later(seconds, file=self._file)
-        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_S)  # SIGALRM, which ends a process that does not mind
+        signal.setitimer(signal.ITIMER_REAL, seconds + _GRACE_S)  # SIGALRM, which by default ends a process
 
     def stop(self) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         if not os.fstat(self._file.fileno()).st_size:
-            self._path.unlink(missing_ok=True)  # who cleans up there may have been faster than a long run
+            self._path.unlink(missing_ok=True)  # a cleanup of the folder may have been faster
         self._file.close()
 
 
 @contextmanager
 def watching(run: str, rank: int, timeout: float) -> Iterator[Watchdog]:
-    """A watchdog for the length of the context."""
+    """A watchdog for the duration of the context."""
     watchdog = Watchdog(run, rank, timeout)
     try:
         yield watchdog
@@ -62,21 +62,21 @@ def watching(run: str, rank: int, timeout: float) -> Iterator[Watchdog]:
 
 
 def stacks_left(run: str) -> list[tuple[str, str]]:
-    """The stacks that hung workers of the run left on this node, each behind its rank, as in "rank0"; taken away."""
+    """The stacks left on this node by hung workers of the run, as ("rank0", stack); their files are removed."""
     found = []
     for path in sorted(Path(tempfile.gettempdir()).glob(f"{_prefix(run)}*.txt")):
-        # Not when its worker lives, it is another user's, or another worker of the node has taken it.
+        # Skipped when its worker is alive, it is another user's, or another worker of the node has taken it.
         with suppress(OSError), path.open("r+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             text = file.read()
             path.unlink()
-            if text:  # empty when it was killed
+            if text:  # empty when the worker was killed
                 found.append((path.name.removeprefix(_prefix(run)).partition("-")[0], text))
     return found
 
 
 def remove_empty(run: str) -> None:
-    """Remove the files that workers of the run which were killed, and did not hang, left on this machine."""
+    """Remove the files left on this machine by workers of the run that were killed and did not hang."""
     for path in Path(tempfile.gettempdir()).glob(f"{_prefix(run)}*"):
         with suppress(OSError), path.open("r+") as file:  # as above
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

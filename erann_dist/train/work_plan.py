@@ -1,6 +1,6 @@
 """What each step of a run computes: a pure function of the recipe, the training clips and the step.
 
-The global batch B and the micro-batch M are the recipe's. Micro-batch m of step s holds the examples
+The global batch B and the micro-batch M come from the recipe. Micro-batch m of step s contains the examples
 [s·B + m·M, s·B + (m + 1)·M), whichever worker computes it.
 """
 
@@ -21,12 +21,12 @@ from erann_dist.recipe import OptimSection, Recipe
 from erann_dist.train.augment import clip_positions
 
 _DRAW_AHEAD = 16  # micro-batches
-SUBSTITUTE_POSITIONS = 2**40  # where substitutes for bad clips are drawn from
+SUBSTITUTE_POSITIONS = 2**40  # the range from which substitutes for bad clips are drawn
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One of the equal parts of a step's examples, as it is assigned to a rank."""
+    """One of the equal parts of a step's examples, as assigned to a rank."""
 
     examples: npt.NDArray[np.int64]  # (M,) positions of the examples in the run
     weight: float  # 1, or 0 for the repetition that keeps a rank in step with the others
@@ -34,15 +34,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class MicroBatchCrops(loader.Crops):
-    """The crops that a micro-batch is made of."""
+    """The crops of a micro-batch."""
 
     micro_batch: MicroBatch
 
 
 def assign_micro_batches(step: int, optim: OptimSection, rank: int, world_size: int) -> list[MicroBatch]:
-    """The micro-batches of a step that are this rank's: a contiguous run, as many on every rank.
+    """This rank's micro-batches of a step: a contiguous range, of the same length on every rank.
 
-    A rank that is one short repeats its last with weight 0, for the engines want equal counts.
+    A rank with one fewer repeats its last micro-batch with weight 0, because the engines need equal counts.
     """
     count = optim.global_batch // optim.micro_batch
     mine = np.array_split(np.arange(count), world_size)[rank]
@@ -57,7 +57,7 @@ def micro_batches_per_rank(optim: OptimSection, world_size: int) -> int:
 
 
 def learning_rate(step: int, steps: int, optim: OptimSection) -> float:
-    """The rate of step 0..steps−1: constant, or that of torch's OneCycleLR(max_lr, total_steps=steps, …)."""
+    """The learning rate of step 0..steps−1: constant, or that of torch's OneCycleLR(max_lr, total_steps=steps, …)."""
     if optim.schedule == "constant":
         return optim.lr
     rise_end = optim.pct_start * steps - 1
@@ -84,7 +84,7 @@ def make_sampler(recipe: Recipe, clips: Manifest) -> Sampler:
 
 
 class SamplePlan:
-    """Which crops of which clips the examples of a run are made of."""
+    """Which crops of which clips make up the examples of a run."""
 
     def __init__(self, recipe: Recipe, clips: Manifest) -> None:
         self._recipe = recipe
@@ -99,7 +99,7 @@ class SamplePlan:
         return len(self._positions(np.arange(1)))
 
     def crops(self, steps: Iterable[int], rank: int, world_size: int) -> Iterator[MicroBatchCrops]:
-        """What this rank's micro-batches of the steps need; drawn in blocks, which is faster."""
+        """The crops of this rank's micro-batches in the steps; drawn in blocks, which is faster."""
         optim = self._recipe.optim
         assigned = chain.from_iterable(assign_micro_batches(step, optim, rank, world_size) for step in steps)
         while block := list(islice(assigned, _DRAW_AHEAD)):
@@ -110,7 +110,7 @@ class SamplePlan:
                 yield MicroBatchCrops(crops.rows, crops.starts, crops.counts, crops.length, positions, micro_batch)
 
     def substitute(self, position: int, attempt: int) -> loader.Crops:
-        """Another draw for a position whose clip is bad: the same on whatever worker it falls."""
+        """Another draw for a position whose clip is bad; the same on every worker."""
         seed, positions = self._recipe.run.seed, np.array([position])
         others = keyed_integer(0, SUBSTITUTE_POSITIONS, seed, SUBSTITUTE, attempt, positions)
         return self._crop(self.sampler.draw(others), positions)

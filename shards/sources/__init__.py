@@ -1,1 +1,1 @@
-"""Data sets as they lie on disk, read as rows: key, labels, where the audio is. Nothing is decoded here."""
+"""Data sets on disk, read as rows: key, labels, location of the audio. Nothing is decoded here."""

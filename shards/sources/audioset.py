@@ -22,10 +22,10 @@ _CHUNK = 65_536  # lines at a time that are Python objects
 
 
 def read_audioset(segments: Path, audio: Path, classes: Path = CLASSES) -> Source:
-    """The rows of one segment list. Raises UserError with file and line for what is not AudioSet's format.
+    """The rows of one segment list. Raises UserError with file and line for a line not in AudioSet's format.
 
-    Reported are segments without a file, those with a label that is not in the class list, and as duplicates a segment
-    that is listed again and a file of the same name as the one that is taken.
+    Segments without a file are reported, those with a label that is not in the class list, and as duplicates repeated
+    segments and further files of the same name.
     """
     label_ids, label_names = read_classes(classes)
     listed = _read_segments(segments)
@@ -60,7 +60,7 @@ def read_classes(path: Path) -> tuple[list[str], list[str]]:
         if line == 1:
             continue
         if len(fields) != 3 or fields[0] != str(len(ids)):
-            raise UserError(f"{path}:{line}: not a class; wanted: {len(ids)},MID,display name")
+            raise UserError(f"{path}:{line}: not a class; expected: {len(ids)},MID,display name")
         ids.append(fields[1])
         names.append(fields[2])
     if not ids:
@@ -87,9 +87,9 @@ def _read_segments(path: Path) -> pa.Table:
             ytid, start_text, end_text, mids = fields
             start, end = float(start_text), float(end_text)
         except ValueError as error:
-            raise UserError(f'{path}:{line}: not a segment; wanted: YTID, start, end, "MID,MID"') from error
+            raise UserError(f'{path}:{line}: not a segment; expected: YTID, start, end, "MID,MID"') from error
         if not ytid or not 0 <= start < end < math.inf:
-            raise UserError(f"{path}:{line}: no segment of a video (YTID {ytid!r}, from {start:g} to {end:g} s)")
+            raise UserError(f"{path}:{line}: not a segment of a video (YTID {ytid!r}, from {start:g} to {end:g} s)")
         chunk.append((f"{safe_key(ytid)}_{round(start * 1000)}", ytid, start, end, mids))
         if len(chunk) == _CHUNK:
             flush()
@@ -101,7 +101,7 @@ def _read_segments(path: Path) -> pa.Table:
 
 
 def _label_indices(mids: pa.ChunkedArray, label_ids: list[str]) -> tuple[pa.ListArray, pa.Array]:
-    """The class indices of each "MID,MID", ascending and once each; and its first MID that is no class, or null."""
+    """The class indices of each "MID,MID", ascending and unique; and its first MID that is not a class, or null."""
     lists = pc.split_pattern(mids.combine_chunks(), ",")
     counts = pc.list_value_length(lists).to_numpy()
     names = pc.utf8_trim_whitespace(lists.flatten())

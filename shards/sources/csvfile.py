@@ -1,4 +1,4 @@
-"""CSV files, gzipped or not, line by line with line numbers."""
+"""Reads CSV files, gzipped or not, line by line with line numbers."""
 
 import csv
 import gzip
@@ -13,9 +13,9 @@ from erann_dist.storage.plain_file import require_plain_file
 
 
 def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, list[str]]]:
-    """The fields of each line and its number; empty lines, and those that start with `comment`, are passed over.
+    """The number and the fields of each line; empty lines, and those that start with `comment`, are skipped.
 
-    Raises UsageError when there is no such file, UserError when it is no CSV in UTF-8.
+    Raises UsageError when there is no such file, UserError when it is not CSV in UTF-8.
     """
     number = 0
     try:
@@ -35,15 +35,16 @@ def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, li
 
 
 def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
-    """The lines behind a header line, as FILE:LINE and a value for each of the header's columns.
+    """The lines after a header line, as FILE:LINE and a value for each of the header's columns.
 
-    Raises as read_lines, and UserError when one of `columns` is not in the header or a line has other columns.
+    Raises what read_lines raises, and UserError when one of `columns` is not in the header or a line has a different
+    number of fields.
     """
     lines = read_lines(path)
     _, header = next(lines, (0, []))
     header = [name.strip() for name in header]
     if missing := [name for name in columns if name not in header]:
-        raise UserError(f"{path}:1: no column {missing[0]}; needed are {', '.join(columns)}")
+        raise UserError(f"{path}:1: no column {missing[0]}; the required columns are {', '.join(columns)}")
     for number, fields in lines:
         if len(fields) != len(header):
             raise UserError(f"{path}:{number}: {len(fields)} fields where the header has {len(header)}")
@@ -51,9 +52,9 @@ def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict
 
 
 def fold_number(where: str, text: str) -> int:
-    """A fold, which the manifest holds in 8 bits. Raises UserError, naming the line."""
+    """A fold, which the manifest stores in 8 bits. Raises UserError, naming the line."""
     if not re.fullmatch("0*[0-9]{1,3}", text.strip()) or int(text) > 127:
-        raise UserError(f"{where}: {text!r} is no fold; a number from 0 to 127 is needed")
+        raise UserError(f"{where}: {text!r} is not a fold; a number from 0 to 127 is needed")
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""The data sets that `erann pack` reads. Another one is a file here and an entry in DATA_SETS."""
+"""The data sets that `erann pack` reads. To add one, add a file here and an entry in DATA_SETS."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """What `erann pack` was given to find a data set. Each data set says which of them it needs."""
+    """The options of `erann pack` that locate a data set. Each data set declares which of them it needs."""
 
     segments: Path | None = None
     audio: Path | None = None
@@ -25,19 +25,19 @@ class Options:
 
 @dataclass(frozen=True)
 class ShardSetFacts:
-    """What is known of the shard sets of one name that are made of a data set."""
+    """What is known about a shard set of this name, made from a data set."""
 
-    folds: int | None = None  # official ones, and the clips in them
-    clips: int | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)  # that make it, besides where the files are
+    folds: int | None = None  # the number of official folds
+    clips: int | None = None  # the number of clips in them
+    options: Mapping[str, Any] = field(default_factory=dict)  # that make it, other than the location of the files
 
 
 @dataclass(frozen=True)
 class DataSet:
     read: Callable[[Options], "Source"]  # raises UsageError or UserError: which file, which line, what is wrong
-    needs: tuple[str, ...] = ("root",)  # options
+    needs: tuple[str, ...] = ("root",)  # required options
     shard_sets: Mapping[str, ShardSetFacts] = field(default_factory=dict)  # by name
-    # What clips in different folds must not share, and the one that a clip is from, by its key.
+    # What clips in different folds must not share, such as a recording, and a function from a clip's key to its own.
     recordings: tuple[str, Callable[[str], str]] | None = None
     folds_by_actor: bool = False
 
@@ -109,13 +109,13 @@ DATA_SETS = {
 
 
 def find_data_set(shard_set: str) -> tuple[DataSet, ShardSetFacts] | None:
-    """The data set that shard sets of this name are made of."""
+    """The data set that shard sets of this name are made from."""
     found = ((each, each.shard_sets[shard_set]) for each in DATA_SETS.values() if shard_set in each.shard_sets)
     return next(found, None)
 
 
 def read_source(name: str, options: Options) -> "Source":
-    """A data set's rows. Raises UsageError when an option that it needs is not there; UserError."""
+    """A data set's rows. Raises UsageError when a required option is missing, and what the data set's reader raises."""
     data_set = DATA_SETS[name]
     if any(getattr(options, need) is None for need in data_set.needs):
         raise UsageError(f"{name} needs {' and '.join(f'--{need}' for need in data_set.needs)}")
@@ -123,8 +123,8 @@ def read_source(name: str, options: Options) -> "Source":
 
 
 def read_source_of(shard_set: str, options: Options) -> "Source":
-    """The rows that a shard set of this name was made of. Raises as read_source does."""
+    """The rows that a shard set of this name was made from. Raises what read_source raises."""
     name = next((name for name, each in DATA_SETS.items() if shard_set in each.shard_sets), None)
     if name is None:
-        raise UsageError(f"no data set is known that a shard set {shard_set!r} is made of")
+        raise UsageError(f"no known data set makes a shard set named {shard_set!r}")
     return read_source(name, replace(options, **DATA_SETS[name].shard_sets[shard_set].options))

@@ -14,7 +14,7 @@ _COLUMNS = ("filename", "fold", "target", "category", "esc10")
 
 
 def read_esc50(root: Path, esc10: bool = False) -> Source:
-    """ESC-50, or with esc10 its ten-class subset. The clips may be in any format, under the names of the list.
+    """ESC-50, or with esc10 its ten-class subset. The clips may be in any format, with the names in the list.
 
     Raises UsageError or UserError: which file, which line, what is wrong.
     """

@@ -1,4 +1,4 @@
-"""The sound files below a folder: plain ones, those in tars, and the clips of PANNs' HDF5 packs."""
+"""Finds the sound files below a folder: plain files, members of tars, and the clips of PANNs' HDF5 packs."""
 
 import os
 import tarfile
@@ -19,7 +19,7 @@ from shards.sources.rows import printable
 FILE_SCHEMA = pa.schema(
     [
         ("stem", pa.binary()),  # the name without folder and suffix
-        ("name", pa.binary()),  # below the folder; of a clip in an archive ARCHIVE/NAME
+        ("name", pa.binary()),  # relative to the folder; ARCHIVE/NAME for a clip in an archive
         ("path", pa.binary()),  # these three: see ROW_SCHEMA
         ("offset", pa.int64()),
         ("size", pa.int64()),
@@ -27,7 +27,7 @@ FILE_SCHEMA = pa.schema(
     ]
 )
 HDF5_SUFFIXES = (".h5", ".hdf5")
-_CHUNK = 65_536  # rows at a time that are Python objects: two million at once would take a gigabyte
+_CHUNK = 65_536  # rows held as Python objects at a time; two million at once would take a gigabyte
 
 _EXAMPLES = 3  # How many names a note lists.
 _MOST_FOLDERS = 20_000  # that are searched for a data set's own list
@@ -36,11 +36,11 @@ _Found = tuple[bytes, bytes, int | None, int | None]  # name, path, offset, size
 
 @dataclass(frozen=True)
 class AudioFiles:
-    """What was found below a folder."""
+    """The sound files found below a folder."""
 
     folder: Path
-    table: pa.Table  # FILE_SCHEMA; of files with one stem the one to take comes first: see find_audio
-    passed_over: dict[str, int]  # suffix -> files that are no sound by their names
+    table: pa.Table  # FILE_SCHEMA; of files with the same stem the preferred one comes first: see find_audio
+    passed_over: dict[str, int]  # suffix -> number of files that are not sound files by their names
     warnings: list[str]
 
     def notes(self, place: pa.Array | None = None) -> list[str]:
@@ -59,20 +59,20 @@ class AudioFiles:
                 notes.append(f"{self.folder}: {unmatched}: {some}")
         if self.passed_over:
             kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in self.passed_over.items())
-            notes.append(f"{self.folder}: passed over, not sound by their names: {kinds}")
+            notes.append(f"{self.folder}: skipped, not sound files by their names: {kinds}")
         return notes
 
 
 def find_audio(folder: Path) -> AudioFiles:
-    """The sound files below a folder, however deep, links followed; hidden files are left alone. Or of one archive.
+    """The sound files of one archive, or those below a folder at any depth, following links and skipping hidden files.
 
     Of several files with one stem an empty one comes last and a lossless one before the others; of those in one format
     the largest comes first, which has the highest rate or is the whole one.
 
-    Raises UsageError when there is no such folder, UserError when it holds no sound file.
+    Raises UsageError when there is no such folder, UserError when it contains no sound file.
     """
     if not folder.exists():
-        raise UsageError(f"{folder}: no such folder of audio")
+        raise UsageError(f"{folder}: no such audio folder")
     passed_over: Counter[str] = Counter()
     warnings: list[str] = []
     tables, chunk = [], []
@@ -148,8 +148,8 @@ def _with_sizes(table: pa.Table) -> pa.Table:
 def locate(rows: pa.Table, place: pa.Array, files: AudioFiles) -> pa.Table:
     """The rows with their files: row i's is file place[i]; where that is null the row is reported as missing.
 
-    Reported as duplicates are a row whose key is there before, and, in a row of its own behind the others, a file of
-    the same stem as one that is taken.
+    A row whose key occurred before is reported as a duplicate. So is a file with the same stem as one that is used, in
+    an additional row after the others.
     """
     missing = pc.and_(pc.is_null(place), pc.is_null(rows["reason"]))
     rows = _replace(rows, "reason", pc.if_else(missing, "missing", rows["reason"]))
@@ -173,14 +173,12 @@ def with_files(rows: pa.Table, place: pa.Array, files: AudioFiles) -> pa.Table:
 
 
 def report_duplicates(rows: pa.Table) -> pa.Table:
-    """The rows, each but the first of those with one key reported as a duplicate."""
+    """The rows; of those with the same key, all but the first are reported as duplicates."""
     first = pc.index_in(rows["key"], value_set=rows["key"].combine_chunks()).to_numpy()
     again = first != np.arange(len(rows))
     if not again.any():
         return rows
-    before = pc.binary_join_element_wise(
-        rows["source"].take(pa.array(first)), "comes before it under the same key", " "
-    )
+    before = pc.binary_join_element_wise(rows["source"].take(pa.array(first)), "comes first and has the same key", " ")
     rows = _replace(rows, "detail", pc.if_else(pa.array(again), before, rows["detail"]))
     return _replace(rows, "reason", pc.if_else(pa.array(again), "duplicate", rows["reason"]))
 
@@ -204,7 +202,7 @@ def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterat
     if os.path.isfile(root):
         yield from _archived(root, b"", warnings)
         return
-    seen = set()  # folders, so that a link to one above is no endless walk
+    seen = set()  # folders, so that a link to a parent causes no endless loop
     waiting = [root]
     while waiting:
         folder = waiting.pop()
@@ -214,7 +212,7 @@ def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterat
         seen.add((status.st_dev, status.st_ino))
         folders: list[bytes] = []
         with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)  # which of two ways to a folder is taken is no chance
+            entries = sorted(found, key=lambda entry: entry.name)  # if two paths lead to a folder, always use the same
         for entry in entries:
             if entry.name.startswith(b"."):
                 continue
@@ -225,7 +223,7 @@ def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterat
             elif suffix == ".tar" or suffix in HDF5_SUFFIXES:
                 yield from _archived(entry.path, name + b"/", warnings)
                 continue
-            if suffix in SUFFIXES:  # a folder of such a name too: it is reported, not lost
+            if suffix in SUFFIXES:  # also a folder of such a name, so that it is reported
                 yield name, entry.path, None, None
             elif not is_folder:
                 passed_over[suffix or "none"] += 1
@@ -243,7 +241,7 @@ def _archived(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_Foun
 
 
 def _tar_members(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_Found]:
-    """Their names are looked up and never written to, so that a name such as ../x.wav can do no harm."""
+    """The sound files in a tar. Their names are never used as paths, so that a name such as ../x.wav does no harm."""
     count = links = 0
     try:
         with tarfile.open(os.fsdecode(path), "r:") as tar:
@@ -255,41 +253,41 @@ def _tar_members(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_F
                         yield prefix + os.fsencode(member.name), path, member.offset_data, member.size
                     elif not member.isdir():
                         links += 1
-                tar.members.clear()  # type: ignore[attr-defined]  # else every header is kept
+                tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
             require_end(tar)
         if links:
             warnings.append(
-                f"{printable(path)}: passed over {links} links to sound; only the files themselves are used"
+                f"{printable(path)}: skipped {links} links to sound files; only the files themselves are used"
             )
     except (tarfile.TarError, OSError) as error:
-        warnings.append(f"{printable(path)}: damaged behind its {count} readable clips ({error}); fetch it again")
+        warnings.append(f"{printable(path)}: damaged after its {count} readable clips ({error}); fetch it again")
 
 
 def require_end(tar: tarfile.TarFile) -> None:
     """Raise tarfile.ReadError unless the members that were read are followed by a tar's end.
 
-    tarfile itself takes a damaged header, or a file that is cut off before one, for the end.
+    tarfile itself treats a damaged header, or a file truncated before one, as the end.
     """
     assert tar.fileobj
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("cut off, or a damaged header")
+        raise tarfile.ReadError("truncated, or a damaged header")
 
 
 def _pack_rows(path: bytes, prefix: bytes) -> Iterator[_Found]:
-    """PANNs' waveform packs hold audio_name, such as Y--1yEIfaOVA.wav, and waveform (clips, samples) int16.
+    """The clips of a PANNs pack, which has audio_name, such as Y--1yEIfaOVA.wav, and waveform (clips, samples) int16.
 
     Source: utils/dataset.py of github.com/qiuqiangkong/audioset_tagging_cnn.
     """
     with open_pack(path) as pack:
         if "audio_name" not in pack or "waveform" not in pack:
-            raise UserError(f"{printable(path)}: no PANNs pack, which holds audio_name and waveform")
+            raise UserError(f"{printable(path)}: not a PANNs pack, which contains audio_name and waveform")
         for row, name in enumerate(pack["audio_name"][:]):
             yield prefix + name, path, row, None
 
 
 def open_pack(path: bytes):  # type: ignore[no-untyped-def]  # h5py is optional
-    """An HDF5 file, for reading. Raises UserError when it is none, or h5py is not installed."""
+    """An HDF5 file, open for reading. Raises UserError when it is not HDF5, or h5py is not installed."""
     try:
         import h5py
     except ImportError as error:

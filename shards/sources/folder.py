@@ -1,4 +1,4 @@
-"""Anybody's own sound: a folder with one sub-folder per class, or with a CSV of paths and labels."""
+"""The user's own sound files: a folder with one sub-folder per class, or with a CSV of paths and labels."""
 
 import os
 import re
@@ -15,10 +15,10 @@ from shards.sources.rows import Source, SourceRow, printable, rows_table, safe_k
 
 
 def read_folder(root: Path) -> Source:
-    """One class per sub-folder, however deep the files lie in it; labels in alphabetical order.
+    """One class per sub-folder, with files at any depth; labels in alphabetical order.
 
-    The path without its suffix is a clip's key: of two files that differ in nothing else the second is reported as a
-    duplicate. A file outside the sub-folders is reported as a wrong label. Raises UsageError or UserError.
+    A clip's key is its path without the suffix: of two files that differ only in the suffix, the second is reported as
+    a duplicate. A file outside the sub-folders is reported as a wrong label. Raises UsageError or UserError.
     """
     files = find_audio(root)
     names = files.table["name"].to_pylist()
@@ -30,7 +30,7 @@ def read_folder(root: Path) -> Source:
     rows = rows_table(
         SourceRow(safe_key(os.path.splitext(name)[0]), [index[label]], None, "")
         if label is not None
-        else SourceRow(safe_key(name), [], None, "", reason="wrong label", detail="lies in no class's folder")
+        else SourceRow(safe_key(name), [], None, "", reason="wrong label", detail="is not in a class's folder")
         for name, label in zip(names, classes, strict=True)
     )
     rows = report_duplicates(with_files(rows, pa.array(range(len(names)), pa.int32()), files))
@@ -38,9 +38,9 @@ def read_folder(root: Path) -> Source:
 
 
 def read_listed_folder(root: Path, labels: Path) -> Source:
-    """The files that a CSV lists: path (below root), labels (separated by , or ;), and if there are, split and fold.
+    """The files that a CSV lists: path (below root), labels (separated by , or ;), and optionally split and fold.
 
-    Every row with one label makes it a classification task, else it is tagging. Labels in alphabetical order.
+    If no row has more than one label, the task is classification, otherwise tagging. Labels in alphabetical order.
     Raises UsageError or UserError: which file, which line.
     """
     lines = []

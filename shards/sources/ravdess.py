@@ -18,7 +18,7 @@ _FILM, _SOUND = 1, b"03"  # modalities; 02 is the film alone
 
 
 def read_ravdess(root: Path) -> Source:
-    """The speech files below a folder. An actor is in one fold: ((actor − 1) // 2) mod 4 + 1, both sexes in each.
+    """The speech files below a folder. An actor is in one fold, ((actor − 1) // 2) mod 4 + 1, with both sexes in each.
 
     Of an utterance that is there as sound (modality 03) and in a film (01), the sound is packed and the film reported
     as a duplicate. Songs, films without sound (02) and names that are not RAVDESS's are reported as wrong labels.

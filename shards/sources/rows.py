@@ -1,4 +1,4 @@
-"""What every source becomes: labelled rows that say where the sound is. In columns, since AudioSet has two million."""
+"""Labelled rows with the location of their sound, read from any data set; in columns, as AudioSet has two million."""
 
 import os
 import re
@@ -21,10 +21,10 @@ ROW_SCHEMA = pa.schema(
         ("path", pa.binary()),  # absolute, of the file to open, in the file system's bytes; null when not found
         ("offset", pa.int64()),  # of a clip inside its tar, in bytes; or its row in a PANNs pack
         ("size", pa.int64()),  # of a clip inside its tar, in bytes
-        ("source", pa.string()),  # the file below the audio folder, or what was looked for
+        ("source", pa.string()),  # the file relative to the audio folder, or what was searched for
         ("split", pa.string()),
         ("fold", pa.int8()),
-        ("start", pa.float64()),  # of the segment in the whole recording, seconds; null for all of the file
+        ("start", pa.float64()),  # of the segment in the whole recording, seconds; null for the whole file
         ("end", pa.float64()),
         ("reason", pa.string()),  # why it can't be packed, when that is known before anything is decoded
         ("detail", pa.string()),
@@ -59,18 +59,18 @@ class Source:
     label_ids: list[str]
     label_names: list[str]
     rows: pa.Table
-    notes: list[str]  # for the user: what was odd about the files
+    notes: list[str]  # for the user: oddities of the files
 
 
 def rows_table(rows: Iterable[SourceRow]) -> pa.Table:
-    """The rows as a table, a part at a time: as Python objects two million would take gigabytes."""
+    """The rows as a table, built in parts: as Python objects two million rows would take gigabytes."""
     rows = iter(rows)
     parts = iter(lambda: [asdict(row) for row in islice(rows, 65_536)], [])
     return pa.concat_tables([pa.Table.from_pylist(part, ROW_SCHEMA) for part in parts] or [ROW_SCHEMA.empty_table()])
 
 
 def safe_key(name: str | bytes) -> str:
-    """The name as a key: any byte but A-Z a-z 0-9 _ - becomes %XX, so that no dot or slash confuses a tar's reader."""
+    """The name as a key: any byte except A-Z a-z 0-9 _ - becomes %XX, so that no dot or slash confuses a tar reader."""
     if isinstance(name, str) and _SAFE.fullmatch(name):
         return name
     return re.sub(rb"[^A-Za-z0-9_-]", lambda m: b"%%%02X" % m[0][0], os.fsencode(name)).decode()

@@ -10,7 +10,7 @@ from shards.sources.csvfile import fold_number, read_table
 from shards.sources.files import find_audio, find_list, locate, sound_folder
 from shards.sources.rows import Source, SourceRow, rows_table, safe_key
 
-# In the order of classID; the data set's page, urbansounddataset.weebly.com/urbansound8k.html.
+# In the order of classID; source: urbansounddataset.weebly.com/urbansound8k.html.
 LABELS = (
     "air_conditioner car_horn children_playing dog_bark drilling engine_idling gun_shot jackhammer siren street_music"
 ).split()
@@ -18,10 +18,10 @@ _COLUMNS = ("slice_file_name", "fold", "classID", "class")
 
 
 def read_urbansound8k(root: Path) -> Source:
-    """The clips of the list; their own start and end are not cut again. The clips may be in any format.
+    """The clips of the list, which may be in any format. They are already cut, so the list's start and end are ignored.
 
-    Raises UsageError or UserError: which file, which line, what is wrong. A row whose class and classID, or the one in
-    the file's name (RECORDING-CLASSID-occurrence-slice), disagree is reported as a wrong label.
+    Raises UsageError or UserError: which file, which line, what is wrong. A row whose classID disagrees with its class,
+    or with the file's name (RECORDING-CLASSID-occurrence-slice), is reported as a wrong label.
     """
     path = find_list(root, "UrbanSound8K.csv")
     listed = []
@@ -32,8 +32,8 @@ def read_urbansound8k(root: Path) -> Source:
             raise UserError(f"{where}: not a clip ({error})") from error
         stem = Path(line["slice_file_name"]).stem
         row = SourceRow(safe_key(stem), [label], None, stem, fold=fold)
-        said = {line["classID"], *stem.split("-")[1:2]}
-        if not 0 <= label < len(LABELS) or LABELS[label] != line["class"] or said != {line["classID"]}:
+        class_ids = {line["classID"], *stem.split("-")[1:2]}
+        if not 0 <= label < len(LABELS) or LABELS[label] != line["class"] or class_ids != {line["classID"]}:
             detail = f"classID {line['classID']}, class {line['class']}, file name {line['slice_file_name']}"
             row = SourceRow(row.key, [], None, stem, fold=fold, reason="wrong label", detail=detail)
         listed.append((stem, row))

@@ -393,7 +393,7 @@ def test_an_etag_that_is_no_checksum(server: Server, folder: Folder, data: bytes
     folder.write("x", data)
     assert server.stored("set/x") == data
     server.faults = always(FLIP_STORED, "PutObject", "UploadPart")
-    assert "what S3 then holds is not what was sent" in refusal(lambda: folder.write("x", data))
+    assert "what S3 stored is not what was sent" in refusal(lambda: folder.write("x", data))
     assert server.stored("set/x") is None
 
 

@@ -149,7 +149,7 @@ def test_a_run_goes_on_when_the_caches_disk_is_full(tone_shards: Path, tmp_path:
         events = train_alone(recipe)
     assert_same_weights(without, recipe)
     (incident,) = [event for event in events if isinstance(event, Incident)]
-    assert incident.text == f"{disk}/cache: nothing more is kept in the cache (No space left on device)"
+    assert incident.text == f"{disk}/cache: no more clips are cached (No space left on device)"
     first, *_ = [event for event in events if isinstance(event, Step)]
     assert first.cache_hits is not None
     assert 0 < first.cache_hits < 1

@@ -142,7 +142,7 @@ def test_a_tar_of_another_size_and_a_missing_one(server: Server) -> None:
     manifest = remote(server)
     folder = manifest.tars[2].folder
     folder.write("audioset-000002.tar", folder.read("audioset-000002.tar") + b"more")
-    with pytest.raises(UserError, match="audioset-000002.tar: .* it was cut or replaced"):
+    with pytest.raises(UserError, match="audioset-000002.tar: .* it was truncated or replaced"):
         samples(manifest)
     folder.delete("audioset-000002.tar")
     with pytest.raises(UserError, match="audioset-000002.tar: No such file"):

@@ -98,7 +98,7 @@ def test_resumed_from_s3_with_a_spoiled_checkpoint(
     (started,) = of_kind(events, Started)
     assert started.step == 2
     problem, restart = of_kind(events, Incident)
-    assert problem.text.startswith(f"{run}/{newest}: its state.safetensors is not what its COMMITTED says")
+    assert problem.text.startswith(f"{run}/{newest}: its state.safetensors does not match its COMMITTED")
     assert (restart.kind, restart.steps_lost) == ("failure", 1)
     expected = weights(open_folder(whole.run_url))
     assert all(torch.equal(value, expected[name]) for name, value in weights(run).items())

@@ -34,7 +34,7 @@ def test_defaults_and_overrides(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.learning_rate=1", "optim.learning_rate: no such key; there are optim.global_batch"),
+        ("optim.learning_rate=1", "optim.learning_rate: no such key; the keys are optim.global_batch"),
         ("optim.globl_batch=32", "optim.globl_batch: no such key; did you mean optim.global_batch?"),
         ("optmi.lr=1", "optmi: no such key; did you mean optim?"),
         ("data.train.1.folds=[1]", "data.train.1.folds: no such key; did you mean data.train.1.fold?"),
@@ -50,9 +50,9 @@ def test_defaults_and_overrides(path: Path) -> None:
         ("optim.zero_stage=3", "optim.zero_stage: .*not 3"),
         (
             "model.variant=RNN",
-            "model.variant: 'RNN' is no model; there are ERANN-<s_m>-<width>, .*; CNN14",
+            "model.variant: 'RNN' is not a model; the models are ERANN-<s_m>-<width>, .*; CNN14",
         ),
-        ("model.variant=ERANN-7", "model.variant: 'ERANN-7' is no ERANN variant"),
+        ("model.variant=ERANN-7", "model.variant: 'ERANN-7' is not an ERANN variant"),
         ("model.variant=CNN14x", "model.variant: there is no 'CNN14x'; write CNN14"),
         ("model.variant=ERANN-5-1", "model.variant: there is no ERANN-5-1: s_m is 0, 1, 2 or 3"),
         ("data.crop_s=3.3", "data: crop_s is a whole number of half seconds, not 3.3"),
@@ -61,7 +61,7 @@ def test_defaults_and_overrides(path: Path) -> None:
         ("run.workers=2", "run.workers is 2, but a step of 32 examples has only 1 micro-batches of 32"),
         ("run.name=../elsewhere", "run.name: .*not '../elsewhere'"),
         ("optim.lr", "'optim.lr': an override is written key.path=value"),
-        ("optim.lr.x=1", "'optim.lr.x=1': the recipe has no place for optim.lr.x"),
+        ("optim.lr.x=1", "'optim.lr.x=1': can't set optim.lr.x"),
         ("data=null", "data: .*not None"),
         ("model.variant=5", "model.variant: input should be a valid string, not 5"),
         ("model.variant=", "model.variant: input should be a valid string, not None"),
@@ -70,8 +70,8 @@ def test_defaults_and_overrides(path: Path) -> None:
         ("optim.lr=[1]", r"optim.lr: input should be a valid number, not \[1\]"),
         ("run.seed=-1", "run.seed: .*not -1"),
         ("run.workers=two", "run.workers: .*not 'two'"),
-        ("data.cache={dir: x}", "data.cache.max_bytes: this key is needed"),
-        ("data.cache={max_bytes: 1GB}", "data.cache.dir: this key is needed"),
+        ("data.cache={dir: x}", "data.cache.max_bytes: this key is required"),
+        ("data.cache={max_bytes: 1GB}", "data.cache.dir: this key is required"),
         ("data.cache={dir: '', max_bytes: 1GB}", "data.cache.dir: .*not ''"),
         (
             "data.cache={dir: x, max_bytes: -5GB}",
@@ -104,7 +104,7 @@ def test_what_is_wrong_is_named_with_its_key(path: Path, override: str, message:
     [
         ("a: [", "not YAML"),
         ("just words", "a recipe has the sections model, data"),
-        ("model: {variant: ERANN-1-6}", "data: this key is needed"),
+        ("model: {variant: ERANN-1-6}", "data: this key is required"),
         ("!!python/object/apply:os.system ['true']", "not YAML"),
     ],
 )

@@ -162,7 +162,7 @@ def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
     tar.write_bytes(tar.read_bytes()[:100_000])
     outcome = erann("verify", cut)
     assert_refused(outcome, 1, "cut: 1 problem")
-    assert f"{tar}: cut short, 100000 bytes" in outcome.err
+    assert f"{tar}: truncated, 100000 bytes" in outcome.err
 
     other = copy_tree(tone_shards, tmp_path / "other")
     table = pq.read_table(other / MANIFEST)
@@ -185,7 +185,7 @@ def test_verify(erann, tone_shards: Path, tmp_path: Path) -> None:
         (
             "data.train={url: SHARDS, fold: [7]}",
             2,
-            r"no clip has split None and fold \[7\]; there are the splits \['tone'\]",
+            r"no clip has split None and fold \[7\]; the splits are \['tone'\]",
         ),
         ("run.workers=3", 2, "run.launcher none runs 1 worker, not 3"),
         ("run.dir=/proc/runs", 1, "erann: /proc/runs"),  # nothing can be written there
@@ -394,7 +394,7 @@ def test_tagging_what_one_can_not(erann, trained: Path, tone_shards: Path, tmp_p
     assert_refused(erann("tag", model, tone_shards, "--out", tmp_path), 2, f"{tmp_path}: is a folder")
     assert_refused(erann("tag", model, tone_shards, "--workers", 2, "--launcher", "none", *out), 2, "runs 1 worker")
     slow = changed_model(trained, tmp_path / "rate", sample_rate=32_000)
-    assert_refused(erann("tag", slow, tone_shards, *out), 1, "holds 44100 Hz, the model .* takes 32000 Hz")
+    assert_refused(erann("tag", slow, tone_shards, *out), 1, "is at 44100 Hz, the model .* needs 32000 Hz")
     damaged = copy_tree(tone_shards, tmp_path / "damaged")
     tar = damaged / "audioset-000002.tar"
     tar.write_bytes(tar.read_bytes()[:100_000])
@@ -418,7 +418,7 @@ def test_models_and_shards_that_do_not_fit(erann, trained: Path, tone_shards: Pa
             changed("labels", label_ids=["/m/000", "/m/x", "/m/002"]),
             "labels that are not the 3 of .*label 1 is /m/001",
         ),
-        (changed("rate", sample_rate=32_000), "holds 44100 Hz, the model .* takes 32000 Hz"),
+        (changed("rate", sample_rate=32_000), "is at 44100 Hz, the model .* needs 32000 Hz"),
         (
             changed("task", task="classification"),
             "is for tagging, the model .* for classification",
@@ -430,7 +430,7 @@ def test_models_and_shards_that_do_not_fit(erann, trained: Path, tone_shards: Pa
         (changed("variant", variant="CNN15"), "config.json: not a model's configuration .*CNN15"),
         (
             changed("front_end", variant="CNN14"),
-            "config.json: made for another front end than this program's CNN14 has",
+            "config.json: made for another front end than that of this program's CNN14",
         ),
     ]
     for model, message in cases:
@@ -454,7 +454,7 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     malformed = tmp_path / "malformed.csv"
     malformed.write_text(segments.read_text() + "abc, 1.0\n")
-    assert_refused(pack(audio=tmp_path / "nowhere"), 2, "nowhere: no such folder of audio")
+    assert_refused(pack(audio=tmp_path / "nowhere"), 2, "nowhere: no such audio folder")
     assert_refused(pack(audio=tmp_path / "empty"), 1, "empty: no sound file in it or below it")
     assert_refused(pack(segments=malformed), 1, "malformed.csv:5: not a segment")
     assert_refused(pack(segments=tmp_path / "gone.csv"), 2, "gone.csv: no such file")
@@ -462,17 +462,17 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
     assert_refused(erann("pack", "ravdess", "--out", out), 2, "ravdess needs --root")
     assert_refused(pack(out="gs://bucket/x"), 2, "gs://bucket/x: a folder is a path or s3://bucket/prefix")
     assert_refused(pack(out="s3:///x"), 2, "the bucket is missing")
-    assert_refused(pack(out=""), 2, "the path given is empty")
+    assert_refused(pack(out=""), 2, "the path is empty")
     assert_refused(pack(out=audio / "shards"), 2, "lies in .*audio, whose sound is packed")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    assert_refused(pack(out=tmp_path / "full"), 1, "full: is there and is no shard set")
+    assert_refused(pack(out=tmp_path / "full"), 1, "full: exists and is not a shard set")
     assert not out.exists()
 
 
 def test_a_set_of_another_rate_is_refused(erann, trained: Path, recipe: Path, tmp_path: Path) -> None:
     slow = pack_here(read_audioset(*write_tone_set(tmp_path / "set", 8)), tmp_path / "slow", sample_rate=32_000)
-    refusal = "holds 32000 Hz, ERANN takes 44100 Hz; pack it again"
+    refusal = "is at 32000 Hz, ERANN needs 44100 Hz; pack it again"
     assert_refused(erann("pretrain", recipe, f"data.train={slow}"), 1, f"slow: {refusal}")
     assert_refused(erann("evaluate", trained / "model", slow), 1, f"slow: {refusal}")
 
@@ -519,15 +519,15 @@ def test_staging_what_or_where_one_can_not(erann, tone_shards: Path, tmp_path: P
     (tmp_path / "empty").mkdir()
     target = tmp_path / "copy"
     assert_refused(erann("stage", tone_shards, "s3://bucket/x"), 2, "a set is copied to a folder on a disk, not to S3")
-    assert_refused(erann("stage", tone_shards, ""), 2, "the path given is empty")
-    assert_refused(erann("stage", tone_shards, tone_shards), 2, "lies in .*, which is to be copied")
+    assert_refused(erann("stage", tone_shards, ""), 2, "the path is empty")
+    assert_refused(erann("stage", tone_shards, tone_shards), 2, "is inside .*, which is to be copied")
     assert_refused(erann("stage", tmp_path / "nowhere", target), 2, "nowhere: no such folder")
     assert_refused(erann("stage", tmp_path / "empty", target), 1, "no shard set here")
     assert_refused(erann("stage", "gs://bucket/x", target), 2, "a folder is a path or s3://bucket/prefix")
     assert not target.exists()
     target.mkdir()
     (target / "mine").write_text("mine")
-    assert_refused(erann("stage", tone_shards, target), 2, "copy: is there and is no shard set; choose another folder")
+    assert_refused(erann("stage", tone_shards, target), 2, "copy: exists and is not a shard set; choose another folder")
     assert_refused(erann("stage", tone_shards, target / "mine"), 1, "mine: File exists")
     assert [path.name for path in target.iterdir()] == ["mine"]
 

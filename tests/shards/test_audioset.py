@@ -97,9 +97,9 @@ def test_files_that_are_not_there_stay_rows(tmp_path: Path) -> None:
     [
         ("abcdefghijk, 30.000, 40.000", "s.csv:4: not a segment"),
         ('abcdefghijk, thirty, 40.000, "/m/09x0r"', "s.csv:4: not a segment"),
-        ('abcdefghijk, 40.000, 30.000, "/m/09x0r"', "s.csv:4: no segment of a video .*from 40 to 30 s"),
-        (', 30.000, 40.000, "/m/09x0r"', "s.csv:4: no segment of a video .YTID ''"),
-        ('abcdefghijk, 0, inf, "/m/09x0r"', "s.csv:4: no segment of a video .*from 0 to inf s"),
+        ('abcdefghijk, 40.000, 30.000, "/m/09x0r"', "s.csv:4: not a segment of a video .*from 40 to 30 s"),
+        (', 30.000, 40.000, "/m/09x0r"', "s.csv:4: not a segment of a video .YTID ''"),
+        ('abcdefghijk, 0, inf, "/m/09x0r"', "s.csv:4: not a segment of a video .*from 0 to inf s"),
         ('abcdefghijk, 30.000, 40.000, "/m/09x0r', "s.csv:4: unexpected end of data"),
     ],
 )
@@ -129,12 +129,12 @@ def test_a_segment_listed_twice_and_a_second_file_are_reported(tmp_path: Path) -
         ("deep/abcdefghijk.ogg", "duplicate"),
     ]
     assert {row.key for row in found} == {"abcdefghijk_30000"}
-    assert found[2].detail == "abcdefghijk.wav comes before it under the same key"
+    assert found[2].detail == "abcdefghijk.wav comes first and has the same key"
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     segments = write(tmp_path / "s.csv", 'abcdefghijk, 30.000, 40.000, "/m/09x0r"')
-    with pytest.raises(UsageError, match="audio: no such folder"):
+    with pytest.raises(UsageError, match="audio: no such audio folder"):
         read_audioset(segments, tmp_path / "audio")
     (tmp_path / "audio").mkdir()
     with pytest.raises(UserError, match="audio: no sound file"):
@@ -148,7 +148,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="binary.csv: not a text file"):
         read_audioset(tmp_path / "binary.csv", tmp_path / "audio")
     (tmp_path / "bad.csv").write_text("index,mid,display_name\n1,/m/x,X\n")
-    with pytest.raises(UserError, match="bad.csv:2: not a class; wanted: 0,MID,display name"):
+    with pytest.raises(UserError, match="bad.csv:2: not a class; expected: 0,MID,display name"):
         read_classes(tmp_path / "bad.csv")
 
 

@@ -180,7 +180,7 @@ def test_a_decoder_that_dies_costs_that_clip_only(tmp_path: Path, how: signal.Si
     outcomes = interrupted(tmp_path, 2, lambda process: process.send_signal(how))
     assert [(o["key"], o.get("reason"), o.get("detail")) for o in outcomes] == [
         ("a", None, None),
-        ("b", "unreadable", f"the decoder was ended by it: {how.name}"),
+        ("b", "unreadable", f"the file ended the decoder: {how.name}"),
         ("c", None, None),
         ("d", None, None),
     ]
@@ -194,7 +194,7 @@ def test_a_process_that_is_killed_once_costs_no_clip(tmp_path: Path) -> None:
 def test_a_decoder_that_stands_still_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shards.packer._PATIENCE_SECONDS", 1.0)
     outcomes = interrupted(tmp_path, 2, psutil.Process.suspend)
-    assert [o.get("detail") for o in outcomes] == [None, "the decoder stood still for 1 s", None, None]
+    assert [o.get("detail") for o in outcomes] == [None, "the decoder made no progress for 1 s", None, None]
 
 
 def test_a_full_disk_ends_the_shard_and_blames_no_clip(tmp_path: Path) -> None:
@@ -351,6 +351,6 @@ def test_a_fault_of_the_program_is_not_a_clips(
     monkeypatch.setattr(packer, "pack_clip", fail)
     row = SourceRow(key="a", labels=[0], path=b"a.wav", source="a.wav")
     work = packer.RowsToPack([row], ["c"], Packing())
-    with (tmp_path / "x.tar").open("w+b") as file, pytest.raises(UserError, match="fault of the program") as refused:
+    with (tmp_path / "x.tar").open("w+b") as file, pytest.raises(UserError, match="bug in the program") as refused:
         packer._pack_row(row, work, file, Pipe()[0])
     assert f"a.wav: {type(fault).__name__}: {fault}, in test_bad_input.py:" in str(refused.value)

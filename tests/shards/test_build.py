@@ -274,15 +274,15 @@ def test_folders_that_hold_something_else_are_refused(tone_shards: Path, tmp_pat
     def plan(folder: Path, key: str = "k") -> Plan:
         return Plan(source_of(row(None, key)), Packing(), LocalFolder(str(folder)))
 
-    with pytest.raises(UserError, match="holds another shard set"):
+    with pytest.raises(UserError, match="contains another shard set"):
         build.start(plan(tone_shards))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(UserError, match="is there and is no shard set"):
+    with pytest.raises(UserError, match="exists and is not a shard set"):
         build.start(plan(tmp_path / "mine"))
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["letter.txt"]
     assert build.start(plan(tmp_path / "new"))
-    with pytest.raises(UserError, match="another shard set, not finished"):
+    with pytest.raises(UserError, match="another, unfinished shard set"):
         build.start(plan(tmp_path / "new", "other"))
 
 
@@ -299,7 +299,7 @@ def test_a_set_is_not_packed_by_two_versions(tmp_path: Path, monkeypatch: pytest
     build.start(plan)
     build.keep(plan.task(0), build.build_shard(plan.task(0)))
     monkeypatch.setattr("shards.build.versions", lambda: {"av": "1", "soundfile": "2", "soxr": "3"})
-    with pytest.raises(UserError, match=r"test-000000\.tar: was packed by other versions .*pip install av=="):
+    with pytest.raises(UserError, match=r"test-000000\.tar: was packed with other library versions .*pip install av=="):
         build.kept(plan, [0])
 
 

@@ -147,8 +147,8 @@ def test_reading_stops_behind_the_segment(tmp_path: Path) -> None:
         (np.sin(np.arange(440)), {}, "too short: 0.0100 s, less than 0.02 s"),
         (np.sin(np.arange(4410)), {"min_seconds": 0.5}, "too short: 0.1000 s, less than 0.5 s"),
         (np.full(RATE, 5e-5), {"skip_silent": True}, "silent: peak 5.0e-05 of full scale"),
-        (np.full(RATE, np.nan), {}, "unreadable: samples that are not finite"),
-        (np.where(np.arange(RATE) == 777, np.inf, 0.1), {}, "unreadable: samples that are not finite"),
+        (np.full(RATE, np.nan), {}, "unreadable: non-finite samples"),
+        (np.where(np.arange(RATE) == 777, np.inf, 0.1), {}, "unreadable: non-finite samples"),
         (np.zeros(0), {}, "empty: libsndfile: no samples; FFmpeg: no samples"),
     ],
 )

@@ -113,7 +113,7 @@ def test_a_damaged_tar_is_named_and_what_can_be_read_is_used(tmp_path: Path) -> 
         tar.write_bytes(data)
         found = find_audio(tmp_path)
         assert found.table["name"].to_pylist() == names
-        assert f"x.tar: damaged behind its {len(names)} readable clips" in found.warnings[0]
+        assert f"x.tar: damaged after its {len(names)} readable clips" in found.warnings[0]
     tar.write_bytes(whole)
     assert find_audio(tmp_path).warnings == []
 
@@ -159,7 +159,7 @@ def test_esc10_is_the_official_subset(real_data: Path) -> None:
     ("text", "message"),
     [
         ("filename,fold\na.wav,1\n", "esc50.csv:1: no column target"),
-        ("filename,fold,target,category,esc10\na.wav,x,1,dog,True\n", "esc50.csv:2: 'x' is no fold"),
+        ("filename,fold,target,category,esc10\na.wav,x,1,dog,True\n", "esc50.csv:2: 'x' is not a fold"),
         (
             "filename,fold,target,category,esc10\na.wav,1,1,dog,True\nb.wav,1\n",
             "esc50.csv:3: 2 fields where the header has 5",
@@ -223,7 +223,7 @@ def test_ravdess_names_that_are_no_speech_are_reported(tmp_path: Path) -> None:
         "03-02-01-01-01-01-01.wav": ("wrong label", "song, not speech"),
         "03-01-09-01-01-01-01.wav": ("wrong label", "emotion 09"),
         "hello.wav": ("wrong label", "not a RAVDESS file name"),
-        f"again/{names[0]}": ("duplicate", f"{names[0]} comes before it under the same key"),
+        f"again/{names[0]}": ("duplicate", f"{names[0]} comes first and has the same key"),
     }
     actors: dict[int, set[int]] = {}
     for row in rows_of(source):
@@ -245,7 +245,7 @@ def test_sub_folders_are_classes(tmp_path: Path) -> None:
         ("dog%2Fdeep%2Fa", "dog/deep/a.wav"): ([1], None),
         ("stray%2Ewav", "stray.wav"): ([], "wrong label"),
     }
-    assert source.notes == [f"{tmp_path}: passed over, not sound by their names: 1 .me"]
+    assert source.notes == [f"{tmp_path}: skipped, not sound files by their names: 1 .me"]
     with pytest.raises(UserError, match="no sub-folder with sound"):
         read_folder(tmp_path / "cat")
 
@@ -272,7 +272,7 @@ def test_a_list_gives_labels_splits_and_folds(tmp_path: Path) -> None:
     labels.write_text("path,labels\na.wav,dog\nb.wav,cat\n")
     assert read_listed_folder(tmp_path, labels).task == "classification"
     labels.write_text("path,labels,fold\na.wav,dog,first\n")
-    with pytest.raises(UserError, match="mine.csv:2: 'first' is no fold; a number from 0 to 127"):
+    with pytest.raises(UserError, match="mine.csv:2: 'first' is not a fold; a number from 0 to 127"):
         read_listed_folder(tmp_path, labels)
     labels.write_text("file,labels\na.wav,dog\n")
     with pytest.raises(UserError, match="mine.csv:1: no column path"):
@@ -378,5 +378,5 @@ def test_what_matches_nothing_is_noted(tmp_path: Path) -> None:
     (tmp_path / "meta" / "esc50.csv").write_text(ESC50)
     assert esc50.read_esc50(tmp_path).notes == [
         f"{tmp_path}/audio: 5 of 6 sound files match no clip of the list: other0.wav, other1.wav, other2.wav, …",
-        f"{tmp_path}/audio: passed over, not sound by their names: 2 .parquet, 1 .zip",
+        f"{tmp_path}/audio: skipped, not sound files by their names: 2 .parquet, 1 .zip",
     ]

@@ -196,7 +196,7 @@ def test_a_damaged_tar_is_not_taken(tone_shards: Path, tmp_path: Path, monkeypat
     source = Watched(str(shards))
     assert refusal(source, tmp_path / "copy") == (
         f"{shards}/{TARS[2]}: its bytes are not those that were packed (sha256); "
-        f"see what is damaged with erann verify {shards}, mend it with erann repair {shards}"
+        f"find the damage with erann verify {shards}, fix it with erann repair {shards}"
     )
     assert source.fetched.count(TARS[2]) == 2
     left = contents(tmp_path / "copy")
@@ -225,9 +225,9 @@ def test_a_source_that_is_not_what_its_tables_say(tone_shards: Path, tmp_path: P
     shards = copy_tree(tone_shards, tmp_path / "shards")
     target = tmp_path / "copy"
     (shards / TARS[2]).write_bytes(b"cut")
-    assert f"{shards}/{TARS[2]}: 3 bytes where shards.parquet says " in refusal(shards, target)
+    assert f"{shards}/{TARS[2]}: 3 bytes where shards.parquet has " in refusal(shards, target)
     (shards / TARS[2]).unlink()
-    assert f"{shards}/{TARS[2]}: missing; see what is damaged with erann verify" in refusal(shards, target)
+    assert f"{shards}/{TARS[2]}: missing; find the damage with erann verify" in refusal(shards, target)
     table = pq.read_table(shards / MANIFEST)
     pq.write_table(table.take([1, 0, *range(2, 40)]), shards / MANIFEST)
     assert f"copied from {shards}: its rows are not those that were packed" in refusal(shards, target)
@@ -249,13 +249,13 @@ def test_a_tar_whose_name_leads_out_of_the_folder(tone_shards: Path, tmp_path: P
             return super().sizes(prefix) | {name: (tmp_path / "out.tar").stat().st_size}
 
     before = (tmp_path / "out.tar").stat().st_mtime_ns
-    assert f"{name!r} is no name of a tar in the set's folder" in refusal(Bucket(str(shards)), tmp_path / "copy")
+    assert f"{name!r} is not the name of a tar in the set's folder" in refusal(Bucket(str(shards)), tmp_path / "copy")
     assert (tmp_path / "out.tar").stat().st_mtime_ns == before
 
 
 def test_another_folders_content_is_left_alone(tone_shards: Path, stopped: Path, tmp_path: Path) -> None:
     other = pack_here(read_audioset(*write_tone_set(tmp_path / "other", 40, classes=2)), tmp_path / "others")
-    for name, message in (("others", "holds another shard set than"), ("stranger", "is there and is no shard set")):
+    for name, message in (("others", "contains another shard set than"), ("stranger", "exists and is not a shard set")):
         target = tmp_path / name
         if name == "stranger":
             target.mkdir()
@@ -271,7 +271,7 @@ def test_another_folders_content_is_left_alone(tone_shards: Path, stopped: Path,
     assert contents(tmp_path / "downloads") == contents(tone_shards) | {"movie.part": b"mine"}
 
     before = contents(stopped)
-    assert "holds another shard set than" in refusal(other, stopped, UsageError)
+    assert "contains another shard set than" in refusal(other, stopped, UsageError)
     assert contents(stopped) == before
     for name in TARS[:3]:
         (stopped / name).unlink()
@@ -283,7 +283,7 @@ def test_a_target_that_lies_in_the_source(tone_shards: Path, tmp_path: Path) -> 
     (tmp_path / "link").symlink_to(tone_shards)
     before = contents(tone_shards)
     for target in (tone_shards, tone_shards / "copy", tmp_path / "link"):
-        assert "lies in" in refusal(tone_shards, target, UsageError)
+        assert "is inside" in refusal(tone_shards, target, UsageError)
     assert contents(tone_shards) == before
 
 

@@ -66,7 +66,7 @@ def test_verify_names_every_kind_of_damage(tone_shards: Path, tmp_path: Path) ->
     tar.write_bytes(tar.read_bytes()[:-4000])
     for quick in (False, True):
         (line,) = problems(folder, quick)
-        assert "audioset-000001.tar: cut short" in line
+        assert "audioset-000001.tar: truncated" in line
 
     folder, tar = damaged("gone")
     tar.unlink()
@@ -133,7 +133,7 @@ def test_verify_decodes_what_the_checksums_call_sound(tone_shards: Path, tmp_pat
     change_table(folder / MANIFEST, {"crc32": zlib.crc32(data[begin : begin + size])}, row=row)
     (line,) = problems(folder)
     assert f"{manifest.keys[row]}.flac" in line
-    assert "is no FLAC" in line or "samples at 44100 Hz, manifest.parquet says" in line
+    assert "is not FLAC" in line or "samples at 44100 Hz, manifest.parquet has" in line
 
 
 @pytest.fixture
@@ -168,7 +168,9 @@ def test_repair_rebuilds_only_what_is_damaged_to_the_same_bytes(
 def test_repair_refuses_another_source(tone_shards: Path, tmp_path: Path) -> None:
     folder = copy_tree(tone_shards, tmp_path / "shards")
     (folder / "audioset-000001.tar").unlink()
-    with pytest.raises(UserError, match="was packed from another source: audioset-000001.tar would hold other clips"):
+    with pytest.raises(
+        UserError, match="was packed from another source: audioset-000001.tar would contain other clips"
+    ):
         rebuild(folder, read_audioset(*write_tone_set(tmp_path / "other", 24)))
     assert not (folder / "audioset-000001.tar").exists()
 

@@ -1,4 +1,4 @@
-"""Where a run's events go, besides its metrics.jsonl. Another logger is a file here and an entry in SINKS."""
+"""Where a run's events go in addition to metrics.jsonl. To add a logger, add a file here and an entry in SINKS."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,17 +9,17 @@ from erann_dist.log.sinks.tensorboard import TensorBoardSink
 
 
 class Sink(Protocol):
-    """Takes a run's events in their order, on rank 0. It raises nothing: what goes wrong is its `problem`."""
+    """Receives a run's events in order, on rank 0. It raises nothing: its `problem` reports what goes wrong."""
 
     @property
     def problem(self) -> str | None:
-        """Why something of what it was given is missing where it goes, one line."""
+        """Why some of the events are missing in the output, one line."""
 
     def event(self, event: Event) -> None: ...
 
     def close(self) -> None:
-        """At the end of the training, however that comes."""
+        """Called at the end of the training, however it ends."""
 
 
-# Each is opened with the folder that it may write to, which a run in S3 uploads, and the step after which it begins.
+# Each is opened with the folder that it may write to, which a run in S3 uploads, and the step after which it starts.
 SINKS: dict[str, Callable[[Path, int], Sink]] = {"tensorboard": TensorBoardSink}

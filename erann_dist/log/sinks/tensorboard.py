@@ -1,6 +1,6 @@
-"""TensorBoard's event file, written in this thread: what the disk has no room for is written later, none is lost.
+"""TensorBoard's event file, written in this thread: what does not fit on the disk is written later, nothing is lost.
 
-TensorBoard's own writer has a thread that ends at the first error, and writes nothing from then on.
+TensorBoard's own writer has a thread that ends at the first error; it writes nothing after that.
 """
 
 import io
@@ -16,14 +16,14 @@ from erann_dist.errors import in_one_line
 from erann_dist.log.events import Evaluated, Event, Incident, Step
 
 FOLDER = "tensorboard"
-_NUMBERS = count()  # of this process's files, which may be made in the same second
+_NUMBERS = count()  # of this process's files, which may be created in the same second
 
 
 class TensorBoardSink:
     """The events of one start of a run: scalars train/… and eval/…, and incidents as text."""
 
     def __init__(self, folder: Path, from_step: int) -> None:
-        """What files that are there have of steps after from_step does not count any more."""
+        """TensorBoard then discards what existing files contain about steps after from_step."""
         from tensorboard.compat.proto import event_pb2
 
         self._record = event_pb2.Event
@@ -63,7 +63,7 @@ class TensorBoardSink:
         self._add(self._record(step=step, summary=summary_of(name, text)))
 
     def _flush(self) -> None:
-        """Write what is unwritten, as far as the disk takes it; `problem` is why it did not take all."""
+        """Write what is unwritten, as far as the disk accepts it; `problem` reports why some was left."""
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)

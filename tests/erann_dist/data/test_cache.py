@@ -128,7 +128,7 @@ def test_what_can_not_be_read_is_a_miss(tmp_path: Path) -> None:
     (tmp_path / "slab-00000").mkdir()
     cache = fill(tmp_path, range(3))
     assert hits(cache, range(3)) == 0
-    assert "nothing more is kept in the cache (Is a directory)" in str(cache.problem)
+    assert "no more clips are cached (Is a directory)" in str(cache.problem)
 
 
 def test_a_folder_that_can_not_be(tmp_path: Path) -> None:

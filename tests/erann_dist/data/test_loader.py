@@ -95,7 +95,7 @@ def test_a_shard_cut_short_is_named(tone_shards: Path, tmp_path: Path) -> None:
     path = Path(str(manifest.tars[0]))
     path.write_bytes(path.read_bytes()[:50_000])
     rows = np.flatnonzero(manifest.shards == 0)
-    with pytest.raises(UserError, match=f"{path.name}: 50000 bytes, the set's tables say .* cut or replaced"):
+    with pytest.raises(UserError, match=f"{path.name}: has 50000 bytes, not the .* truncated or replaced"):
         list(Loader(manifest, [Crops(rows, rows * 0, rows * 0 + 1, 10, None)], threads=2, ahead_bytes=1 << 20))
 
 
@@ -216,7 +216,7 @@ def test_a_shard_that_is_cut_while_it_is_read(tone_shards: Path, tmp_path: Path)
     )
     next(batches)
     os.truncate(path, int(manifest.offsets[last]) + 100)
-    with pytest.raises(UserError, match=rf"{path.name}: clip {manifest.keys[last]} is cut short"):
+    with pytest.raises(UserError, match=rf"{path.name}: clip {manifest.keys[last]} is truncated"):
         list(batches)
 
 

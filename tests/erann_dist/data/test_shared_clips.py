@@ -143,7 +143,7 @@ def test_other_users_can_neither_read_the_files_nor_put_links_in_their_place(ton
         mine = tmp_path / "mine"
         mine.write_text("mine")
         path.symlink_to(mine)
-        with pytest.raises(UserError, match="another user's file in the way; remove it"), shared_clips(sources):
+        with pytest.raises(UserError, match="another user's file is in the way; remove it"), shared_clips(sources):
             pass
         assert mine.read_text() == "mine"
         path.unlink()
@@ -156,5 +156,5 @@ def test_another_users_file_is_not_read(tone_shards: Path, tmp_path: Path, monke
         patch.setattr(os, "getuid", lambda: me + 1)
         for path in tmp_path.glob(f"erann-{me}-*"):
             path.rename(str(path).replace(f"erann-{me}-", f"erann-{me + 1}-"))
-        with pytest.raises(UserError, match="another user's file in the way"), shared_clips(sources):
+        with pytest.raises(UserError, match="another user's file is in the way"), shared_clips(sources):
             pass

@@ -99,15 +99,15 @@ def test_coverage_counts_the_rows_of_the_keys_asked_for(folded: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("choice", "line"),
     [
-        ({"fold": [7]}, r"no clip has split None and fold \[7\]; there are the splits .* and the folds \[1, 2, 3\]"),
+        ({"fold": [7]}, r"no clip has split None and fold \[7\]; the splits are .* and the folds \[1, 2, 3\]"),
         ({"fold": []}, r"no clip has split None and fold \[\]"),
-        ({"split": "dev"}, r"no clip has split dev and fold None; there are the splits \['test', 'train'\]"),
+        ({"split": "dev"}, r"no clip has split dev and fold None; the splits are \['test', 'train'\]"),
         ({"keys": "nowhere"}, "^nowhere: No such file"),
         ({"without": "."}, "^.: is a folder"),
         ({"keys": "empty"}, "^empty: none of its 0 keys is in "),
-        ({"without": "others"}, "^others: none of its 2 keys is in .*; it needs a key a line$"),
+        ({"without": "others"}, "^others: none of its 2 keys is in .*; it needs one key per line$"),
         ({"without": "all"}, "the lists of keys, the split and the folds leave no clip"),
-        ({"keys": "binary"}, "^binary: no list of keys .*utf-8"),
+        ({"keys": "binary"}, "^binary: not a list of keys .*utf-8"),
     ],
     ids=str,
 )
@@ -138,7 +138,7 @@ def rewrite(shards: Path, **facts: object) -> None:
         ({"schema_version": 1}, "manifest.parquet: schema version 1, this program reads 2; pack the set again$"),
         ({"schema_version": "new"}, "manifest.parquet: schema version new, this program reads 2"),
         ({"colour": "red"}, "manifest.parquet: not a shard set's manifest .*colour"),
-        ({"sample_rate": 16_000}, "holds 16000 Hz, ERANN takes 44100 Hz; pack it again"),
+        ({"sample_rate": 16_000}, "is at 16000 Hz, ERANN needs 44100 Hz; pack it again"),
     ],
     ids=str,
 )
@@ -154,7 +154,7 @@ def test_a_set_of_another_make_is_refused(folded: Path, tmp_path: Path, facts: d
 def test_sets_of_other_labels_are_not_mixed(folded: Path, tmp_path: Path) -> None:
     shards = copy_tree(folded, tmp_path / "shards")
     rewrite(shards, label_ids=["c0", "x", "c2", "c3"])
-    line = r"shards has other labels \(4\) than .*, first at index 1 \(c1 and x\); use sets made from one class list"
+    line = r"has different labels \(4\) than .*, first at index 1 \(c1 and x\); use sets made from one class list"
     with pytest.raises(UserError, match=line):
         load_sources([DataSource(url=str(folded)), DataSource(url=str(shards))])
     with pytest.raises(UserError, match=line):

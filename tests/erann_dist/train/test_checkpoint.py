@@ -145,7 +145,7 @@ def test_another_versions_checkpoint_is_an_error(run: LocalFolder, start: Start)
     run.write(f"{name}/state.json", facts)
     marker = json.loads(run.read(f"{name}/COMMITTED")) | {"state.json": hashlib.sha256(facts).hexdigest()}
     run.write(f"{name}/COMMITTED", json.dumps(marker).encode())
-    with pytest.raises(UserError, match=f"{name}: no checkpoint of this version of the program .*another"):
+    with pytest.raises(UserError, match=f"{name}: not a checkpoint of this version of the program .*another"):
         checkpoint.load(run, name)
 
 
@@ -185,14 +185,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 def test_a_first_checkpoint_that_was_not_finished_is_none(run: LocalFolder, start: Start) -> None:
     part = "checkpoints/step-00000001-0001"
     run.write(f"{part}/state.safetensors", b"half")
-    assert checkpoint.latest(run) == (None, [f"{run}/{part}: writing it was not finished; there is none before it"])
+    assert checkpoint.latest(run) == (None, [f"{run}/{part}: it was not completely written; there is none before it"])
 
 
 def test_no_whole_checkpoint_is_an_error(run: LocalFolder, start: Start) -> None:
     assert checkpoint.latest(run) == (None, [])
     name = save(start, 1)
     Path(run.url, name, "state.safetensors").write_bytes(b"")
-    with pytest.raises(UserError, match=f"{name}: damaged, and no other checkpoint is whole"):
+    with pytest.raises(UserError, match=f"{name}: damaged, and no other checkpoint is intact"):
         checkpoint.latest(run)
 
 
@@ -208,7 +208,8 @@ def test_a_file_that_is_missing_before_the_marker_does_not_count(run: LocalFolde
         found, problems = checkpoint.latest(run)
         assert found == name
         assert problems == [
-            f"{run}/checkpoints/step-00000002-{each:04d}: writing it was not finished; the checkpoint before it is used"
+            f"{run}/checkpoints/step-00000002-{each:04d}: it was not completely written; "
+            "the checkpoint before it is used"
             for each in range(late.number, 2, -1)
         ]
     save(late, 3, keep_last=1)  # and what lay about is gone
@@ -406,7 +407,7 @@ def test_an_evaluation_is_written_beside_its_checkpoint(
 
     monkeypatch.setattr(LocalFolder, "write", refuse)
     (incident,) = saver.record(4, {"mAP": 0.5})
-    assert "the evaluation of step 4 could not be written beside its checkpoint (S3 is away)" in incident.text
+    assert "the evaluation of step 4 could not be written next to its checkpoint (S3 is away)" in incident.text
     saver.close()
 
 

@@ -77,5 +77,5 @@ def test_weights_fit_only_the_same_model(tone_shards: Path, tmp_path: Path, pool
     assert not torch.equal(kept.last.weight, trained["last.weight"])
     with pytest.raises(UserError, match=r"has 3 labels, the clips have 7; add last to model.fresh$"):
         initialise(pooled("POOLED", 7), folder, ["hidden"])
-    with pytest.raises(UserError, match=r"POOLED has no layer fc2; its last ones are hidden and last$"):
+    with pytest.raises(UserError, match=r"POOLED has no layer fc2; its last layers are hidden and last$"):
         initialise(kept, folder, ["fc2"])

@@ -63,7 +63,7 @@ def test_an_undefined_loss_ends_the_run(
     assert str(error.value) == (
         f"step 3: the loss is {value}; clips {', '.join(keys[:8])}, …; last checkpoint "
         f"{tmp_path}/run/checkpoints/step-00000002-0001; bad step number 1, optim.max_bad_steps is 0; "
-        "more may be skipped, or another run may take a lower optim.lr"
+        "allow more, or start another run with a lower optim.lr"
     )
 
 

@@ -257,7 +257,7 @@ def test_a_run_in_which_nothing_happened_yet(tmp_path: Path) -> None:
     [
         ("model/metrics.json", None, "model/metrics.json is missing."),
         ("model/metrics.json", b"{", "model/metrics.json is damaged"),
-        ("model/metrics.json", b'{"task": "tagging"}', "model/metrics.json is damaged: without clips, coverage"),
+        ("model/metrics.json", b'{"task": "tagging"}', "model/metrics.json is damaged: missing clips, coverage"),
         ("model/metrics.json", b"[]", "model/metrics.json is damaged"),
         (
             "model/metrics.json",
@@ -529,7 +529,7 @@ def test_a_run_in_the_folder_one_is_in(erann: Any, run: Path, monkeypatch: pytes
         (
             ["{damaged}"],
             1,
-            "{damaged}/results.json: damaged (without study.columns, study.failed, study.name, study.rows); "
+            "{damaged}/results.json: damaged (missing study.columns, study.failed, study.name, study.rows); "
             "run the study again to write it again",
         ),
     ],

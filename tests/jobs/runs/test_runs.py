@@ -209,7 +209,7 @@ def test_long_curves_with_every_kind_of_incident_are_drawn(tmp_path: Path) -> No
             1,
             "{runs}/empty/metrics.jsonl: no event in it; the run's workers have not begun, or it is damaged",
         ),
-        ([""], 2, "a folder is needed, and the path given is empty"),
+        ([""], 2, "the path is empty; a folder is needed"),
     ],
 )
 def test_bad_input(erann: Any, runs: Path, tmp_path: Path, arguments: list[str], code: int, line: str) -> None:

@@ -96,7 +96,7 @@ def test_finished_folds_are_not_run_again(shards: Path, tmp_path: Path) -> None:
     assert result["folds"][0]["accuracy"] == first["folds"][0]["accuracy"]
     assert (result["folds"][0]["best_accuracy"], result["folds"][0]["seconds"]) == (None, None)
     (failed,) = result["failed"]
-    assert failed["why"].startswith(f"{folder}/fold-2/model/metrics.json: damaged (without ")
+    assert failed["why"].startswith(f"{folder}/fold-2/model/metrics.json: damaged (missing ")
     folds_page(result)
     # Nor may a run of its own or another command have the folder.
     recipe = small_recipe(shards, folder)
@@ -192,7 +192,7 @@ def a_folder_in_place_of_weights(folder: Path) -> None:
         (bad_front_end, "made for another front end"),
         (cut_short, "model.safetensors: can't be read"),
         (lambda folder: config(folder, variant="ERANN-2-1"), "do not belong together"),
-        (lambda folder: config(folder, sample_rate=32_000), "takes 32000 Hz, models are trained at 44100 Hz"),
+        (lambda folder: config(folder, sample_rate=32_000), "needs 32000 Hz, models are trained at 44100 Hz"),
         (lambda folder: config(folder, label_names=["one"]), "has 5 label_ids, but 1 label_names"),
         (lambda folder: config(folder, label_ids="l0l1l"), r"not a model's configuration \(label_ids: "),
         (lambda folder: config(folder, depth=3), r"not a model's configuration \(depth: "),
@@ -224,7 +224,7 @@ def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil:
         (["data.train=x"], "data.train: a cross-validation's clips are those of protocol.shards; remove this key"),
         (["data=x"], "data: input should be a section {key: value, ...}, not 'x'"),
         (["model=X"], "model: input should be a section {key: value, ...}, not 'X'"),
-        (["model=null"], "model.variant: this key is needed"),
+        (["model=null"], "model.variant: this key is required"),
         (["optim=3"], "optim: input should be a section {key: value, ...}, not 3"),
         (["run=foo"], "run: input should be a section {key: value, ...}, not 'foo'"),
         (["run.dir=5"], "run: dir: input should be a valid string, not 5"),
@@ -258,7 +258,7 @@ def test_sets_that_do_not_fit(tone_shards: Path, tmp_path: Path) -> None:
     refused(write_folded_set(tmp_path / "class", [1, 2], without=("high", 2)), "no clip of high outside fold 2")
     elsewhere = write_folded_set(tmp_path / "elsewhere", [-1, 1, 2], without=("high", 2))
     refused(elsewhere, "no clip of high outside fold 2")
-    refused(write_folded_set(tmp_path / "slow", [1, 2], sample_rate=32_000), "holds 32000 Hz, ERANN takes 44100 Hz")
+    refused(write_folded_set(tmp_path / "slow", [1, 2], sample_rate=32_000), "is at 32000 Hz, ERANN needs 44100 Hz")
 
 
 def test_the_folds_of_ones_own_set_are_those_that_it_has(tmp_path: Path) -> None:
