@@ -14,7 +14,7 @@ from jobs.terminal.progress import console
 
 app = typer.Typer(
     name="erann",
-    help="Train ERANN audio taggers on AudioSet, from audio files to tar shards to an evaluated model.",
+    help="Train ERANN audio taggers on AudioSet: from audio files to tar shards to an evaluated model.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

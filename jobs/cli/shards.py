@@ -183,7 +183,7 @@ def stats(
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put the commands into the app."""
+    """Add the commands to the app."""
     app.command(
         help="Pack a data set into a shard set: tars and a manifest, in a folder or in S3.\n\nIf it is interrupted, "
         "run the same command again to resume."
