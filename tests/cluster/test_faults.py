@@ -176,7 +176,7 @@ def test_more_workers_than_the_cluster_has(two_nodes: Nodes, tmp_path: Path) -> 
     with running(tmp_path, {}, **options) as command:
         assert command.end(1) == []
     text = command.log.read_text()
-    missing = "3 workers with 1 CPU each requested, but there is room for 2: the cluster has 3 nodes with 2 CPUs"
+    missing = "3 workers with 1 CPU each requested, but there is capacity for 2: the cluster has 3 nodes with 2 CPUs"
     assert f"{missing}; waiting up to 3 s for more" in text
     assert text.splitlines()[-1] == f"erann: {missing} after 3 s; start fewer (run.workers) or add nodes"
 
@@ -186,7 +186,7 @@ def test_more_workers_than_an_embedded_cluster_has(tmp_path: Path) -> None:
     with running(tmp_path, {}, device="cuda") as command:
         assert command.end(1) == []
     line = command.log.read_text().splitlines()[-1]
-    assert line.startswith("erann: 2 workers with 1 CPU and 1 GPU each requested, but there is room for 0: the cluster")
+    assert line.startswith("erann: 2 workers with 1 CPU and 1 GPU each requested, but there is capacity for 0: the cluster")
     assert line.endswith(" and 0 GPUs; start fewer (run.workers) or add nodes")
     assert "waiting" not in command.log.read_text()
 

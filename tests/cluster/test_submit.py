@@ -135,7 +135,7 @@ def test_left_followed_and_stopped(place: Path, tone_shards: Path, ray: Nodes) -
     running = Running(place, *command)
     running.wait_for_text("train  ")
     assert running.end(signal.SIGINT) == 130
-    assert "detached; the job goes on" in running.text()
+    assert "detached; the job is still running" in running.text()
     assert "Traceback" not in running.text()
     (job,) = [job for job in erann(place, "jobs", "list", "--address", ray.address)["jobs"] if str(place) in job["run"]]
     assert job["status"] == "RUNNING"

@@ -179,8 +179,8 @@ def test_gpus_without_work_and_limits_are_named(tone_shards: Path) -> None:
     assert "the disk is the limit" in advice(recipe, disk_mb_s=0.01)
     assert "the network is the limit" in advice(remote, network_gbit_s=1e-3, nodes=1, gpus_per_node=4)
     assert "the all-reduce takes" in advice(remote, network_gbit_s=1e-3)
-    assert "more GPUs than 1 stop helping" in advice(recipe, network_gbit_s=1e-3, gpus_per_node=1, nodes=4)
-    assert "GPUs help up to 4" in advice(recipe, nodes=1, gpus_per_node=4)
+    assert "more than 1 GPUs don't help" in advice(recipe, network_gbit_s=1e-3, gpus_per_node=1, nodes=4)
+    assert "up to 4 GPUs help" in advice(recipe, nodes=1, gpus_per_node=4)
 
 
 def test_a_list_stands_for_the_shards_that_it_would_give(tone_shards: Path, tmp_path: Path, real_data: Path) -> None:

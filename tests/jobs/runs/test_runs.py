@@ -201,7 +201,7 @@ def test_long_curves_with_every_kind_of_incident_are_drawn(tmp_path: Path) -> No
         ),
         (["{runs}", "goin"], 2, "{runs}: no run goin; did you mean going?"),
         (["{runs}", "xyz"], 2, "{runs}: no run xyz; there are empty, going, stopped, study/done"),
-        (["{runs}", "--plot", "a.png"], 2, "{runs}: --plot draws one run; give its name too"),
+        (["{runs}", "--plot", "a.png"], 2, "{runs}: --plot needs a single run; give its name too"),
         (["{runs}", "going", "--plot", "a.foo"], 2, "a.foo: not a kind of image; give FILE.png"),
         (["{runs}", "going", "--plot", "{runs}/no/a.png"], 1, "{runs}/no/a.png: No such file or directory"),
         (

@@ -120,15 +120,15 @@ def test_a_pipeline_takes_its_recipes_along(tmp_path: Path, dry_run: DryRun) -> 
     assert sent["run"] == "/s/runs/all"
     assert {"all.yaml", "own/fold.yaml"} < set(sent["files"])
     for setting, refusal in (
-        ("pretrain.set.run.launcher=none", "audioset.yaml: run.launcher none: a cluster's runs are launched by ray"),
+        ("pretrain.set.run.launcher=none", "audioset.yaml: run.launcher none: runs on a cluster are launched by ray"),
         ("finetune.0.set.run={launcher: none}", "own/fold.yaml: run.launcher none: a cluster's runs are launched by"),
         ("pretrain.set.run.wrkers=8", "run.wrkers"),
-        ("pretrain.set.model={init: runs/one}", "model.init: runs/one is a folder of this machine's"),
+        ("pretrain.set.model={init: runs/one}", "model.init: runs/one is a relative path"),
     ):
         assert refusal in dry_run(tmp_path, "pipeline", "all.yaml", setting, code=2)
     tree["finetune"] = [{"recipe": str(tmp_path / "own" / "fold.yaml")}]
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(tree))
-    assert "goes along only from below the present folder" in dry_run(tmp_path, "pipeline", "all.yaml", code=2)
+    assert "is sent only from below the current folder" in dry_run(tmp_path, "pipeline", "all.yaml", code=2)
 
 
 def test_lists_of_keys_go_along(tmp_path: Path, dry_run: DryRun) -> None:
@@ -142,15 +142,15 @@ def test_lists_of_keys_go_along(tmp_path: Path, dry_run: DryRun) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["evaluate", "x"], "evaluate: is not submitted; what is: pretrain,"),
+        (["evaluate", "x"], "evaluate: can't be submitted; these can: pretrain,"),
         (["pretrain", "audioset.yaml", *PLACES[1:]], "data.train: shard-sets/audioset/unbalanced_train is a folder of"),
-        (["pretrain", "audioset.yaml", *PLACES[:2]], "run.dir: runs is a folder of this machine's"),
+        (["pretrain", "audioset.yaml", *PLACES[:2]], "run.dir: runs is a relative path"),
         (["finetune", "esc50.yaml", "run.dir=/s", "protocol.shards=/s/e", "--from", "runs/a"], "--from: runs/a is a"),
-        (["pipeline", "pipeline.yaml"], "run.dir: runs is a folder of this machine's"),
+        (["pipeline", "pipeline.yaml"], "run.dir: runs is a relative path"),
         (["pretrain", "absent.yaml"], "absent.yaml: no such recipe"),
         (["pretrain", "audioset.yaml", *PLACES, "run.wrkers=2"], "run.wrkers: no such key; did you mean run.workers?"),
-        (["pretrain", "audioset.yaml", *PLACES, "--launcher", "torchrun"], "a cluster's runs are launched by ray"),
-        (["pretrain", "audioset.yaml", *PLACES, "run.launcher=none"], "a cluster's runs are launched by ray"),
+        (["pretrain", "audioset.yaml", *PLACES, "--launcher", "torchrun"], "runs on a cluster are launched by ray"),
+        (["pretrain", "audioset.yaml", *PLACES, "run.launcher=none"], "runs on a cluster are launched by ray"),
     ],
 )
 def test_refused(arguments: list[str], words: str, tmp_path: Path, dry_run: DryRun) -> None:
