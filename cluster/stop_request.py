@@ -37,7 +37,7 @@ class _Note:
             announce_saving()
 
     def reason(self) -> Interruption | None:
-        return Interruption("stop", f"told to stop by {self.received[0].name}") if self.received else None
+        return Interruption("stop", f"stop requested by {self.received[0].name}") if self.received else None
 
 
 def announce_saving() -> None:

@@ -142,7 +142,7 @@ def test_the_command_is_told_to_stop(two_nodes: Nodes, tmp_path: Path) -> None:
         command.wait_for_step(15)
         command.process.terminate()
         assert len(command.end(143)) == 1
-    assert "told to stop by SIGTERM" in command.log.read_text().splitlines()[-1]
+    assert "stop requested by SIGTERM" in command.log.read_text().splitlines()[-1]
     assert int((tmp_path / "saved").read_text()) >= int((tmp_path / "step").read_text())
 
 
@@ -217,7 +217,7 @@ def test_signals_without_ray(tmp_path: Path, launcher: str, workers: int, how: s
         command.process.send_signal(how)
         (start,) = command.end(143)
     assert len(start) == workers
-    assert f"told to stop by {how.name}" in command.log.read_text()
+    assert f"stop requested by {how.name}" in command.log.read_text()
     assert (tmp_path / "saved").read_text() == (tmp_path / "step").read_text()
 
 

@@ -225,7 +225,7 @@ def test_a_run_is_not_run_again_nor_with_another_recipe(erann, recipe: Path, tmp
     assert_refused(
         erann("pretrain", recipe, "optim.lr=0.01", "run.seed=4"),
         2,
-        r"mine: made with another recipe \(optim.lr: 0.001 -> 0.01; run.seed: 0 -> 4\)",
+        r"mine: started with a different recipe \(optim.lr: 0.001 -> 0.01; run.seed: 0 -> 4\)",
     )
     assert_refused(erann("pretrain", recipe, "--resume", "never"), 2, "this run exists")
     assert erann("pretrain", recipe, "run.threads=2", "checkpoint.every=7").code == 0
@@ -256,11 +256,11 @@ def test_what_ended_a_run_is_in_its_log(erann, recipe: Path, tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "train_step", interrupted)
-        assert_refused(erann(*arguments), 143, "told to stop by SIGTERM: stopped at step 2 of")
+        assert_refused(erann(*arguments), 143, "stop requested by SIGTERM: stopped at step 2 of")
     assert [(line["step"], line["told"]) for line in ended()] == [(0, False), (2, True)]
     shown = erann("runs", tmp_path / "runs", "mine").out
     assert "stopped, step 2/" in shown
-    assert "told to stop by SIGTERM: stopped at step 2" in shown
+    assert "stop requested by SIGTERM: stopped at step 2" in shown
 
     assert erann(*arguments).code == 0
     found = [
@@ -273,9 +273,9 @@ def test_a_damaged_recipe_of_a_run_is_one_line(erann, recipe: Path, tmp_path: Pa
     assert erann("pretrain", recipe).code == 0
     kept = tmp_path / "runs" / "mine" / "recipe.yaml"
     kept.write_text("model: {")
-    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: damaged, so it is not known what the run is")
+    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: damaged, so the run's recipe is unknown")
     kept.unlink()
-    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: missing, so it is not known what the run is")
+    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: missing, so the run's recipe is unknown")
 
 
 def test_a_run_that_began_on_gpus_does_not_go_on_without(erann, recipe: Path, tmp_path: Path) -> None:

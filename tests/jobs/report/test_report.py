@@ -530,7 +530,7 @@ def test_a_run_in_the_folder_one_is_in(erann: Any, run: Path, monkeypatch: pytes
             ["{damaged}"],
             1,
             "{damaged}/results.json: damaged (without study.columns, study.failed, study.name, study.rows); "
-            "run the study again to write it again",
+            "run the study again to rewrite it",
         ),
     ],
 )
@@ -554,7 +554,7 @@ def test_results_that_are_damaged_inside(erann: Any, tmp_path: Path, inside: dic
     code, _, line = erann(write_folds(tmp_path / "study", **inside))
     assert code == 1
     assert line.startswith(f"erann: {tmp_path}/study/results.json: ")
-    assert line.endswith("run the study again to write it again")
+    assert line.endswith("run the study again to rewrite it")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"kind": "other"}', "3"])

@@ -70,7 +70,7 @@ def test_how_the_runs_of_a_folder_stand(runs: Path) -> None:
 
 def test_why_a_run_was_stopped(tmp_path: Path) -> None:
     now = time.time()
-    ended = Ended(3, "told to stop by SIGTERM", told=True, launched=now - 50)
+    ended = Ended(3, "stop requested by SIGTERM", told=True, launched=now - 50)
     begun = [(now - 40, started(launched=now - 50)), (now - 5, step(2, seconds=25.0)), (now - 4, ended)]
     write_log(LocalFolder(f"{tmp_path}/told"), *begun)
     write_log(LocalFolder(f"{tmp_path}/again"), *begun, (now - 2, started(2, launched=now - 3)))
@@ -79,7 +79,7 @@ def test_why_a_run_was_stopped(tmp_path: Path) -> None:
     Path(tmp_path, "done/model/config.json").write_text("{}")
     found = {run["run"]: (run["state"], run["step"], run["why"]) for run in list_runs(str(tmp_path), None)["runs"]}
     assert found == {
-        "told": ("stopped", 3, "told to stop by SIGTERM"),
+        "told": ("stopped", 3, "stop requested by SIGTERM"),
         "again": ("running", 2, None),
         "done": ("finished", 3, None),  # it was killed before its log said so
     }
