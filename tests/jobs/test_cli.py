@@ -353,7 +353,7 @@ def test_augment(erann, tmp_path: Path) -> None:
     assert all(image.shape[0] > 1500 < image.shape[1] * 2 and image.std() > 0.1 for image in images)
     assert not np.array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])
-    assert_refused(erann(*command, tmp_path / "a.foo"), 2, "a.foo: not a kind of image; give FILE.png")
+    assert_refused(erann(*command, tmp_path / "a.foo"), 2, "a.foo: not an image format; give FILE.png")
     assert_refused(erann(*command, tmp_path / "no" / "a.png"), 1, "no/a.png: No such file or directory")
     (tmp_path / "text.wav").write_text("no sound")
     other = ["--with", tmp_path / "text.wav"]

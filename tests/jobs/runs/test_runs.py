@@ -197,17 +197,17 @@ def test_long_curves_with_every_kind_of_incident_are_drawn(tmp_path: Path) -> No
         (
             ["{other}"],
             2,
-            "{other}: no run in it, no metrics.jsonl below it; a recipe's run.dir is the folder of its runs",
+            "{other}: contains no run (no metrics.jsonl); give the folder that a recipe's run.dir names",
         ),
         (["{runs}", "goin"], 2, "{runs}: no run goin; did you mean going?"),
         (["{runs}", "xyz"], 2, "{runs}: no run xyz; there are empty, going, stopped, study/done"),
         (["{runs}", "--plot", "a.png"], 2, "{runs}: --plot needs a single run; give its name too"),
-        (["{runs}", "going", "--plot", "a.foo"], 2, "a.foo: not a kind of image; give FILE.png"),
+        (["{runs}", "going", "--plot", "a.foo"], 2, "a.foo: not an image format; give FILE.png"),
         (["{runs}", "going", "--plot", "{runs}/no/a.png"], 1, "{runs}/no/a.png: No such file or directory"),
         (
             ["{runs}", "empty"],
             1,
-            "{runs}/empty/metrics.jsonl: no event in it; the run's workers have not begun, or it is damaged",
+            "{runs}/empty/metrics.jsonl: contains no event; the run's workers have not started, or it is damaged",
         ),
         ([""], 2, "a folder is needed, and the path given is empty"),
     ],
@@ -223,4 +223,4 @@ def test_a_run_without_a_step_is_not_drawn(erann: Any, tmp_path: Path) -> None:
     write_log(LocalFolder(f"{tmp_path}/new"), (time.time(), started(launched=time.time())))
     assert erann(tmp_path, "new")[0] == 0
     code, _, line = erann(tmp_path, "new", "--plot", tmp_path / "a.png")
-    assert (code, line) == (1, f"erann: {tmp_path}/new/metrics.jsonl: no step in it so far, nothing to draw")
+    assert (code, line) == (1, f"erann: {tmp_path}/new/metrics.jsonl: contains no steps yet, so there is nothing to plot")
