@@ -317,7 +317,7 @@ def test_a_file_in_the_way_of_a_run_folder_or_a_cache(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/runs: can't be written to \(Not a directory\)"):
         storage.write_token(str(tmp_path / "file" / "runs"), "mine")
-    with pytest.raises(UserError, match="no cache can be kept there"):
+    with pytest.raises(UserError, match="can't hold the cache"):
         storage.cache_disk(str(tmp_path / "file"))
 
 
