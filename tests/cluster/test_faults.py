@@ -117,7 +117,7 @@ def test_a_failure_at_the_same_step_again_and_again_ends_the_run(two_nodes: Node
     # The first one came after a checkpoint, the second without one.
     assert [start[0]["from"] for start in starts] == [0, 10]
     line = command.log.read_text().splitlines()[-1]
-    assert line.startswith("erann: the workers failed 2 times in a row without a new checkpoint, at last: worker 1 on ")
+    assert line.startswith("erann: the workers failed 2 times in a row without a new checkpoint, last: worker 1 on ")
     assert "RuntimeError: no such device; run the same command again" in line
 
 
