@@ -214,7 +214,7 @@ def test_no_gpus() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"command": ["python", "x.py"]}, "'python' is no command of erann"),
+        ({"command": ["python", "x.py"]}, "'python' is not erann"),
         ({"name": "a\n#SBATCH --uid=0"}, r"--job-name 'a\n#SBATCH --uid=0': not of letters, digits"),
         ({"name": "a b"}, "--job-name 'a b': not of letters"),
         ({"name": "../a"}, "--job-name '../a': not of letters"),
@@ -228,7 +228,7 @@ def test_no_gpus() -> None:
         ({"time": "1-2:3:4:5"}, "--time '1-2:3:4:5': not MINUTES"),
         (
             {"time": "9:59"},
-            "--time 9:59: too short, as the run is to end 300 s before it (--notice); give at least 10 min",
+            "--time 9:59: too short, as the run stops 300 s before the limit (--notice); give at least 10 min",
         ),
         ({"time": "0"}, "--time 0: too short"),
         ({"scratch": "local"}, "--scratch 'local': not an absolute path"),
