@@ -106,7 +106,7 @@ def _label(text: str) -> tuple[str, str]:
 
 def _toleration(text: str) -> dict[str, str]:
     pattern = f"{_LABEL_KEY}(=({_LABEL_NAME})?)?(:({'|'.join(_EFFECTS)}))?"
-    require("--toleration", text, pattern, f"a taint, as key[=value][:effect], with effect {' or '.join(_EFFECTS)}")
+    require("--toleration", text, pattern, f"a taint, such as key[=value][:effect], with effect {' or '.join(_EFFECTS)}")
     taint, _, effect = text.partition(":")
     key, equal, value = taint.partition("=")
     operator = {"operator": "Equal", "value": value} if equal else {"operator": "Exists"}
@@ -116,7 +116,9 @@ def _toleration(text: str) -> dict[str, str]:
 def _check(cluster: KubernetesCluster) -> None:
     longest = _LONGEST[cluster.kind]
     pattern = rf"(?=.{{1,{longest}}}$)[a-z]([-a-z0-9]*[a-z0-9])?"
-    what = f"lower-case letters, digits and inner hyphens, beginning with a letter, at most {longest} for a {cluster.kind}"
+    what = (
+        f"lower-case letters, digits and inner hyphens, beginning with a letter, {longest} at most for a {cluster.kind}"
+    )
     require("--name", cluster.name, pattern, what)
     require_pinned(cluster.image)
     if cluster.min_workers > cluster.max_workers:

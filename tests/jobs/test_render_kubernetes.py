@@ -337,7 +337,7 @@ def test_a_job_that_fails_is_tried_again_and_cleaned_up() -> None:
         ({"node_selector": ["a=b c"]}, "--node-selector"),
         ({"tolerations": ["gpu:Never"]}, "--toleration 'gpu:Never': not a taint"),
         ({"tolerations": [""]}, "--toleration"),
-        ({"command": ["python", "x.py"]}, "the command of a RayJob is one of erann's"),
+        ({"command": ["python", "x.py"]}, "a RayJob runs an erann command"),
         ({"kind": "RayCluster", "command": ["erann", "demo"]}, "a RayCluster runs no command"),
     ],
 )

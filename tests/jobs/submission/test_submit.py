@@ -82,7 +82,7 @@ def test_the_environment_is_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "AWS_SECRET_ACCESS_KEY" in sent["not_sent"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://user:hidden@s3.example.org")
     line = dry_run(tmp_path, "pretrain", "audioset.yaml", *PLACES, code=1)
-    assert line.startswith("erann: AWS_ENDPOINT_URL: holds a user or a password")
+    assert line.startswith("erann: AWS_ENDPOINT_URL: contains a user or a password")
     assert "hidden" not in line
 
 
@@ -167,11 +167,11 @@ def test_a_package_that_is_too_large(tmp_path: Path, dry_run: DryRun) -> None:
     with (tmp_path / "keys.txt").open("wb") as file:
         file.truncate(101 * 2**20)
     with pytest.raises(
-        UserError, match=r"the package is 102 MiB, and Ray takes 100; the largest: keys.txt \(101 MiB\)"
+        UserError, match=r"the package is 102 MiB, but Ray's limit is 100; largest files: keys.txt \(101 MiB\)"
     ):
         make_package({"keys.txt": tmp_path / "keys.txt"})
     settings = ["data.train={url: /s/t, keys: keys.txt}", *PLACES[1:]]
-    assert "the largest: keys.txt (101 MiB)" in dry_run(tmp_path, "pretrain", "audioset.yaml", *settings, code=1)
+    assert "largest files: keys.txt (101 MiB)" in dry_run(tmp_path, "pretrain", "audioset.yaml", *settings, code=1)
 
 
 def test_the_package_is_what_is_written(tmp_path: Path) -> None:
