@@ -160,8 +160,7 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
         by_default = address == os.environ.get("RAY_ADDRESS")
         raise UsageError(
             f"{address}: is for erann submit, which runs a command on the cluster; on one of its nodes use HEAD:6379 "
-            "as --address or RAY_ADDRESS"
-            + ("; unset RAY_ADDRESS to run on this machine" if by_default else "")
+            "as --address or RAY_ADDRESS" + ("; unset RAY_ADDRESS to run on this machine" if by_default else "")
         )
     if address == "auto":
         address = _found_on_this_machine()
@@ -173,7 +172,9 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
     with nullcontext() if address else _own_folder() as folder, nullcontext() if address else _own_token():
         try:
             if address:
-                os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # A token in the home directory may be for another cluster.
+                os.environ.setdefault(
+                    "RAY_AUTH_MODE", "disabled"
+                )  # A token in the home directory may be for another cluster.
                 _require_ray(address)
                 with stop_handlers_kept(), _on_loopback() if address == os.environ.get(_EMBEDDED) else nullcontext():
                     ray.init(address, runtime_env=runtime_env, log_to_driver=False, logging_level="ERROR")

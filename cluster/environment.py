@@ -15,7 +15,7 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 @contextmanager
 def meeting_on_loopback() -> Iterator[None]:
-    """Restrict gloo and NCCL to loopback, for workers that are all on this machine, unless the user has set an interface.
+    """Restrict gloo and NCCL to loopback, for workers that are all on this machine, unless the user has set otherwise.
 
     Raises UserError if there is no loopback interface.
     """

@@ -28,13 +28,13 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-# Private: there is no other way to choose where the workers of one host meet. The test of listening ports covers it.
+# Private: there is no other way to choose where the workers of one host meet. The test of open ports covers it.
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
-# Private: a worker's preemption notice can't be read elsewhere, as the public get_preemption_info() is a collective call
-# through an actor. The test of a drained node fails if it moves.
+# Private: a worker's preemption notice can't be read elsewhere, as the public get_preemption_info() is a collective
+# call through an actor. The test of a drained node fails if it moves.
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch._C._distributed_c10d import FileStore

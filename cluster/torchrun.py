@@ -268,7 +268,11 @@ def work_for(address: str) -> None:
 
         spec = work.spec
         stops = signals_as_stop_request(announces=False) if spec.handles_stop else nullcontext(no_stop_request)
-        with stops as stop_request, ExitStack() as group, _errors_sent(send):  # Before others see that it left the group.
+        with (
+            stops as stop_request,
+            ExitStack() as group,
+            _errors_sent(send),
+        ):  # Before others see that it left the group.
             send(_Ready(int(os.environ["RANK"]), os.getpid()))
             workers = group.enter_context(torchrun_worker(spec.device, spec.hang_timeout, work.meeting))
             spec.function(spec.config, replace(workers, launched=work.launched, stop_request=stop_request), send)

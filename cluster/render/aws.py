@@ -166,7 +166,9 @@ def _checked(cluster: AwsCluster) -> Instance:
         require_pinned(cluster.image)
     if cluster.wheel:
         if not re.fullmatch(r"erann_dist-[\w.+-]+\.whl", cluster.wheel.name):
-            raise UsageError(f"--wheel {cluster.wheel}: not this program's; build it with pip wheel --no-deps -w dist .")
+            raise UsageError(
+                f"--wheel {cluster.wheel}: not this program's; build it with pip wheel --no-deps -w dist ."
+            )
         if not cluster.wheel.is_file():
             raise UsageError(f"--wheel {cluster.wheel}: no such file; build it with pip wheel --no-deps -w dist .")
     instance = find_instance(cluster.instance)

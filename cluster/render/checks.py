@@ -12,7 +12,7 @@ def require(option: str, value: str, pattern: str, what: str) -> None:
 
 
 def require_pinned(image: str) -> None:
-    """Raise UsageError unless this is a container image with a fixed tag or digest, which always names the same image."""
+    """Raise UsageError unless this is a container image with a fixed tag or digest, so that all nodes get the same."""
     require("--image", image, r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?", "the name of a container image")
     tag = image.rpartition("/")[2].partition(":")[2]
     if not tag or tag == "latest":

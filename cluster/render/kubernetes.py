@@ -106,7 +106,9 @@ def _label(text: str) -> tuple[str, str]:
 
 def _toleration(text: str) -> dict[str, str]:
     pattern = f"{_LABEL_KEY}(=({_LABEL_NAME})?)?(:({'|'.join(_EFFECTS)}))?"
-    require("--toleration", text, pattern, f"a taint, such as key[=value][:effect], with effect {' or '.join(_EFFECTS)}")
+    require(
+        "--toleration", text, pattern, f"a taint, such as key[=value][:effect], with effect {' or '.join(_EFFECTS)}"
+    )
     taint, _, effect = text.partition(":")
     key, equal, value = taint.partition("=")
     operator = {"operator": "Equal", "value": value} if equal else {"operator": "Exists"}

@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 _PLACE = re.compile(r"<<(\w+)>>")
-_WORD = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)$)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE)  # Not a boolean of YAML 1.1.
+_WORD = re.compile(
+    r"(?!(?:y|n|yes|no|on|off|true|false|null)$)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE
+)  # Not a boolean of YAML 1.1.
 
 
 def read_template(name: str) -> str:

@@ -83,7 +83,7 @@ class Submission:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The environment of the job's processes. Raises UserError for a secret in it, which Ray would show to others."""
+        """The environment of the job's processes. Raises UserError for a secret in it, which Ray would show."""
         passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         for name, value in passed.items():
             if "@" in urlsplit(value).netloc:
@@ -135,7 +135,9 @@ def connect(address: str | None) -> Cluster:
             raise
     theirs, ours = client._server_ray_version or "", ray.__version__
     if theirs.split(".")[:2] != ours.split(".")[:2]:
-        raise UserError(f"{address}: runs Ray {theirs}, but Ray {ours} is installed here; install the cluster's version")
+        raise UserError(
+            f"{address}: runs Ray {theirs}, but Ray {ours} is installed here; install the cluster's version"
+        )
     return Cluster(address, client)
 
 
@@ -200,7 +202,7 @@ def _line(error: Exception) -> str:
 
 
 def submit(cluster: Cluster, work: Submission) -> tuple[str, bool]:
-    """Submit the work, unless a job that trains the same run is in progress. Returns the job's id and whether it is new.
+    """Submit the work, unless a job that trains the same run is in progress. Returns the job's id, and if it is new.
 
     Raises UserError, also if that job trains the run with another command or other recipes.
     """

@@ -1,4 +1,4 @@
-"""The cost of pitch shift: torchaudio's against ours, relative to a training example of the network, on one CPU core."""
+"""The cost of pitch shift: torchaudio's against ours, relative to a training example, on one CPU core."""
 
 import statistics
 import time

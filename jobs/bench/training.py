@@ -298,7 +298,9 @@ def _result(answer: Measured | UserError) -> Measured:
 def _worker(rank: int, world_size: int, device: str, store: str, pipe: Connection) -> None:
     """A worker process of one way."""
     end_with_parent()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Stdout is only for the command's result; DeepSpeed writes there.
+    os.dup2(
+        sys.stderr.fileno(), sys.stdout.fileno()
+    )  # Stdout is only for the command's result; DeepSpeed writes there.
     os.environ["LOCAL_RANK"] = str(rank)
     with process_group(pick_device(device, rank), rank, world_size, FileStore(store, world_size)) as workers:
         while True:

@@ -75,7 +75,9 @@ def bench_kills(
     steps: Annotated[int, typer.Option(min=10, help="Steps per run.")] = 60,
     every: Annotated[
         float | None,
-        typer.Option(min=1, help="Instead, one run with a kill every so many seconds: alternately a node and a worker."),
+        typer.Option(
+            min=1, help="Instead, one run with a kill every so many seconds: alternately a node and a worker."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

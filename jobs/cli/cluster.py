@@ -65,16 +65,12 @@ def render_aws(
     instance: Annotated[str, typer.Option(metavar="TYPE", help="Instance type of the GPU nodes.")] = "g6e.12xlarge",
     min_workers: MinWorkers = 0,
     max_workers: MaxWorkers = 1,
-    spot: Annotated[
-        bool, typer.Option("--spot/--on-demand", help="Purchasing option of the GPU nodes.")
-    ] = True,
+    spot: Annotated[bool, typer.Option("--spot/--on-demand", help="Purchasing option of the GPU nodes.")] = True,
     zone: Annotated[
         list[str] | None,
         typer.Option(help="Availability zone; may be repeated. Default: all zones of the region."),
     ] = None,
-    subnet: Annotated[
-        str | None, typer.Option(help="Subnet of all nodes. Default: one of the default VPC.")
-    ] = None,
+    subnet: Annotated[str | None, typer.Option(help="Subnet of all nodes. Default: one of the default VPC.")] = None,
     security_group: Annotated[
         str | None,
         typer.Option(
@@ -143,12 +139,8 @@ def render_kubernetes(
     min_workers: MinWorkers = 0,
     max_workers: MaxWorkers = 1,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs per GPU node; give all that a node has.")] = 1,
-    cpus: Annotated[
-        int | None, typer.Option(min=1, help="CPUs per GPU node. Default: 8 per GPU.")
-    ] = None,
-    memory: Annotated[
-        int | None, typer.Option(min=4, help="GiB of memory per GPU node. Default: 32 per GPU.")
-    ] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, help="CPUs per GPU node. Default: 8 per GPU.")] = None,
+    memory: Annotated[int | None, typer.Option(min=4, help="GiB of memory per GPU node. Default: 32 per GPU.")] = None,
     cache: Annotated[int, typer.Option(min=1, help="GiB of disk for the clip cache of a GPU node.")] = 400,
     storage_class: Annotated[
         str | None, typer.Option(help="Storage class of the cache. Default: the node's own disk (emptyDir).")

@@ -25,7 +25,7 @@ _WIDTH = 70  # Characters per line of an example, so that it fits a terminal of 
 
 
 def examples(*commands: str) -> str:
-    """The examples at the end of a command's help. Long commands are wrapped so that they can be pasted into a shell."""
+    """The examples at the end of a command's help. Long commands are wrapped, and can be pasted into a shell."""
     shown = "\n\n".join(" \\\n    ".join(_lines(command)) for command in commands)
     return f"\n\nExample:\n\n```sh\n{shown}\n```"
 

@@ -60,7 +60,9 @@ def pack(
     ] = 2500,
     codec: Annotated[
         Literal["flac", "wav"],
-        typer.Option(help="Codec of the clips. WAV decodes faster but takes twice the space.", rich_help_panel=_PACKING),
+        typer.Option(
+            help="Codec of the clips. WAV decodes faster but takes twice the space.", rich_help_panel=_PACKING
+        ),
     ] = "flac",
     order: Annotated[
         Literal["shuffled", "source"], typer.Option(help="Order of the clips in the tars.", rich_help_panel=_PACKING)

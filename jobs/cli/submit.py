@@ -188,7 +188,9 @@ def _follow(cluster: Any, job: str, as_json: bool) -> dict[str, Any]:
     ended = ray_jobs.find(cluster, job)
     facts = job_facts(ended, ray_jobs.run_of(ended))
     line = f"{job}: {facts['status'].lower()}"
-    if facts["status"] == "FAILED" and facts["exit_code"] is None:  # It never started, or was lost: the log does not show why.
+    if (
+        facts["status"] == "FAILED" and facts["exit_code"] is None
+    ):  # It never started, or was lost: the log does not show why.
         line += f": {facts['message']}"
     console.print(line, markup=False)
     return facts
@@ -216,8 +218,6 @@ def _plan(work: Any) -> dict[str, Any]:
 def _report_package(work: Any) -> None:
     sizes = work.package.sizes
     largest = ", ".join(f"{name} {size / 1e3:,.0f} kB" for name, size in list(sizes.items())[:3])
-    console.print(
-        f"package: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; largest: {largest}", markup=False
-    )
+    console.print(f"package: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; largest: {largest}", markup=False)
     if work.kept_here:
         console.print(f"not sent: {', '.join(work.kept_here)}; the nodes need credentials of their own", markup=False)

@@ -130,9 +130,7 @@ def study(
     ],
     variant: Annotated[
         list[str] | None,
-        typer.Option(
-            help="hyperparameters, transfer: model variants in place of the paper's; may be repeated."
-        ),
+        typer.Option(help="hyperparameters, transfer: model variants in place of the paper's; may be repeated."),
     ] = None,
     init: Annotated[
         str | None,

@@ -15,7 +15,9 @@ from jobs.terminal.show import (
 
 
 def runs(
-    url: Annotated[str, typer.Argument(help="A folder of runs or the folder of one run: a path or s3://bucket/prefix.")],
+    url: Annotated[
+        str, typer.Argument(help="A folder of runs or the folder of one run: a path or s3://bucket/prefix.")
+    ],
     name: Annotated[str | None, typer.Argument(help="Name of one of the listed runs.", show_default=False)] = None,
     plot: Annotated[Path | None, typer.Option(help="Plot the run's curves to this PNG file.")] = None,
     endpoint: Endpoint = None,

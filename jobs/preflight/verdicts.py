@@ -150,7 +150,7 @@ def _version_figures(facts: Facts) -> dict[str, Any]:
 
 
 def _differences(here: Facts, there: Facts) -> tuple[list[str], list[str]]:
-    """Differences that would break a run, and those that may be fine: a head without GPUs has another build of torch."""
+    """Differences that would break a run, and those that may be fine: a head without GPUs has another torch build."""
     wrong: list[str] = []
     doubtful: list[str] = []
     if here.python.split(".")[:2] != there.python.split(".")[:2]:

@@ -31,7 +31,10 @@ _MOST_S = 60  # Longer files are cut to this.
 _RANGE_DB = 80  # Range of the colours, below the loudest cell of all panels.
 _HERTZ = (100, 500, 1000, 2000, 5000, 10_000)
 _MARK = "#c9a227"
-_LEAST_SHARE, _MOST_SHARE = 0.3, 0.5  # The clip's share in mixup. A run draws any share; most of them would hide one clip.
+_LEAST_SHARE, _MOST_SHARE = (
+    0.3,
+    0.5,
+)  # The clip's share in mixup. A run draws any share; most of them would hide one clip.
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,7 @@ def hardware(run: Run) -> str:
     """The hardware of its workers at its last start."""
     last = run.events("Started")[-1]
     names: Counter[str] = Counter(last.get("hardware", []))
-    return (
-        ", ".join(f"{count} × {name}" for name, count in names.items()) or f"{last['device']}, name not logged"
-    )
+    return ", ".join(f"{count} × {name}" for name, count in names.items()) or f"{last['device']}, name not logged"
 
 
 def average(run: Run, key: str) -> float:

@@ -36,7 +36,9 @@ def pack(source: Source, folder: Folder, packing: Packing, address: str | None =
         if build.start(plan):
             there = build.finished(plan)
             if there:
-                console.print(f"{folder}: resuming, {len(there)} of {plan.num_shards} shards are complete", markup=False)
+                console.print(
+                    f"{folder}: resuming, {len(there)} of {plan.num_shards} shards are complete", markup=False
+                )
             if len(there) < plan.num_shards:
                 console.print(opening(address), markup=False)
                 with ray_cluster(address):

@@ -197,9 +197,7 @@ def _reasons(result: dict[str, Any]) -> Markup:
         example = ": ".join(filter(None, (r["example"]["source"], r["example"]["detail"])))
         cell = page.element("example", r["example"]["key"], example)
         rows.append([page.text(r["reason"]), page.number(f"{r['count']:,}"), page.number(percent(r["share"])), cell])
-    return page.section(
-        "Not packed", page.table(["reason", "rows:n", "share of all rows:n", "first example"], rows)
-    )
+    return page.section("Not packed", page.table(["reason", "rows:n", "share of all rows:n", "first example"], rows))
 
 
 def _balanced(result: dict[str, Any]) -> Markup:

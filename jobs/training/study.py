@@ -195,7 +195,7 @@ def _line(row: Row, measured: dict[str, Any], runs: list[Ended], clips: Manifest
 
 
 class _Measure:
-    """Size and speed of models on this machine. Values in the study's earlier table from the same hardware are reused."""
+    """Size and speed of models on this machine. Values in the study's earlier table from this hardware are reused."""
 
     def __init__(self, folder: Folder) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -303,7 +303,9 @@ def run_transfer(
         outcomes = {each["name"]: each for each in finetune(validations, address, on_event)}
         table = [_transfer_line(row, measured[row], [outcomes[v.name] for v in each]) for row, each in repeated.items()]
         failed = {f"{name}/fold-{f['fold']}": f["why"] for name, each in outcomes.items() for f in each["failed"]}
-        notes = [f"{name}: not counted, as some of its folds failed" for name, each in outcomes.items() if each["failed"]]
+        notes = [
+            f"{name}: not counted, as some of its folds failed" for name, each in outcomes.items() if each["failed"]
+        ]
         return _write(folder, "transfer", run.name, table, failed, notes, measure.on)
 
 

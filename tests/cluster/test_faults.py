@@ -186,7 +186,9 @@ def test_more_workers_than_an_embedded_cluster_has(tmp_path: Path) -> None:
     with running(tmp_path, {}, device="cuda") as command:
         assert command.end(1) == []
     line = command.log.read_text().splitlines()[-1]
-    assert line.startswith("erann: 2 workers with 1 CPU and 1 GPU each requested, but there is capacity for 0: the cluster")
+    assert line.startswith(
+        "erann: 2 workers with 1 CPU and 1 GPU each requested, but there is capacity for 0: the cluster"
+    )
     assert line.endswith(" and 0 GPUs; start fewer (run.workers) or add nodes")
     assert "waiting" not in command.log.read_text()
 

@@ -234,7 +234,7 @@ def test_no_gpus() -> None:
         ({"scratch": "local"}, "--scratch 'local': not an absolute path"),
         (
             {"scratch": "/scratch/of/the/node1"},
-            "--scratch /scratch/of/the/node1: 21 bytes long, and the paths of Ray's",
+            "--scratch /scratch/of/the/node1: 21 bytes long, but the paths of Ray's",
         ),
         ({"container": "--writable"}, "--container '--writable': not printable, or begins with -"),
         ({"binds": ["/a\n/b"]}, r"--bind '/a\n/b': not printable"),

@@ -223,4 +223,7 @@ def test_a_run_without_a_step_is_not_drawn(erann: Any, tmp_path: Path) -> None:
     write_log(LocalFolder(f"{tmp_path}/new"), (time.time(), started(launched=time.time())))
     assert erann(tmp_path, "new")[0] == 0
     code, _, line = erann(tmp_path, "new", "--plot", tmp_path / "a.png")
-    assert (code, line) == (1, f"erann: {tmp_path}/new/metrics.jsonl: contains no steps yet, so there is nothing to plot")
+    assert (code, line) == (
+        1,
+        f"erann: {tmp_path}/new/metrics.jsonl: contains no steps yet, so there is nothing to plot",
+    )

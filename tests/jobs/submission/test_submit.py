@@ -121,7 +121,7 @@ def test_a_pipeline_takes_its_recipes_along(tmp_path: Path, dry_run: DryRun) -> 
     assert {"all.yaml", "own/fold.yaml"} < set(sent["files"])
     for setting, refusal in (
         ("pretrain.set.run.launcher=none", "audioset.yaml: run.launcher none: runs on a cluster are launched by ray"),
-        ("finetune.0.set.run={launcher: none}", "own/fold.yaml: run.launcher none: a cluster's runs are launched by"),
+        ("finetune.0.set.run={launcher: none}", "own/fold.yaml: run.launcher none: runs on a cluster are launched by"),
         ("pretrain.set.run.wrkers=8", "run.wrkers"),
         ("pretrain.set.model={init: runs/one}", "model.init: runs/one is a relative path"),
     ):
@@ -143,7 +143,7 @@ def test_lists_of_keys_go_along(tmp_path: Path, dry_run: DryRun) -> None:
     ("arguments", "words"),
     [
         (["evaluate", "x"], "evaluate: can't be submitted; these can: pretrain,"),
-        (["pretrain", "audioset.yaml", *PLACES[1:]], "data.train: shard-sets/audioset/unbalanced_train is a folder of"),
+        (["pretrain", "audioset.yaml", *PLACES[1:]], "data.train: shard-sets/audioset/unbalanced_train is a relative path"),
         (["pretrain", "audioset.yaml", *PLACES[:2]], "run.dir: runs is a relative path"),
         (["finetune", "esc50.yaml", "run.dir=/s", "protocol.shards=/s/e", "--from", "runs/a"], "--from: runs/a is a"),
         (["pipeline", "pipeline.yaml"], "run.dir: runs is a relative path"),
@@ -192,10 +192,10 @@ def test_versions_that_differ() -> None:
     line = what_differs({"python": "3.11", "torch": "2.9.0", "deepspeed": "0.19.8"}, here)
     assert line is not None
     assert "torch 2.11.0 here, 2.9.0 there; deepspeed none here, 0.19.8 there (here is the cluster)" in line
-    assert line.endswith("install the same ones, or submit with --dependencies pip")
+    assert line.endswith("install the same versions, or submit with --dependencies pip")
     line = what_differs(here | {"python": "3.12"}, here)
     assert line is not None
-    assert line.endswith("install the same ones")  # pip brings no Python
+    assert line.endswith("install the same versions")  # pip brings no Python
 
 
 def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
