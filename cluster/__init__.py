@@ -1,1 +1,1 @@
-"""How work reaches machines: launchers and the embedded Ray cluster."""
+"""Runs work on machines: launchers, the embedded Ray cluster, job submission, cluster files."""

@@ -1,4 +1,4 @@
-"""The environment of worker processes, whoever starts them."""
+"""The environment of worker processes, under every launcher."""
 
 import os
 from collections.abc import Iterator
@@ -15,16 +15,16 @@ _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 @contextmanager
 def meeting_on_loopback() -> Iterator[None]:
-    """Let gloo and NCCL, of workers that are all on this machine, listen to no network. What the user has set stays.
+    """Restrict gloo and NCCL to loopback, for workers that are all on this machine, unless the user has set otherwise.
 
-    Raises UserError when there is no loopback interface.
+    Raises UserError if there is no loopback interface.
     """
     unset = [name for name in _INTERFACES if name not in os.environ]
     loopback = psutil.net_if_stats().get("lo")
     if unset and not (loopback and loopback.isup):
         raise UserError(
-            "workers on one machine communicate over its loopback interface, and lo is down: ip link set lo up, or "
-            f"name another interface in {' and '.join(unset)}"
+            "workers on one machine communicate over its loopback interface, but lo is down; run ip link set lo up, or "
+            f"set another interface in {' and '.join(unset)}"
         )
     os.environ.update(dict.fromkeys(unset, "lo"))
     try:
@@ -35,17 +35,17 @@ def meeting_on_loopback() -> Iterator[None]:
 
 
 def is_first_process() -> bool:
-    """False in all but the first of the processes that a user's torchrun started: what is done once is done there."""
+    """Whether this is the command's only process, or rank 0 under the user's torchrun: it does what is done once."""
     return not is_torchruns_worker() or os.environ["RANK"] == "0"
 
 
 def is_torchruns_worker() -> bool:
-    """Whether this process is one that a torchrun has started."""
-    # RANK alone is set by batch systems too.
+    """Whether this process was started by torchrun."""
+    # Batch systems set RANK too.
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-# Of every `ray start`: a host whose network is gone is given up after some 12 seconds (docs/clusters/hosts.md).
+# Set for every `ray start`: a host that loses its network is declared dead after some 12 s (docs/clusters/hosts.md).
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
@@ -55,9 +55,9 @@ HEALTH_CHECKS = {
 
 
 def use_interface_of_node() -> None:
-    """Let gloo and NCCL meet the other hosts on the network interface whose address is Ray's for this node.
+    """Let gloo and NCCL use the network interface with Ray's address of this node, unless the user has set one.
 
-    By itself gloo takes the address that the host's name has, which is loopback on many. What the user has set stays.
+    By default gloo uses the address of the host's name, which is loopback on many hosts.
     """
     from ray.util import get_node_ip_address
 

@@ -1,4 +1,4 @@
-"""Events from the workers of a run to the process that started them, and requests to stop the other way, over Ray."""
+"""Carries events from a run's workers to the process that started them, and stop requests the other way, over Ray."""
 
 import asyncio
 import threading
@@ -18,7 +18,7 @@ from erann_dist.log.events import CheckpointSaved, Emit, Event, Interruption, St
 
 @dataclass(frozen=True)
 class Place:
-    """Where a worker is."""
+    """The node of a worker."""
 
     ip: str
     node_id: str
@@ -26,7 +26,7 @@ class Place:
 
 @dataclass
 class _Start:
-    """What is known of one start of the workers."""
+    """The state of one start of the workers."""
 
     number: int = 0
     places: dict[int, Place] = field(default_factory=dict)  # by rank
@@ -35,7 +35,7 @@ class _Start:
 
 
 class _EventBus:
-    """The actor between them. A worker of an earlier start, that was cut off and still lives, is not heard."""
+    """The actor between them. It ignores workers of an earlier start that were cut off but still run."""
 
     def __init__(self, clock: Anchor) -> None:
         self._start = _Start()
@@ -44,12 +44,12 @@ class _EventBus:
         self._stop_requested = asyncio.Event()
 
     async def time(self) -> float:
-        """By the command's clock: it runs on this machine too."""
+        """The command's time: the actor runs on the same machine."""
         return self._clock.now()
 
     async def begin(self, number: int) -> None:
         self._start = _Start(number)
-        self._stop_requested.set()  # those of the start before wait no longer
+        self._stop_requested.set()  # Releases waiting calls of the previous start.
         self._stop_requested = asyncio.Event()
 
     async def join(self, number: int, rank: int, place: Place) -> None:
@@ -62,7 +62,7 @@ class _EventBus:
             self._news.set()
 
     async def take(self, wait: float) -> list[Event]:
-        """The events since the last call; waits so many seconds for one."""
+        """The events since the last call; waits up to `wait` seconds for the first."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), wait)
         self._news.clear()
@@ -75,7 +75,7 @@ class _EventBus:
             self._stop_requested.set()
 
     async def stop_request(self, number: int) -> Interruption | None:
-        """This start's, when there is one."""
+        """Wait for the start's stop request; None if another start has begun."""
         if number == self._start.number:
             await self._stop_requested.wait()
         return self._start.stop_request if number == self._start.number else None
@@ -86,9 +86,9 @@ class _EventBus:
 
 @contextmanager
 def open_event_bus() -> Iterator[Any]:
-    """An event bus, on this process's own node: no loss of another takes it away."""
+    """An event bus on this process's own node, so that it survives the loss of any other node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 10_000}  # each worker waits in a call
+    options = {"num_cpus": 0, "scheduling_strategy": here, "max_concurrency": 10_000}  # Each worker waits in a call.
     bus = ray.remote(_EventBus).options(**options).remote(anchor())
     try:
         yield bus
@@ -97,7 +97,7 @@ def open_event_bus() -> Iterator[Any]:
 
 
 class EventPump:
-    """Passes the events of one start's workers on, and a request to stop to them, in a thread."""
+    """Passes on the events of one start's workers, and a stop request to them, in a background thread."""
 
     def __init__(self, bus: Any, number: int, on_event: Emit, reason: StopRequest, step: int) -> None:
         self._bus = bus
@@ -107,7 +107,7 @@ class EventPump:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self.step = step  # of the last event
-        self.saved = False  # there is a new checkpoint
+        self.saved = False  # whether there is a new checkpoint
 
     def __enter__(self) -> "EventPump":
         ray.get(self._bus.begin.remote(self._number))
@@ -119,8 +119,8 @@ class EventPump:
         self._thread.join()
 
     def _work(self) -> None:
-        told = last = False
-        with suppress(RayError):  # without the bus the cluster is gone, and the workers
+        requested = last = False
+        with suppress(RayError):  # If the bus is lost, so are the cluster and the workers.
             while not last:
                 last = self._ended.is_set()
                 for event in ray.get(self._bus.take.remote(0 if last else 1)):
@@ -129,10 +129,10 @@ class EventPump:
                     try:
                         self._on_event(event)
                     except OSError:
-                        pass  # as when nobody reads its output any more
-                    except Exception:  # a fault of a reader's; the run goes on without it
+                        pass  # For example, when its output is no longer read.
+                    except Exception:  # An error in the callback; the run continues without it.
                         traceback.print_exc()
                         self._on_event = lambda _: None
-                if not told and (reason := self._reason()):
+                if not requested and (reason := self._reason()):
                     self._bus.request_stop.remote(self._number, reason)
-                    told = True
+                    requested = True

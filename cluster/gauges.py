@@ -1,7 +1,7 @@
-"""A run's figures among the metrics of its Ray cluster, from where Prometheus and the dashboard take them.
+"""Exports a run's figures as metrics of its Ray cluster, for Prometheus and the dashboard.
 
 Gauges ray_erann_step, ray_erann_loss, ray_erann_examples_per_s, …, tagged by `run`, on the metrics port of the node
-where the command runs; Ray hands them on every 10 s.
+where the command runs; Ray exports them every 10 s.
 """
 
 from dataclasses import asdict
@@ -29,7 +29,7 @@ _OTHERS = {
 
 
 class GaugeSink:
-    """Keeps the gauges of a run, in a process that is connected to Ray."""
+    """Updates the gauges of a run, in a process that is connected to Ray."""
 
     def __init__(self, run: str) -> None:
         self._run = run

@@ -1,4 +1,4 @@
-"""Start a run's workers: in this process, under torchrun, or by Ray Train. Their function is the same for all."""
+"""Starts a run's workers in this process, under torchrun, or with Ray Train; all run the same function."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,8 +16,8 @@ from erann_dist.train.distributed import Workers, pick_device, single_worker
 def launch(spec: LaunchSpec, on_event: Emit) -> None:
     """Run `spec.function(spec.config, workers, emit)` on every worker and wait for all of them.
 
-    Raises the worker's UserError, or UserError for a worker that was lost. A Stopped, by which the function follows a
-    request to stop, is no failure.
+    Raises a worker's UserError, or UserError if a worker was lost. Stopped, which the function raises after a stop
+    request, is not a failure.
     """
     if spec.launcher == "ray":
         from cluster.ray_train import run_on_ray
@@ -30,7 +30,7 @@ def launch(spec: LaunchSpec, on_event: Emit) -> None:
     if spec.launcher == "torchrun":
         from cluster.torchrun import torchrun_worker
 
-        end_with_parent()  # a torchrun that is killed leaves its workers, which would train alongside the next start
+        end_with_parent()  # A killed torchrun leaves its workers running, alongside those of the next start.
         worker: AbstractContextManager[Workers] = torchrun_worker(spec.device, spec.hang_timeout)
     elif spec.num_workers != 1:
         raise UsageError(f"launcher none runs 1 worker, not {spec.num_workers}; use launcher ray or torchrun")

@@ -1,4 +1,4 @@
-"""What a run's workers are started by: one value, from the command to Ray Train or torchrun."""
+"""How to start a run's workers: one value that is passed from the command to Ray Train or torchrun."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ class LaunchSpec:
     function: WorkerFunction  # importable by name on the workers
     config: dict[str, Any]
     launcher: str  # none, torchrun or ray
-    num_workers: int  # at most
+    num_workers: int  # the maximum
     device: str  # auto, cpu or cuda
-    # The function looks at workers.stop_request, as which signals then come to it.
+    # Whether the function polls workers.stop_request; if so, signals become stop requests.
     handles_stop: bool = False
-    # Seconds without progress, which the function itself watches. A process that does not answer for so long, or an
-    # operation between workers that takes twice as long, is given up.
+    # Seconds without progress after which the function aborts itself. A process that does not answer for as long, or a
+    # collective operation that takes twice as long, counts as failed.
     hang_timeout: float = 600
 
     # Ray only.
-    address: str | None = None  # the cluster's; none starts an embedded one
-    min_workers: int | None = None  # run on fewer, down to so many, while the cluster has no capacity for more
-    max_failures: int = 0  # how many failed starts in a row, without a new checkpoint, are followed by another
-    wait_for_workers: float = 0  # seconds that the cluster gets to have the capacity
-    run: str | None = None  # the run's name among the cluster's metrics
+    address: str | None = None  # of the cluster; None: an embedded one
+    min_workers: int | None = None  # the minimum to run with while the cluster has no capacity for more
+    max_failures: int = 0  # failed starts in a row, without a new checkpoint, that are retried
+    wait_for_workers: float = 0  # seconds to wait for capacity
+    run: str | None = None  # name of the run in the cluster's metrics
 
     @property
     def least(self) -> int:

@@ -1,8 +1,9 @@
-"""A run's workers under Ray Train: started on as many nodes as there are for them, and again after each fault.
+"""A run's workers under Ray Train: started on the available nodes, and restarted after each fault.
 
-Every start is a `fit()` of its own. Ray Train places the workers, joins them to a process group, watches them and ends
-them all when one fails; what follows is decided here. Its own restarts would lose the steps since the last checkpoint
-whenever the number of workers changes, and give the run up when a worker is lost while the process group is set up.
+Every start is a separate `fit()`. Ray Train places the workers, joins them to a process group, monitors them, and ends
+all of them when one fails; what happens next is decided here. Ray Train's own restarts would lose the steps since the
+last checkpoint whenever the number of workers changes, and would give up if a worker is lost during the set-up of the
+process group.
 """
 
 import datetime
@@ -27,13 +28,13 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-# Private, as where the workers of one host meet can't be chosen otherwise; the test of what listens where tells.
+# Private: there is no other way to choose where the workers of one host meet. The test of open ports covers it.
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
-# Private, as the preemption notice that a worker has got is nowhere else to be read: the public get_preemption_info()
-# is a collective call through an actor. The test of a drained node fails when it moves.
+# Private: a worker's preemption notice can't be read elsewhere, as the public get_preemption_info() is a collective
+# call through an actor. The test of a drained node fails if it moves.
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch._C._distributed_c10d import FileStore
@@ -51,18 +52,18 @@ from erann_dist.words import count
 
 _ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 _USERS_ANSWER_TIMEOUT = os.environ.get(_ANSWER_TIMEOUT)
-_BLAME_S = 3.0  # in which the loss of a worker is known to Ray
+_BLAME_S = 3.0  # Time within which Ray notices the loss of a worker.
 _AGAIN = "run the same command again to resume from the last checkpoint"
 
 
 @dataclass(frozen=True)
 class Start:
-    """What each worker of one start is given."""
+    """What each worker of one start receives."""
 
     number: int  # 1, 2, …
     workers: int
-    failure: Interruption | None  # why those before ended
-    reached: int  # the last step that those before were heard to have done
+    failure: Interruption | None  # why the previous workers ended
+    reached: int  # the last step that the previous workers reported
     function: Any
     config: dict[str, Any]
     launched: float
@@ -73,16 +74,16 @@ class Start:
 def run_on_ray(spec: LaunchSpec, on_event: Emit) -> None:
     """Run the function on the cluster's workers until it has returned on all of them. See `launch`."""
     launched = steady_time()
-    # A worker whose process does not answer, as on a frozen machine, is taken for lost.
+    # A worker whose process does not answer, as on a frozen machine, counts as lost.
     os.environ[_ANSWER_TIMEOUT] = _USERS_ANSWER_TIMEOUT or str(spec.hang_timeout)
     scratch = tempfile.TemporaryDirectory(prefix="erann-ray-", ignore_cleanup_errors=True)
     stops = signals_as_stop_request() if spec.handles_stop else nullcontext(no_stop_request)
     least, most, wait_for_workers = spec.least, spec.num_workers, spec.wait_for_workers
     with (
         _lost_cluster_in_one_line(),
-        redirect_stdout(sys.stderr),  # Ray writes of lost workers there, where only the command's result belongs
+        redirect_stdout(sys.stderr),  # Ray reports lost workers on stdout, which is only for the command's result.
         scratch as storage,
-        stops as stop,  # until Ray has ended: another SIGTERM would cut it off
+        stops as stop,  # Until Ray has shut down: another SIGTERM would interrupt that.
         _announced_cluster(spec.address, least, on_event) as embedded,
         open_event_bus() as bus,
     ):
@@ -91,10 +92,12 @@ def run_on_ray(spec: LaunchSpec, on_event: Emit) -> None:
         resources = ray.cluster_resources()
         bundle = bundle_of(spec.device, least)
         if embedded and any(resources.get(kind, 0) < least for kind in bundle):
-            wait_for_workers = 0  # it does not grow
+            wait_for_workers = 0  # An embedded cluster does not grow.
         if spec.device == "auto" and "GPU" not in bundle and (gpus := resources.get("GPU", 0)):
             text = f"training on CPUs: the cluster has {count(gpus, 'GPU')} for {count(least, 'worker')}"
-            on_event(Incident(0, "resize", f"{text}; run.device=cuda waits for more, fewer run.workers use them"))
+            on_event(
+                Incident(0, "resize", f"{text}; set run.device=cuda to wait for more, or lower run.workers to use them")
+            )
         number = failures = step = 0
         failure: Interruption | None = None
         places: dict[int, Place] = {}
@@ -129,15 +132,15 @@ def run_on_ray(spec: LaunchSpec, on_event: Emit) -> None:
             failure = Interruption("failure", text)
             failures += 1
             if failures > spec.max_failures:
-                # A fault of this program or of the machine: in full, for whoever is to find it.
+                # A fault of this program or of the machine is printed in full, for debugging.
                 print(error, file=sys.stderr)
-                times = f" {failures} times in a row without a new checkpoint, at last" if spec.max_failures else ""
+                times = f" {failures} times in a row without a new checkpoint, last" if spec.max_failures else ""
                 raise UserError(f"the workers failed{times}: {text}", fix=_AGAIN)
 
 
 @contextmanager
 def _announced_cluster(address: str | None, least: int, on_event: Emit) -> Iterator[bool]:
-    """ray_cluster, which may take half a minute to be there."""
+    """ray_cluster, announced by an event, as it may take half a minute."""
     on_event(Phase(0, opening(address)))
     with ray_cluster(address, least) as embedded:
         yield embedded
@@ -155,7 +158,7 @@ def _lost_cluster_in_one_line() -> Iterator[None]:
 
 @dataclass
 class _InAFile(TorchConfig):  # type: ignore[misc]  # Ray's classes are Any
-    """How the workers of one host meet. Torch's TCP store listens to all networks, and who reaches it can join in."""
+    """Lets the workers of one host meet in a file. Torch's TCP store listens on all networks, and anyone could join."""
 
     path: str = ""
 
@@ -182,8 +185,8 @@ def _meet(config: _InAFile, rank: int, world_size: int) -> None:
 
 
 def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout: float) -> Exception | None:
-    """One start of the workers; what ended them, if they did not come to their end."""
-    # The loop's own watchdog is to see a hang first.
+    """Start the workers once and wait for them. Returns the error that ended them, if any."""
+    # The training loop's own watchdog should detect a hang first.
     how = {"backend": "nccl" if use_gpu else "gloo", "timeout_s": round(2 * hang_timeout)}
     embedded = ray.util.get_node_ip_address() == "127.0.0.1"
     trainer = _Trainer(
@@ -191,7 +194,7 @@ def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout
         train_loop_config={"start": start},
         torch_config=_InAFile(**how, path=f"{storage}/{start.number}") if embedded else TorchConfig(**how),
         scaling_config=ScalingConfig(num_workers=start.workers, use_gpu=use_gpu, resources_per_worker=bundle),
-        # Ray keeps nothing of ours: checkpoints are the run folder's. A name used twice would resume silently.
+        # Ray stores nothing of ours: checkpoints are in the run's folder. A reused name would silently resume.
         run_config=RunConfig(
             name=f"run-{os.getpid()}-{time.time_ns()}",
             storage_path=storage,
@@ -206,32 +209,32 @@ def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are Any
-    """Ray's, without what a run does not need."""
+    """Ray's trainer, without what a run does not need."""
 
     def _register_sigint_handler(self, controller: Any) -> None:
-        """Ray's aborts the workers at Ctrl-C; they are to save a checkpoint first."""
+        """Do nothing: Ray's handler aborts the workers at Ctrl-C, before they have saved a checkpoint."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        """There are no Ray Datasets, for which Ray starts a process, and loads ray.data in every worker."""
+        """Leave out Ray Datasets, for which Ray starts a process and loads ray.data in every worker."""
         callbacks: list[Any] = super()._create_default_callbacks()
         return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
 
 
 @contextmanager
 def _growth(bus: Any, workers: int, bundle: Bundle, more: int) -> Iterator[StopRequest]:
-    """Requests a stop when there is capacity for more workers, once it grows no more: a node's comes bit by bit."""
+    """Requests a stop when there is capacity for more workers and it has stopped growing, as a node joins gradually."""
     with ExitStack() as stack:
         spare: Callable[[], int] | None = None
         found = 0
 
         def request() -> Interruption | None:
             nonlocal spare, found
-            if spare is None:  # The capacity for the workers themselves is theirs.
+            if spare is None:  # More is requested only once all workers have started.
                 if more and len(ray.get(bus.facts.remote())[0]) == workers:
                     spare = stack.enter_context(capacity_for(bundle, more))
                 return None
             before = found
-            with suppress(RayError):  # a cluster that loses a node may fail to say what it has
+            with suppress(RayError):  # While a node is being lost, the query may fail.
                 found = spare()
             if not 0 < found == before:
                 return None
@@ -250,8 +253,8 @@ def _ray_worker(settings: dict[str, Any]) -> None:
         os.chdir(start.cwd)
     except OSError as error:
         raise UserError(
-            f"{start.cwd}, where the command was started, is not on {socket.gethostname()} ({error.strerror}); "
-            "start it in a folder that all hosts have"
+            f"{start.cwd}, where the command was started, does not exist on {socket.gethostname()} "
+            f"({error.strerror}); start it in a folder that all hosts have"
         ) from error
     place = Place(ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id())
     sent = [bus.join.remote(start.number, rank, place)]
@@ -268,7 +271,7 @@ def _ray_worker(settings: dict[str, Any]) -> None:
     except UserError:
         raise
     except Exception:
-        # When a worker is lost, the others see a broken connection, and often before Ray sees the loss.
+        # When a worker is lost, the others see a broken connection, often before Ray notices the loss.
         time.sleep(_BLAME_S)
         raise
     finally:
@@ -276,12 +279,12 @@ def _ray_worker(settings: dict[str, Any]) -> None:
 
 
 def _worker_stop_request(start: Start) -> StopRequest:
-    """Why this worker is to stop: Ray's word that a node of the run is about to go, or the command's own."""
+    """Returns why this worker should stop: a preemption notice for one of the run's nodes, or the command's request."""
     train_context = get_train_context()
     reasons: list[Interruption] = []
 
     def listen() -> None:
-        with suppress(RayError):  # the command has ended
+        with suppress(RayError):  # The command has ended.
             if reason := ray.get(start.bus.stop_request.remote(start.number)):
                 reasons.append(reason)
 
@@ -293,7 +296,7 @@ def _worker_stop_request(start: Start) -> StopRequest:
             ips = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
             nodes = ", ".join(ips[node_id] for node_id in info.preempted_node_ids)
             until = datetime.datetime.fromtimestamp(info.deadline_ms / 1000) if info.deadline_ms else None
-            text = f"preempted: node {nodes} goes{f' at {until:%H:%M:%S}' if until else ''}"
+            text = f"preempted: node {nodes} will be lost{f' at {until:%H:%M:%S}' if until else ''}"
             reasons.append(Interruption("preemption", text))
             start.bus.request_stop.remote(start.number, reasons[0])
         return reasons[0] if reasons else None
@@ -302,16 +305,16 @@ def _worker_stop_request(start: Start) -> StopRequest:
 
 
 def _explain(error: Exception, places: dict[int, Place]) -> tuple[Stopped | None, str]:
-    """Whether the workers stopped as they were told to, and why they ended.
+    """The Stopped error, if the workers stopped on request, and why they ended.
 
-    Raises the UserError of one that another start would meet too.
+    Raises a worker's UserError that would also end another start.
     """
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     raised = [cause for failure in failures.values() for cause in _causes(failure) if isinstance(cause, UserError)]
     for cause in raised:
         if not isinstance(cause, Stopped | Unavailable):
             raise cause
-    # Of several the one that was lost: it is why the others failed.
+    # If several failed, the one that was lost is the cause.
     first = min(failures, key=lambda rank: (not isinstance(failures[rank], _LOST), rank), default=None)
     if first is None:
         text = _line(getattr(error, "controller_failure", error))
@@ -329,12 +332,12 @@ _LOST = (WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError)
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:
-    """The error and what led to it."""
+    """The error and its causes."""
     return [] if error is None else [error, *_causes(getattr(error, "cause", None) or error.__cause__)]
 
 
-_OUT_OF_MEMORY = "a node's memory is short: Ray's memory monitor ended a process of this run there"
-_LINE = 200  # characters of an error that an incident shows
+_OUT_OF_MEMORY = "a node is low on memory: Ray's memory monitor ended a process of this run there"
+_LINE = 200  # Maximum length of an error in an incident's text.
 
 
 def _line(error: BaseException) -> str:
@@ -351,14 +354,14 @@ def _line(error: BaseException) -> str:
 
 
 def _why_again(failure: Interruption | None, places: dict[int, Place], workers: int) -> Interruption | None:
-    """Why the workers are started again, now that it is known on how many."""
+    """Why the workers are restarted; a change in their number is added to the text."""
     if failure is not None and len(places) not in (0, workers) and failure.kind != "resize":
         failure = replace(failure, text=f"{failure.text}; resized from {len(places)} to {count(workers, 'worker')}")
     return failure
 
 
 def _lost_nodes(places: dict[int, Place]) -> list[str]:
-    """The addresses of the workers' nodes that are gone. Ray itself knows some of them only half a minute later."""
+    """The addresses of the workers' nodes that are lost. Ray itself notices some of them only half a minute later."""
     nodes = {node["NodeID"]: node for node in ray.nodes()}
     return sorted({place.ip for place in places.values() if not _answers(nodes[place.node_id])})
 

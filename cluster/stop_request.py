@@ -1,4 +1,4 @@
-"""Requests to stop: the work may save what it has, and resume elsewhere or later."""
+"""Stop requests: signals that let the work save its state first, to resume elsewhere or later."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from erann_dist.errors import Stopped
 from erann_dist.log.events import Interruption, StopRequest
 
-# SIGUSR1 is what Slurm's --signal sends ahead of a limit, SIGHUP comes when a terminal or an ssh connection is closed.
+# SIGUSR1 is sent by Slurm's --signal ahead of a time limit, SIGHUP when a terminal or an ssh connection is closed.
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 _SAVING = b"erann: stopping as soon as a checkpoint is saved; Ctrl-C again stops at once, without one\n"
 
@@ -21,8 +21,8 @@ def first_of(*requests: StopRequest) -> StopRequest:
     return lambda: next((reason for request in requests if (reason := request())), None)
 
 
-class _Note:
-    """A handler of signals that notes them."""
+class _Recorder:
+    """A signal handler that records the signals."""
 
     def __init__(self, announces: bool) -> None:
         self.received: list[signal.Signals] = []
@@ -37,39 +37,39 @@ class _Note:
             announce_saving()
 
     def reason(self) -> Interruption | None:
-        return Interruption("stop", f"told to stop by {self.received[0].name}") if self.received else None
+        return Interruption("stop", f"stop requested by {self.received[0].name}") if self.received else None
 
 
 def announce_saving() -> None:
-    """Answer the first Ctrl-C, from a handler of signals."""
-    with suppress(OSError):  # not by print, in the middle of which the signal may have come
+    """Print a line on the first Ctrl-C, from a signal handler."""
+    with suppress(OSError):  # Not by print, which the signal may have interrupted.
         os.write(2, _SAVING)
 
 
 def exit_as(stopped: Stopped, number: int) -> None:
-    """Let the command end with the exit code of a process that this signal ended; of SIGUSR1 with SIGTERM's."""
+    """Set the exit code of a process that this signal ends; for SIGUSR1, that of SIGTERM."""
     stopped.exit_code = 128 + (signal.SIGTERM if number == signal.SIGUSR1 else number)
 
 
 @contextmanager
 def signals_as_stop_request(announces: bool = True) -> Iterator[StopRequest]:
-    """SIGTERM, SIGHUP, SIGUSR1 and the first Ctrl-C end nothing here but are noted; a second Ctrl-C interrupts.
+    """Turn SIGTERM, SIGHUP, SIGUSR1 and the first Ctrl-C into stop requests; a second Ctrl-C interrupts.
 
-    announces: whether the first Ctrl-C is answered by a line, as by the one process of a command that is to do that.
-    A Stopped that leaves the context gets the exit code of the signal. Signals that are ignored, as under nohup, stay
-    so. One of these contexts in another hears what the outer one has heard, and the outer one what it hears.
+    announces: whether to print a line on the first Ctrl-C, which one process of a command should do. A Stopped that
+    leaves the context gets the exit code of the signal. Ignored signals, as under nohup, stay ignored. Nested contexts
+    share the signals that any of them has received.
     """
     before = {number: signal.getsignal(number) for number in STOPPING}
     outer = before[signal.SIGTERM]
-    note = outer if isinstance(outer, _Note) else _Note(announces)
+    recorder = outer if isinstance(outer, _Recorder) else _Recorder(announces)
     handled = [number for number in STOPPING if before[number] is not signal.SIG_IGN]
     for number in handled:
-        signal.signal(number, note)
+        signal.signal(number, recorder)
     try:
-        yield note.reason
+        yield recorder.reason
     except Stopped as stopped:
-        if note.received:
-            exit_as(stopped, note.received[0])
+        if recorder.received:
+            exit_as(stopped, recorder.received[0])
         raise
     finally:
         for number in handled:
@@ -78,11 +78,11 @@ def signals_as_stop_request(announces: bool = True) -> Iterator[StopRequest]:
 
 @contextmanager
 def stop_handlers_kept() -> Iterator[None]:
-    """What starts in here may handle signals itself, as Ray does, but not in place of `signals_as_stop_request`."""
+    """Restore the handlers of `signals_as_stop_request` after code that installs its own, as Ray does."""
     before = {number: signal.getsignal(number) for number in STOPPING}
     try:
         yield
     finally:
         for number, handler in before.items():
-            if isinstance(handler, _Note):
+            if isinstance(handler, _Recorder):
                 signal.signal(number, handler)

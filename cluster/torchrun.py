@@ -1,10 +1,10 @@
-"""A run's workers under torchrun: the command is torchrun's agent and stays alongside them, as it does under Ray.
+"""A run's workers under torchrun: the command is torchrun's agent and keeps running alongside them, as under Ray.
 
-The workers call it on a socket. It gives them their work and hears the first one's events, so that what a user sees
-comes from one process, and how each of them ended, so that one line can tell what ended the run.
+The workers connect to it over a socket. It sends them their work and receives the first worker's events, so that all
+output comes from one process, and how each worker ended, so that one line can explain what ended the run.
 
-All of them are on this machine, and none of them listens to a network, for what they say to each other holds pickles.
-The socket, and the files in which they meet in place of torch's TCP store, are in a folder of this user's own.
+All processes are on this machine, and none listens on a network, since their messages are pickles. The socket, and the
+files in which they meet instead of torch's TCP store, are in a private folder of this user.
 """
 
 import logging
@@ -40,13 +40,13 @@ from erann_dist.log.events import Emit, Phase
 from erann_dist.train.distributed import Workers, pick_device, process_group_backend
 from erann_dist.words import count
 
-_BLAME_S = 3.0  # in which a lost worker is missed; the others may have met a broken connection before that
+_BLAME_S = 3.0  # Time within which a lost worker is noticed; others may see a broken connection before that.
 _WHY = {"SIGKILL": ", as when memory runs out", "SIGALRM": ", by the watchdog of a hang"}
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What each worker is given."""
+    """What each worker receives."""
 
     spec: LaunchSpec
     launched: float
@@ -55,8 +55,8 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Begun:
-    """Said by a worker when it is ready for signals."""
+class _Ready:
+    """Sent by a worker when it can handle signals."""
 
     rank: int
     pid: int
@@ -68,16 +68,17 @@ class _End:
 
     rank: int
     at: float  # by this machine's monotonic clock
-    error: UserError | str | None  # a str is the traceback of another exception; None if it could say nothing
+    error: UserError | str | None  # A str is the traceback of another exception; None if it sent no error.
 
 
 def run_under_torchrun(spec: LaunchSpec, on_event: Emit) -> None:
-    """Run the function on so many workers of this machine until it has returned on all of them. See `launch`."""
-    log = logging.getLogger("torch.distributed.elastic")  # a page for each worker that fails; it is told here
+    """Run the function on workers on this machine until it has returned on all of them. See `launch`."""
+    # It would log a page for each worker that fails; the failure is reported here.
+    log = logging.getLogger("torch.distributed.elastic")
     log.propagate = False
     log.addHandler(logging.NullHandler())
     os.environ.update(WORKER_ENVIRONMENT | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
-    codes: dict[int, int] = {}  # exit codes of those that failed, by rank
+    codes: dict[int, int] = {}  # exit codes of the workers that failed, by rank
     with tempfile.TemporaryDirectory(prefix="erann-torchrun-") as folder, meeting_on_loopback():
         address = f"{folder}/socket"
         work = _Work(spec, steady_time(), anchor(), f"{folder}/workers")
@@ -91,79 +92,79 @@ def run_under_torchrun(spec: LaunchSpec, on_event: Emit) -> None:
             rdzv_configs={"store_type": "file"},
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(folder),
-            signals_to_handle="",  # of torchrun's own accord workers that save get half a minute
+            signals_to_handle="",  # torchrun itself would give saving workers only half a minute.
         )
         on_event(Phase(0, f"starting {count(spec.num_workers, 'worker')}"))
-        with _Desk(address, work, on_event) as desk, _signals_passed_on(desk):
+        with _Server(address, work, on_event) as server, _signals_passed_on(server):
             try:
                 elastic_launch(settings, sys.executable)("-m", "cluster.torchrun", address)
             except ChildFailedError as error:
                 codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     try:
-        _raise_cause(desk.ends, codes, spec.handles_stop)
+        _raise_cause(server.ends, codes, spec.handles_stop)
     except Stopped as stopped:
-        if desk.signals:
-            exit_as(stopped, desk.signals[0])
+        if server.signals:
+            exit_as(stopped, server.signals[0])
         raise
 
 
-class _Desk(socketserver.ThreadingUnixStreamServer):
-    """Where the workers call. Behind the context all that they had to say is heard."""
+class _Server(socketserver.ThreadingUnixStreamServer):
+    """The server that the workers connect to. After the context, all their messages have been processed."""
 
     def __init__(self, address: str, work: _Work, on_event: Emit) -> None:
-        super().__init__(address, _Call)
+        super().__init__(address, _Connection)
         self.work = work
         self.on_event = on_event
         self.ends: list[_End] = []
         self._pids: list[int] = []
-        self.signals: list[int] = []  # that were passed on
+        self.signals: list[int] = []  # those that were passed on
 
-    def __enter__(self) -> "_Desk":
+    def __enter__(self) -> "_Server":
         threading.Thread(target=self.serve_forever, args=(0.1,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.shutdown()
-        self.server_close()  # waits for the calls' threads
+        self.server_close()  # waits for the connections' threads
 
     def pass_on(self, number: int) -> None:
-        """A signal, to the workers that have begun, and to the others when they do."""
+        """Send a signal to the workers that are ready, and to the others once they are."""
         self.signals.append(number)
         for pid in list(self._pids):
             _send(number, pid)
 
-    def begin(self, begun: _Begun) -> None:
-        self._pids.append(begun.pid)
+    def begin(self, worker: _Ready) -> None:
+        self._pids.append(worker.pid)
         for number in list(self.signals):
-            _send(number, begun.pid)
+            _send(number, worker.pid)
 
-    def end(self, begun: _Begun, error: _End | None) -> None:
-        self._pids.remove(begun.pid)
-        self.ends.append(error or _End(begun.rank, time.monotonic(), None))
+    def end(self, worker: _Ready, error: _End | None) -> None:
+        self._pids.remove(worker.pid)
+        self.ends.append(error or _End(worker.rank, time.monotonic(), None))
 
 
-class _Call(socketserver.StreamRequestHandler):
-    """A worker's."""
+class _Connection(socketserver.StreamRequestHandler):
+    """A worker's connection."""
 
-    server: _Desk
+    server: _Server
 
     def handle(self) -> None:
-        begun: _Begun | None = None
+        worker: _Ready | None = None
         error: _End | None = None
-        with suppress(EOFError, pickle.UnpicklingError, ConnectionError):  # the worker is gone
+        with suppress(EOFError, pickle.UnpicklingError, ConnectionError):  # The worker has ended.
             pickle.dump(self.server.work, self.wfile)
             while True:
-                said = pickle.load(self.rfile)
-                if isinstance(said, _Begun):
-                    begun = said
-                    self.server.begin(begun)
-                elif isinstance(said, _End):
-                    error = said
+                message = pickle.load(self.rfile)
+                if isinstance(message, _Ready):
+                    worker = message
+                    self.server.begin(worker)
+                elif isinstance(message, _End):
+                    error = message
                 else:
-                    with suppress(OSError):  # as when nobody reads its output any more
-                        self.server.on_event(said)
-        if begun:
-            self.server.end(begun, error)
+                    with suppress(OSError):  # For example, when the command's output is no longer read.
+                        self.server.on_event(message)
+        if worker:
+            self.server.end(worker, error)
 
 
 def _send(number: int, pid: int) -> None:
@@ -172,28 +173,28 @@ def _send(number: int, pid: int) -> None:
 
 
 class _Interrupted(SignalException, KeyboardInterrupt):
-    """Ctrl-C in the words of torchrun's agent, which sends the workers the signal given."""
+    """Ctrl-C as an exception that torchrun's agent understands: it sends the workers the given signal."""
 
 
 @contextmanager
-def _signals_passed_on(desk: _Desk) -> Iterator[None]:
-    """What requests a stop goes to the workers, which the terminal's Ctrl-C does not reach; a second one ends them."""
+def _signals_passed_on(server: _Server) -> Iterator[None]:
+    """Pass stop signals on to the workers, which the terminal's Ctrl-C does not reach; a second Ctrl-C ends them."""
 
     def end_workers(*_: object) -> None:
         raise _Interrupted("Ctrl-C", signal.SIGKILL)
 
     def pass_on(number: int, _: object) -> None:
-        if number == signal.SIGINT and number in desk.signals:
+        if number == signal.SIGINT and number in server.signals:
             end_workers()
         if number == signal.SIGINT:
             announce_saving()
-        desk.pass_on(number)
+        server.pass_on(number)
 
     handlers: dict[int, Callable[[int, object], None]] = {signal.SIGINT: end_workers}
-    if desk.work.spec.handles_stop:
+    if server.work.spec.handles_stop:
         handlers = dict.fromkeys(STOPPING, pass_on)
-    heard = {n: handler for n, handler in handlers.items() if signal.getsignal(n) is not signal.SIG_IGN}
-    before = {number: signal.signal(number, handler) for number, handler in heard.items()}
+    handlers = {n: handler for n, handler in handlers.items() if signal.getsignal(n) is not signal.SIG_IGN}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
@@ -202,22 +203,22 @@ def _signals_passed_on(desk: _Desk) -> Iterator[None]:
 
 
 def _raise_cause(ends: list[_End], codes: dict[int, int], has_checkpoints: bool) -> None:
-    """Raise what ended the run, if anything did: of several a UserError, and else the one that others followed from."""
+    """Raise what ended the run, if anything did: preferably a UserError, otherwise the first failure."""
     raised = [end.error for end in sorted(ends, key=lambda end: end.at) if isinstance(end.error, UserError)]
     for error in sorted(raised, key=lambda error: isinstance(error, Stopped)):
         raise error
     if not codes:
         return
-    before_its_call = [_End(rank, 0.0, None) for rank in codes.keys() - {end.rank for end in ends}]
+    never_ready = [_End(rank, 0.0, None) for rank in codes.keys() - {end.rank for end in ends}]
 
     def order(end: _End) -> tuple[bool, float]:
-        # The agent itself ends the others when one has failed: by SIGTERM, and half a minute later by SIGKILL. So it
-        # may end the first one too, when that has told its error and another one was sooner out.
+        # When one worker has failed, the agent ends the others by SIGTERM, and half a minute later by SIGKILL. It may
+        # do so to the first one too, if that has sent its error but another process exited sooner.
         return end.error is None and codes[end.rank] == -signal.SIGTERM, end.at + (_BLAME_S if end.error else 0.0)
 
-    first = min([*before_its_call, *(end for end in ends if end.rank in codes)], key=order)
+    first = min([*never_ready, *(end for end in ends if end.rank in codes)], key=order)
     if isinstance(first.error, str):
-        # A fault of this program or of the machine: in full, for whoever is to find it.
+        # A fault of this program or of the machine is printed in full, for debugging.
         print(first.error, end="", file=sys.stderr)
     how = first.error.splitlines()[-1] if isinstance(first.error, str) else _how(codes[first.rank])
     again = "run the same command again" + " to resume from the last checkpoint" * has_checkpoints
@@ -233,9 +234,9 @@ def _how(code: int) -> str:
 
 @contextmanager
 def torchrun_worker(wanted_device: str, hang_timeout: float, meeting: str | None = None) -> Iterator[Workers]:
-    """This process as the worker that a torchrun has started it as. meeting: a file; none for torchrun's own store."""
+    """This process as a worker started by torchrun. meeting: the file to meet in; None for torchrun's own store."""
     device = pick_device(wanted_device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
-    # The loop's own watchdog is to see a hang first.
+    # The training loop's own watchdog should detect a hang first.
     backend, timeout = process_group_backend(device), timedelta(seconds=2 * hang_timeout)
     if meeting:
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -250,31 +251,36 @@ def torchrun_worker(wanted_device: str, hang_timeout: float, meeting: str | None
 
 
 def work_for(address: str) -> None:
-    """What a worker's process does: it works for the command at this address."""
+    """Run a worker's process, which gets its work from the command at this address."""
     end_with_parent()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the command's answer alone goes there; libraries say much
-    with socket.socket(socket.AF_UNIX) as desk:
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Stdout is only for the command's result; libraries write there.
+    with socket.socket(socket.AF_UNIX) as connection:
         try:
-            desk.connect(address)
-        except OSError:  # the command was ended before this process would end with it
+            connection.connect(address)
+        except OSError:  # The command ended before end_with_parent took effect.
             sys.exit(1)
-        with desk.makefile("rb") as file:
+        with connection.makefile("rb") as file:
             work: _Work = pickle.load(file)
         follow(work.clock)
 
-        def tell(said: object) -> None:
-            desk.sendall(pickle.dumps(said))
+        def send(message: object) -> None:
+            connection.sendall(pickle.dumps(message))
 
         spec = work.spec
         stops = signals_as_stop_request(announces=False) if spec.handles_stop else nullcontext(no_stop_request)
-        with stops as stop_request, ExitStack() as group, _error_told(tell):  # before others see that the group is left
-            tell(_Begun(int(os.environ["RANK"]), os.getpid()))
+        with (
+            stops as stop_request,
+            ExitStack() as group,
+            _errors_sent(send),
+        ):  # Before others see that it left the group.
+            send(_Ready(int(os.environ["RANK"]), os.getpid()))
             workers = group.enter_context(torchrun_worker(spec.device, spec.hang_timeout, work.meeting))
-            spec.function(spec.config, replace(workers, launched=work.launched, stop_request=stop_request), tell)
+            spec.function(spec.config, replace(workers, launched=work.launched, stop_request=stop_request), send)
 
 
 @contextmanager
-def _error_told(tell: Callable[[object], None]) -> Iterator[None]:
+def _errors_sent(send: Callable[[object], None]) -> Iterator[None]:
+    """Send the error by which the context is left, and exit."""
     error: UserError | str
     try:
         yield
@@ -283,13 +289,13 @@ def _error_told(tell: Callable[[object], None]) -> Iterator[None]:
         error = raised
     except Exception:
         error = traceback.format_exc()
-    tell(_End(int(os.environ["RANK"]), time.monotonic(), error))
-    if not isinstance(error, Stopped):  # after which the others end by themselves
+    send(_End(int(os.environ["RANK"]), time.monotonic(), error))
+    if not isinstance(error, Stopped):  # After a stop request, the others end by themselves.
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    # Under its real name, by which the command and its workers know what they send each other.
+    # Imported under its real name, by which the command and its workers unpickle each other's messages.
     from cluster.torchrun import work_for
 
     work_for(sys.argv[1])

@@ -1,1 +1,1 @@
-"""What people run: the `erann` command and the jobs behind it."""
+"""What users run: the `erann` command and the jobs it starts."""

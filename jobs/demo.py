@@ -1,4 +1,4 @@
-"""The whole path on a small synthetic AudioSet, by the same steps as real data."""
+"""The whole path on a small synthetic AudioSet, with the same steps as for real data."""
 
 import time
 from pathlib import Path
@@ -24,7 +24,7 @@ _TRAIN_CLIPS, _EVAL_CLIPS = 400, 160
 
 
 def demo(folder: Path) -> dict[str, Any]:
-    """Synthesise, pack, verify, pretrain, evaluate, tag. Run again, it goes on where it was stopped."""
+    """Synthesise, pack, verify, pretrain, evaluate, tag. When run again, it resumes where it was stopped."""
     began = time.monotonic()
     places = {"data.train": folder / "shards/train", "data.eval": folder / "shards/eval", "run.dir": folder / "runs"}
     recipe = load_recipe(find_recipe(Path("demo.yaml")), [setting(k, str(v)) for k, v in places.items()])
@@ -49,7 +49,7 @@ def demo(folder: Path) -> dict[str, Any]:
         _title(f"3 of 5  pretrain {recipe.model.variant}: {workers}")
         with RunView() as view:
             result = pretrain(recipe, "auto", None, view.event)
-    _title("4 of 5  evaluated on the held-out list; its model folder is written")
+    _title("4 of 5  evaluated on the held-out list; model folder written")
     _title("5 of 5  tag a clip of the held-out list")
     held_out = read_audioset(synthetic.eval_segments, synthetic.audio, synthetic.classes)
     row = next(row for row in held_out.rows.to_pylist() if row["path"] and len(row["labels"]) == 2)
@@ -66,13 +66,13 @@ def demo(folder: Path) -> dict[str, Any]:
 
 
 def _require_all_but_planted(packed: dict[str, Any]) -> None:
-    """Raise UserError when more clips were lost than the one that is missing and the one that is corrupt on purpose."""
+    """Raise UserError if clips were lost besides the one missing and the one corrupt clip that are there on purpose."""
     planted = {"missing": 1, "unreadable": 1}
     if lost := {reason: number for reason, number in packed["not_packed"].items() if number > planted.get(reason, 0)}:
         reasons = ", ".join(f"{number} {reason}" for reason, number in lost.items())
         raise UserError(
-            f"{packed['shards']}: {reasons}, where all clips but two can be packed; {packed['shards']}/{REPORT} says "
-            "why each was not; please report it, with the versions of erann --version"
+            f"{packed['shards']}: {reasons}, although all clips but two can be packed; see {packed['shards']}/{REPORT} "
+            "for each reason, and please report this with the output of erann --version"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where a command writes: checked before its work begins, and held against a second command."""
+"""Checks that a command can write its output before its work starts, and locks it against a second command."""
 
 import fcntl
 import os
@@ -11,22 +11,22 @@ from erann_dist.storage.folder import Folder, LocalFolder
 
 
 def check_output(file: Path) -> None:
-    """Raise UsageError when the file is a folder, UserError when it can't be written there."""
+    """Raise UsageError if the path is a folder, UserError if the file can't be written."""
     if file.is_dir():
         raise UsageError(f"{file}: is a folder; give the file to write")
     path = file.absolute()
     there = next(each for each in (path, *path.parents) if each.exists())
     if there != path and not there.is_dir():
-        raise UserError(f"{file}: can't be written, {there} is not a folder")
+        raise UserError(f"{file}: can't be written: {there} is not a folder")
     if not os.access(there, os.W_OK if there == path else os.W_OK | os.X_OK):
-        raise UserError(f"{file}: can't be written, {there} is read-only for this user")
+        raise UserError(f"{file}: can't be written: {there} is read-only for this user")
 
 
 @contextmanager
 def exclusive(place: Path, busy: str) -> Iterator[None]:
-    """Hold a folder, or a file that is made for it, for this command. Raises UserError `busy` when another one has it.
+    """Lock a folder, or a lock file that is created if needed. Raises UserError(busy) if another command holds it.
 
-    On a file system without locks nothing is held.
+    On a file system without locks this does nothing.
     """
     how = os.O_RDONLY if place.is_dir() else os.O_WRONLY | os.O_CREAT
     descriptor = os.open(place, how | os.O_CLOEXEC, 0o666)
@@ -36,7 +36,7 @@ def exclusive(place: Path, busy: str) -> Iterator[None]:
         os.close(descriptor)
         raise UserError(busy) from error
     except OSError:
-        pass  # a file system without locks
+        pass  # The file system has no locks.
     try:
         yield
     finally:
@@ -45,9 +45,9 @@ def exclusive(place: Path, busy: str) -> Iterator[None]:
 
 @contextmanager
 def packing_into(folder: Folder) -> Iterator[None]:
-    """Hold a folder on a disk for packing. In S3, two commands that pack the same rows write the same bytes.
+    """Lock a local folder for packing. In S3, two commands that pack the same rows write the same bytes.
 
-    The folder is made for it, and removed when it is empty at the end. Raises UserError.
+    The folder is created if needed, and removed if it is empty at the end. Raises UserError.
     """
     if not isinstance(folder, LocalFolder):
         yield
@@ -58,5 +58,5 @@ def packing_into(folder: Folder) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # something is in it
+            with suppress(OSError):  # The folder is not empty.
                 path.rmdir()

@@ -1,4 +1,4 @@
-"""Pretraining, its evaluation, and fine-tuning on several data sets, as one job that goes on where it was stopped."""
+"""Pretraining, evaluation, and fine-tuning on several data sets, as one resumable job."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,10 +26,10 @@ from jobs.training.study_manifest import StudyManifest, require_own
 
 
 class Stage(Section):
-    """A recipe, and what is set in it."""
+    """A recipe, and the keys that are set in it."""
 
-    recipe: PathText  # a file, or the name of one that comes with the program
-    # Keys by section as in the recipe, or as on the command line: {optim: {lr: 1e-4}} or {optim.lr: 1e-4}.
+    recipe: PathText  # A file, or the name of a built-in recipe.
+    # Keys either by section as in a recipe, or dotted as on the command line: {optim: {lr: 1e-4}} or {optim.lr: 1e-4}.
     set: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("set")
@@ -41,7 +41,7 @@ class Stage(Section):
         return keys
 
     def settings(self) -> list[str]:
-        """As overrides of the recipe's keys."""
+        """The keys as overrides of the recipe."""
         found: dict[str, Any] = {}
         for name, value in self.set.items():
             found |= {name: value} if "." in name else {f"{name}.{key}": each for key, each in value.items()}
@@ -49,7 +49,7 @@ class Stage(Section):
 
 
 class Pipeline(Section):
-    """The stages. Each recipe's runs go to the pipeline's folder, dir/name, whatever its own run.dir."""
+    """The stages. All runs are written to the pipeline's folder, dir/name, regardless of each recipe's own run.dir."""
 
     pretrain: Stage
     finetune: list[Stage] = Field(min_length=1)
@@ -58,18 +58,17 @@ class Pipeline(Section):
 
 @dataclass(frozen=True)
 class Plan:
-    """A pipeline whose recipes are read."""
+    """A pipeline with its recipes loaded."""
 
     folder: str
     pretrain: Recipe
-    validations: list[CrossValidation]  # which begin with the model that the pretraining is to make
+    validations: list[CrossValidation]  # These start from the pretrained model, which need not exist yet.
 
 
 def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan:
-    """Read it and all its recipes.
+    """Load the pipeline and all its recipes.
 
-    Raises UsageError and UserError for what is wrong with any stage, so that nothing of it shows only when the
-    pretraining is done.
+    Raises UsageError and UserError for errors in any stage, so that none of them appears only after the pretraining.
     """
     pipeline = check(Pipeline, read_tree(path, overrides), str(path))
     folder = pipeline.run.url
@@ -105,10 +104,10 @@ def load_pipeline(path: Path, overrides: list[str], address: str | None) -> Plan
 
 
 def run_pipeline(plan: Plan, address: str | None) -> dict[str, Any]:
-    """All stages, those that are finished not again, and the report. What they came to. Raises UserError."""
-    # A notice that comes as one stage ends holds for the next.
+    """Run all stages that are not finished, and write the report. Returns the results. Raises UserError."""
+    # A stop request that arrives as one stage ends also stops the next.
     with signals_as_stop_request(), _cluster(plan, address):
-        console.print(f"1 of 2  pretrain {plan.pretrain.model.variant}, and evaluate it", style="bold")
+        console.print(f"1 of 2  pretrain and evaluate {plan.pretrain.model.variant}", style="bold")
         with RunView() as view:
             pretrained = pretrain(plan.pretrain, "auto", address, view.event)
         console.print(f"2 of 2  fine-tune on {len(plan.validations)} data sets", style="bold")
@@ -125,7 +124,7 @@ def run_pipeline(plan: Plan, address: str | None) -> dict[str, Any]:
 
 
 def _cluster(plan: Plan, address: str | None) -> Any:
-    """One cluster for all stages."""
+    """A context with one cluster for all stages; empty if no stage needs one."""
     runs = [plan.pretrain.run, *(validation.any_recipe.run for validation in plan.validations)]
     workers = [run.max_workers for run in runs if run.launcher == "ray"]
     if not workers:

@@ -1,4 +1,4 @@
-"""Sound files that a command is given."""
+"""Reads the audio files given to a command."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from erann_dist.errors import UsageError, UserError
 
 
 def read_sound(file: Path, rate: int) -> npt.NDArray[np.float32]:
-    """A file of any format as (n,) samples at a rate of choice, in Hz. Raises UserError."""
+    """Decode an audio file of any format to (n,) samples at `rate` Hz. Raises UserError."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file")
     try:
         return load(file, rate).samples
     except DecodeError as error:
-        raise UserError(f"{file}: no sound could be decoded ({error})") from error
+        raise UserError(f"{file}: could not be decoded ({error})") from error

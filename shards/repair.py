@@ -23,9 +23,7 @@ def repair_tasks(folder: Folder, source: Source, shards: Sequence[int]) -> list[
     # A file that is gone since, or has come, must not change which shard the others are in.
     for plan in (now, replace(now, assigned=_assigned(folder, clips["key"]))):
         tasks = [replace(plan.task(number), sha256=listed[number]["sha256"]) for number in shards]
-        strange = [
-            task for task in tasks if not _holds(task, clips.filter(pc.equal(clips["shard"], task.shard))["key"])
-        ]
+        strange = [task for task in tasks if not _holds(task, clips)]
         if info.name == source.name and len(listed) == plan.num_shards and not strange:
             return tasks
     named = listed[strange[0].shard if strange else next(iter(shards))]["name"]

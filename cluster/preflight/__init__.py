@@ -1,1 +1,1 @@
-"""What preflight finds out on the nodes of a Ray cluster, each by a process of its own there."""
+"""Preflight's measurements on the nodes of a Ray cluster, each made by a process on that node."""

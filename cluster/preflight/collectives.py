@@ -1,4 +1,4 @@
-"""Whether the nodes reach each other, and how fast workers add up their gradients."""
+"""Tests whether the nodes reach each other, and how fast workers all-reduce their gradients."""
 
 import datetime
 import socket
@@ -17,19 +17,19 @@ from erann_dist.train.distributed import process_group_backend
 
 _ROUNDS = 5
 _CONNECT_S = 5.0
-_JOIN_S = 60.0  # for all workers to have met
-_ANSWERING: list[socket.socket] = []  # keeps open what `listen` has opened
+_JOIN_S = 60.0  # Time for all workers to join the process group.
+_LISTENING: list[socket.socket] = []  # Keeps the sockets opened by `listen` open.
 
 
 def listen() -> int:
-    """Let the others connect to this node; the port."""
-    _ANSWERING.append(socket.create_server(("", 0), backlog=4096))
-    port: int = _ANSWERING[-1].getsockname()[1]
+    """Open a port for the other nodes to connect to, and return it."""
+    _LISTENING.append(socket.create_server(("", 0), backlog=4096))
+    port: int = _LISTENING[-1].getsockname()[1]
     return port
 
 
 def unreachable(others: dict[str, tuple[str, int]]) -> list[str]:
-    """Those of the others, by name with address and port, to which no connection can be made from here."""
+    """The names of the nodes that can't be reached from here. others: address and port by name."""
 
     def fails(where: tuple[str, int]) -> bool:
         try:
@@ -49,9 +49,9 @@ def free_port() -> int:
 
 
 def all_reduce_seconds(rank: int, world_size: int, address: str, port: int, elements: int, use_gpu: bool) -> float:
-    """How long the sum of so many float32 over the workers takes, in the median of some. All workers call it.
+    """Median seconds of an all-reduce of `elements` float32 values over the workers, all of which call this.
 
-    address, port: of the first one. Raises UserError when the sum is wrong.
+    address, port: of rank 0. Raises UserError if the sum is wrong.
     """
     device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
     took = []

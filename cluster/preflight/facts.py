@@ -1,4 +1,4 @@
-"""What a node is: its versions, its cores, its GPUs, its clock."""
+"""Facts about a node: versions, cores, GPUs, clock."""
 
 import hashlib
 import importlib.metadata
@@ -26,14 +26,14 @@ _PINGS = 5
 
 @dataclass(frozen=True)
 class Facts:
-    """About a node."""
+    """Versions and cores of a node."""
 
     python: str
     versions: dict[str, str]  # of libraries
-    cuda: str | None  # that torch was built with
-    folder: str  # that this program was imported from
-    files: dict[str, str]  # its source files: SHA-256
-    cores: int  # that may be used there
+    cuda: str | None  # version that torch was built with
+    folder: str  # from which this program was imported
+    files: dict[str, str]  # SHA-256 of its source files
+    cores: int  # usable cores
 
     @property
     def source(self) -> str:
@@ -54,22 +54,22 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Offset:
-    """Of a node's clock, as seen from here."""
+    """The offset of a node's clock from this host's."""
 
-    seconds: float  # positive: it is ahead
-    within: float  # it is known up to so many seconds
+    seconds: float  # positive: the node is ahead
+    within: float  # uncertainty in seconds
 
 
 def enter(cwd: str) -> None:
-    """Work from now on in the folder where the command was started. Raises UserError when there is no such folder."""
+    """Change to the folder where the command was started. Raises UserError if there is no such folder."""
     try:
         os.chdir(cwd)
     except OSError as error:
-        raise UserError(f"{cwd}, where the command was started, is not there ({error.strerror})") from error
+        raise UserError(f"{cwd}, where the command was started, does not exist there ({error.strerror})") from error
 
 
 def facts() -> Facts:
-    """This node's."""
+    """The facts of this node."""
     roots = {name: Path(_origin(name)).parent for name in _PACKAGES}
     files = {
         f"{name}/{path.relative_to(root).as_posix()}": hashlib.sha256(path.read_bytes()).hexdigest()
@@ -94,14 +94,14 @@ def _origin(package: str) -> str:
 
 
 def gpu() -> Gpu:
-    """That of this worker, before anything is computed on it."""
+    """The GPU of this worker, before anything is computed on it."""
     free, total = torch.cuda.mem_get_info(0)
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     return Gpu(torch.cuda.get_device_name(0), free, total, bf16)
 
 
 def offsets(probes: Mapping[K, Any]) -> tuple[dict[K, Offset], list[K]]:
-    """How far the nodes' clocks are from this one's; and the nodes that do not answer."""
+    """The offsets of the nodes' clocks, and the nodes that do not answer."""
     found, silent = {}, []
     for key, probe in probes.items():
         pings = []

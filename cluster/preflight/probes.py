@@ -1,4 +1,4 @@
-"""Processes of preflight's on the nodes of a cluster, which do what they are asked, and the nodes' answers."""
+"""Preflight's processes on the nodes of a cluster, which run functions there, and their results."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -30,12 +30,12 @@ class Node:
         return f"{self.address} ({self.hostname})"
 
     def holds(self, bundle: Bundle) -> int:
-        """How many workers there is place for when nobody else works there."""
+        """How many workers would fit on the node if nothing else ran there."""
         return min(int(self.resources.get(kind, 0) // amount) for kind, amount in bundle.items())
 
 
 def living_nodes() -> list[Node]:
-    """The nodes that are there now, by address."""
+    """The nodes that are alive now, sorted by address."""
     nodes = [
         Node(each["NodeID"], each["NodeManagerAddress"], each["NodeManagerHostname"], each["Resources"])
         for each in ray.nodes()
@@ -46,13 +46,13 @@ def living_nodes() -> list[Node]:
 
 class _Probe:
     def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What the node's own version of the function gives there: it comes by its name."""
+        """Run a function on the node. It is sent by name, so the node's own version of it runs."""
         return function(*arguments)
 
 
 @contextmanager
 def probes_on(nodes: list[Node]) -> Iterator[dict[Node, Any]]:
-    """A process on each node, which takes none of its CPUs and GPUs. Its `do` runs a function there."""
+    """A process on each node, which reserves none of its CPUs and GPUs. Its `do` runs a function there."""
     probes = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node.id, soft=False)
@@ -66,9 +66,9 @@ def probes_on(nodes: list[Node]) -> Iterator[dict[Node, Any]]:
 
 @contextmanager
 def crew_of(number: int, bundle: Bundle) -> Iterator[list[tuple[Node, Any]]]:
-    """So many processes with their nodes, by rank: placed and equipped as Ray Train places and equips a run's workers.
+    """Processes with their nodes, by rank, placed and given resources as Ray Train does with a run's workers.
 
-    None when there is no room for all of them after all.
+    The list is empty if there is no longer capacity for all of them.
     """
     if not number:
         yield []
@@ -91,7 +91,7 @@ def crew_of(number: int, bundle: Bundle) -> Iterator[list[tuple[Node, Any]]]:
 
 
 def answers(asked: Mapping[K, Any], seconds: float) -> tuple[dict[K, Any], dict[K, str]]:
-    """What came of the calls within so many seconds; and why there is no answer, in a line each, of the others."""
+    """The results of the calls that finish within `seconds`, and for each of the others one line on why it has none."""
     found, problems = {}, {}
     if asked:
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
@@ -113,7 +113,7 @@ def _line(error: RayError) -> str:
         return in_one_line(cause)
     text = str(cause).strip()
     if isinstance(cause, RayError):
-        # What Ray says of a process that could not start has the traceback that it left.
+        # Ray's error for a process that could not start contains its traceback.
         raised: list[str] = re.findall(r"^[\w.]*(?:Error|Exception): .*", text, re.MULTILINE)
         return (raised or text.splitlines())[-1]
     return f"{type(cause).__name__}: {(text.splitlines() or [''])[-1]}"

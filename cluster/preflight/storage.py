@@ -1,4 +1,4 @@
-"""What a node can read and write: the shard sets, the run's folder, the cache's disk."""
+"""Tests what a node can read and write: the shard sets, the run's folder, the cache's disk."""
 
 import functools
 import os
@@ -21,7 +21,7 @@ from erann_dist.recipe import DataSection
 from erann_dist.storage.folder import LocalFolder, open_folder
 
 _BATCH = 16
-_ATTEMPTS = 3  # of a request to S3: whoever waits for a verdict is not as patient as a run
+_ATTEMPTS = 3  # Attempts per S3 request: fewer than in a run, to report a verdict soon.
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,12 @@ class Reading:
     """Random clips that one process has read, checked and decoded, as a worker of the run does."""
 
     clips: int
-    bytes: int  # of theirs in the tars
+    bytes: int  # size of the clips in the tars
     seconds: float
-    threads: int  # that decoded
-    computing: float  # seconds of a processor
-    tars: int  # that the clips came from
-    slow: str | None = None  # why most were read from S3 the slow way, if they were
+    threads: int  # decoding threads
+    computing: float  # CPU seconds
+    tars: int  # number of tars that the clips came from
+    slow: str | None = None  # why most clips were read from S3 by the slow fallback, if they were
 
     @property
     def clips_per_s(self) -> float:
@@ -50,7 +50,7 @@ class Disk:
     """The disk of a folder for the clip cache."""
 
     free: int  # bytes
-    kept: int  # that the cache has there already
+    kept: int  # bytes that the cache already uses there
 
 
 def open_sets(data: str) -> tuple[Manifest, Manifest]:
@@ -60,7 +60,7 @@ def open_sets(data: str) -> tuple[Manifest, Manifest]:
     """
     section = DataSection.model_validate_json(data)
     for source in (*section.train, *section.eval):
-        _be_impatient(source.url)
+        _limit_s3_attempts(source.url)
     return _opened(data)
 
 
@@ -70,15 +70,15 @@ def _opened(data: str) -> tuple[Manifest, Manifest]:
 
 
 def count_clips(data: str) -> tuple[int, int]:
-    """How many clips open_sets gives; they are at hand for read_clips then."""
+    """The numbers of clips of open_sets, which also loads them for read_clips."""
     train, evaluation = open_sets(data)
     return len(train), len(evaluation)
 
 
 def read_clips(data: str, seconds: float, seed: int) -> Reading:
-    """Read random training clips for so many seconds, first of each tar one, and then a few for the evaluation.
+    """Read random training clips for `seconds`, beginning with one of each tar, and then a few evaluation clips.
 
-    Raises UserError, which names tar and clip, for what is not as the manifest says.
+    Raises UserError, naming tar and clip, for data that does not match the manifest.
     """
     section = DataSection.model_validate_json(data)
     (clips, eval_clips), rng = open_sets(data), np.random.default_rng(seed)
@@ -99,7 +99,7 @@ def read_clips(data: str, seconds: float, seed: int) -> Reading:
 
 
 def _crops(clips: Manifest, section: DataSection, rng: np.random.Generator) -> Iterator[Crops]:
-    """Random crops without end, the first ones from all tars that have clips."""
+    """An endless sequence of random crops; the first ones cover all tars that have clips."""
     _, firsts = np.unique(clips.shards, return_index=True)
     rows = rng.permutation(firsts)
     while True:
@@ -110,11 +110,11 @@ def _crops(clips: Manifest, section: DataSection, rng: np.random.Generator) -> I
 
 
 def write_token(url: str, name: str) -> str | None:
-    """Write a file of that name and content; the topmost folder that was made for it.
+    """Write a file with its name as content. Returns the topmost folder that was created for it.
 
-    Raises UserError when that can't be done.
+    Raises UserError if it can't be written.
     """
-    _be_impatient(url)
+    _limit_s3_attempts(url)
     folder, made = open_folder(url), first_missing(url)
     try:
         folder.write(name, name.encode())
@@ -124,7 +124,7 @@ def write_token(url: str, name: str) -> str | None:
 
 
 def tokens_seen(url: str, names: list[str]) -> set[str]:
-    """Those of the files that are here, too."""
+    """Those of the files that this node sees."""
     folder, seen = open_folder(url), set()
     for name in names:
         with suppress(OSError):
@@ -134,16 +134,16 @@ def tokens_seen(url: str, names: list[str]) -> set[str]:
 
 
 def remove_token(url: str, name: str, made: str | None) -> None:
-    """Undo write_token, as far as others do not need its folders."""
+    """Undo write_token, except for folders that others still need."""
     open_folder(url).delete(name)
     remove_folders(url, made)
 
 
 def remove_folders(url: str, made: str | None) -> None:
-    """Remove a folder on a disk and those above it up to `made`, as far as nothing is in them."""
+    """Remove a local folder and its parents up to `made`, as long as they are empty."""
     if made is None:
         return
-    with suppress(OSError):  # something is in one of them
+    with suppress(OSError):  # One of them is not empty.
         for path in [Path(url).absolute(), *Path(url).absolute().parents]:
             with suppress(FileNotFoundError):
                 path.rmdir()
@@ -152,7 +152,7 @@ def remove_folders(url: str, made: str | None) -> None:
 
 
 def first_missing(url: str) -> str | None:
-    """The topmost folder that must be made for this one; none in S3."""
+    """The topmost folder that must be created for this one; None in S3."""
     if not isinstance(open_folder(url), LocalFolder):
         return None
     path = Path(url).absolute()
@@ -160,17 +160,17 @@ def first_missing(url: str) -> str | None:
 
 
 def cache_disk(folder: str) -> Disk:
-    """The disk that the clip cache is to be on. Raises UserError when nothing can be written there."""
+    """The disk of the clip cache. Raises UserError if nothing can be written there."""
     path = Path(folder).absolute()
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"{folder}: no cache can be kept there ({there} is no folder that may be written to)")
+        raise UserError(f"{folder}: can't hold the cache: {there} is not a writable folder")
     kept = sum(512 * slab.stat().st_blocks for slab in path.glob("slab-*"))
     return Disk(shutil.disk_usage(there).free, kept)
 
 
-def _be_impatient(url: str) -> None:
-    """For this process."""
+def _limit_s3_attempts(url: str) -> None:
+    """Limit the attempts per S3 request in this process."""
     if url.startswith("s3://"):
         from erann_dist.storage import s3
 

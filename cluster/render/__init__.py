@@ -1,4 +1,4 @@
-"""Files that start a cluster: a template and a function for each target, which fills it and refuses what can't be.
+"""Files that start a cluster: for each target a template, and a function that fills it and rejects invalid options.
 
-The templates (*.yaml) are what the user gets, with the comments to edit them by; `template.fill` puts the values in.
+The templates (*.yaml) are what the user gets, with comments on what to edit; `template.fill` inserts the values.
 """

@@ -26,17 +26,17 @@ class AwsCluster:
     max_workers: int
     spot: bool
     idle_minutes: int
-    head_profile: str  # names of IAM instance profiles
+    head_profile: str  # the profiles are names of IAM instance profiles
     worker_profile: str
-    image: str | None  # either it or the program's wheel
+    image: str | None  # either this or the program's wheel
     wheel: Path | None
     subnet: str | None
     security_group: str | None
-    efa: bool | None  # None: where the instances have it and there are several of them
+    efa: bool | None  # None: if the instances have it and there are several of them
 
 
 def render_aws(cluster: AwsCluster) -> str:
-    """The YAML file. Raises UsageError for what can't be."""
+    """The YAML file. Raises UsageError for invalid options."""
     instance = _checked(cluster)
     subnets = [cluster.subnet] if cluster.subnet else None
     groups = [cluster.security_group] if cluster.security_group else None
@@ -62,7 +62,7 @@ def render_aws(cluster: AwsCluster) -> str:
         "network_interfaces": interfaces,
         "subnets": subnets,
         "security_groups": groups,
-        # With network interfaces these are named there, and may not be here.
+        # With network interfaces, these are set there and must not be set here.
         "worker_subnets": None if efa else subnets,
         "worker_security_groups": None if efa else groups,
         "scratch": read_template("scratch.sh"),
@@ -72,7 +72,7 @@ def render_aws(cluster: AwsCluster) -> str:
 
 
 def _program(cluster: AwsCluster, efa: bool) -> dict[str, Any]:
-    """How the program comes to the nodes and is started there: in an image, or installed from its wheel."""
+    """How the program is installed on the nodes and started there: in an image, or from its wheel."""
     mounts = {"~/.ray/auth_token": "~/.ray/auth_token"}
     shells = "grep -q RAY_AUTH_MODE ~/.bashrc || echo 'export RAY_AUTH_MODE=token' >> ~/.bashrc"
     if cluster.image:
@@ -104,7 +104,7 @@ def _program(cluster: AwsCluster, efa: bool) -> dict[str, Any]:
     variables = " ".join(f"{name}={value}" for name, value in {"RAY_AUTH_MODE": "token", **HEALTH_CHECKS}.items())
     start = f"export {variables}; ulimit -n 65536; {path}ray start"
     head = "--head --port=6379 --num-cpus=0 --num-gpus=0 --dashboard-host=127.0.0.1"
-    # Waits for the notice that the instance is taken back, and tells Ray of it (cluster/spot.py).
+    # Waits for the spot interruption notice and drains the node in Ray (cluster/spot.py).
     watch = f"export {variables}; setsid nohup flock --nonblock /tmp/erann-spot.lock {path}python -m cluster.spot"
     return {
         "file_mounts": mounts,
@@ -123,7 +123,7 @@ def _program(cluster: AwsCluster, efa: bool) -> dict[str, Any]:
 
 
 def _interfaces(cards: int, subnet: str | None, group: str | None) -> list[dict[str, Any]]:
-    """One address, and the adapters of all network cards.
+    """The network interfaces: one with an address, and the adapters of all network cards.
 
     https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/efa-acc-inst-types.html
     """
@@ -132,7 +132,7 @@ def _interfaces(cards: int, subnet: str | None, group: str | None) -> list[dict[
         place = {"NetworkCardIndex": card, "DeviceIndex": device, "InterfaceType": kind}
         return place | {"SubnetId": subnet, "Groups": [group], "DeleteOnTermination": True}
 
-    if cards == 1:  # both in one, which leaves the instance its public address
+    if cards == 1:  # Both in one interface, so that the instance keeps its public address.
         return [interface(0, 0, "efa")]
     others = [interface(card, 0, "efa-only") for card in range(1, cards)]
     return [interface(0, 0, "interface"), interface(0, 1, "efa-only"), *others]
@@ -146,35 +146,37 @@ def _wants_efa(cluster: AwsCluster, instance: Instance) -> bool:
 
 def _checked(cluster: AwsCluster) -> Instance:
     require("--name", cluster.name, r"[A-Za-z0-9][A-Za-z0-9-]{0,62}", "letters, digits and hyphens, 63 at most")
-    require("--region", cluster.region, r"[a-z]{2}(-[a-z]+)+-\d", "a region's name, as us-west-2")
+    require("--region", cluster.region, r"[a-z]{2}(-[a-z]+)+-\d", "a region's name, such as us-west-2")
     for zone in cluster.zones:
         require("--zone", zone, re.escape(cluster.region) + "[a-z0-9-]+", f"a zone of {cluster.region}")
-    require("--ami", cluster.ami, r"ami-[0-9a-f]{8,17}", "the id of an image, as ami-0123456789abcdef0")
+    require("--ami", cluster.ami, r"ami-[0-9a-f]{8,17}", "the id of an image, such as ami-0123456789abcdef0")
     for option, name in (("--head-profile", cluster.head_profile), ("--worker-profile", cluster.worker_profile)):
         require(option, name, r"[\w+=,.@-]{1,128}", "the name of an IAM instance profile (not its ARN)")
     if cluster.subnet:
-        require("--subnet", cluster.subnet, r"subnet-[0-9a-f]{8,17}", "the id of a subnet, as subnet-0123456789abcdef0")
+        what = "the id of a subnet, such as subnet-0123456789abcdef0"
+        require("--subnet", cluster.subnet, r"subnet-[0-9a-f]{8,17}", what)
     if cluster.security_group:
-        require(
-            "--security-group", cluster.security_group, r"sg-[0-9a-f]{8,17}", "the id of one, as sg-0123456789abcdef0"
-        )
+        what = "the id of a security group, such as sg-0123456789abcdef0"
+        require("--security-group", cluster.security_group, r"sg-[0-9a-f]{8,17}", what)
     if cluster.min_workers > cluster.max_workers:
         raise UsageError(f"--min-workers {cluster.min_workers}: more than --max-workers {cluster.max_workers}")
     if (cluster.image is None) == (cluster.wheel is None):
-        raise UsageError("give either --image, which has the program in it, or --wheel, from which it is installed")
+        raise UsageError("give either --image, which contains the program, or --wheel, from which it is installed")
     if cluster.image:
         require_pinned(cluster.image)
     if cluster.wheel:
         if not re.fullmatch(r"erann_dist-[\w.+-]+\.whl", cluster.wheel.name):
-            raise UsageError(f"--wheel {cluster.wheel}: not this program's; pip wheel --no-deps -w dist . makes it")
+            raise UsageError(
+                f"--wheel {cluster.wheel}: not this program's; build it with pip wheel --no-deps -w dist ."
+            )
         if not cluster.wheel.is_file():
-            raise UsageError(f"--wheel {cluster.wheel}: no such file; pip wheel --no-deps -w dist . makes it")
+            raise UsageError(f"--wheel {cluster.wheel}: no such file; build it with pip wheel --no-deps -w dist .")
     instance = find_instance(cluster.instance)
     if cluster.efa and not instance.efa_cards:
         raise UsageError(f"--efa: {instance.name} has no Elastic Fabric Adapter")
     if _wants_efa(cluster, instance) and not (cluster.subnet and cluster.security_group):
         raise UsageError(
-            f"{instance.name} has EFA, which needs --subnet and --security-group (open to itself); "
-            "give both, or --no-efa for a network without it"
+            f"{instance.name} has EFA, which needs --subnet and --security-group (open to itself); give both, or "
+            "--no-efa to go without EFA"
         )
     return instance

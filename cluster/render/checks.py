@@ -1,4 +1,4 @@
-"""What may stand in an option, as the other side will take it."""
+"""Checks of option values, by the rules of the system that will read them."""
 
 import re
 
@@ -12,8 +12,8 @@ def require(option: str, value: str, pattern: str, what: str) -> None:
 
 
 def require_pinned(image: str) -> None:
-    """Raise UsageError for what is no container image, or for one that may be another tomorrow."""
+    """Raise UsageError unless this is a container image with a fixed tag or digest, so that all nodes get the same."""
     require("--image", image, r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?", "the name of a container image")
     tag = image.rpartition("/")[2].partition(":")[2]
     if not tag or tag == "latest":
-        raise UsageError(f"--image {image}: has no fixed tag, so that nodes may differ; give a tag or a digest")
+        raise UsageError(f"--image {image}: has no fixed tag, so nodes may differ; give a tag or a digest")

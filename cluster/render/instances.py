@@ -1,6 +1,6 @@
-"""EC2 instance types with NVIDIA GPUs and NVMe disks of their own.
+"""EC2 instance types with NVIDIA GPUs and local NVMe disks.
 
-As the EC2 API's DescribeInstanceTypes gives them, and the pages under
+The data is from the EC2 API's DescribeInstanceTypes and the pages under
 https://docs.aws.amazon.com/ec2/latest/instancetypes/ac.html.
 """
 
@@ -14,10 +14,10 @@ class Instance:
     name: str
     gpus: int
     gpu: str  # with its memory
-    vcpus: int  # two to a core
+    vcpus: int  # two per core
     memory: int  # GiB
-    nvme: int  # GB, all disks together
-    network: int  # Gbit/s; of the smallest sizes at times only
+    nvme: int  # GB, total of all disks
+    network: int  # Gbit/s; only in bursts for the smallest sizes
     efa_cards: int  # network cards with an Elastic Fabric Adapter
 
 
@@ -42,9 +42,9 @@ INSTANCES = [
 
 
 def find_instance(name: str) -> Instance:
-    """The instance type of that name. Raises UsageError with those that are known."""
+    """The instance type of that name. Raises UsageError, which lists the known types."""
     for instance in INSTANCES:
         if instance.name == name:
             return instance
     known = ", ".join(instance.name for instance in INSTANCES)
-    raise UsageError(f"--instance {name}: not among the types whose GPUs, disks and network are known: {known}")
+    raise UsageError(f"--instance {name}: not among the supported types; give one of {known}")

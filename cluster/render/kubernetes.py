@@ -1,4 +1,4 @@
-"""KubeRay's RayJob, which runs a command and goes, and RayCluster, which stays."""
+"""Manifests for KubeRay: a RayJob, which runs a command and is then removed, and a RayCluster, which stays."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ _NAME = "[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?"
 _LABEL_NAME = "[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _LABEL_KEY = f"({_NAME}/)?{_LABEL_NAME}"
 _EFFECTS = ("NoSchedule", "PreferNoSchedule", "NoExecute")
-# KubeRay adds six characters for a job's cluster, and ten for a cluster's service, whose names may have 63.
+# KubeRay appends six characters for a job's cluster, and ten for a cluster's service; names may have 63.
 _LONGEST = {"RayJob": 47, "RayCluster": 53}
 _DRAIN = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "90"}
 
@@ -30,11 +30,11 @@ class KubernetesCluster:
     command: list[str]  # of a RayJob
     min_workers: int  # pods with GPUs
     max_workers: int
-    gpus: int  # these four: of such a pod
+    gpus: int  # this and the next three are per such pod
     cpus: int
     memory: int  # GiB
     cache: int  # GiB
-    storage_class: str | None  # of the cache; None: the node's own disk
+    storage_class: str | None  # of the cache; None: the node's local disk
     secret: str | None
     service_account: str | None
     s3_region: str | None
@@ -44,7 +44,7 @@ class KubernetesCluster:
 
 
 def render_kubernetes(cluster: KubernetesCluster) -> str:
-    """The manifest. Raises UsageError for what can't be."""
+    """The manifest. Raises UsageError for invalid options."""
     _check(cluster)
     environment = dict(HEALTH_CHECKS)
     if cluster.s3_region:
@@ -56,7 +56,7 @@ def render_kubernetes(cluster: KubernetesCluster) -> str:
         "memory": f"{cluster.memory}Gi",
         "nvidia.com/gpu": str(cluster.gpus),
     }
-    if not cluster.storage_class:  # the cache is part of it then, and logs and compiled kernels are beside it
+    if not cluster.storage_class:  # Then ephemeral storage holds the cache, besides logs and compiled kernels.
         resources["ephemeral-storage"] = f"{cluster.cache + 20}Gi"
     values: dict[str, Any] = {
         "name": cluster.name,
@@ -74,7 +74,7 @@ def render_kubernetes(cluster: KubernetesCluster) -> str:
         "tolerations": [_toleration(each) for each in ("nvidia.com/gpu:NoSchedule", *cluster.tolerations)],
         "resources": resources,
         "shared_memory": f"{max(1, cluster.memory // 4)}Gi",
-        "cache": f"{cluster.cache * 9 // 10}GB",  # of 1.07 GB each, so with room for the file system's own
+        "cache": f"{cluster.cache * 9 // 10}GB",  # A GiB is 1.07 GB, which leaves space for the file system's metadata.
         "cache_volume": _cache_volume(cluster),
     }
     start, indent = ("rayjob.yaml", 4) if cluster.kind == "RayJob" else ("raycluster.yaml", 2)
@@ -99,14 +99,16 @@ def _cache_volume(cluster: KubernetesCluster) -> dict[str, Any]:
 
 
 def _label(text: str) -> tuple[str, str]:
-    require("--node-selector", text, f"{_LABEL_KEY}=({_LABEL_NAME})?", "a label, as key=value")
+    require("--node-selector", text, f"{_LABEL_KEY}=({_LABEL_NAME})?", "a label, such as key=value")
     key, _, value = text.partition("=")
     return key, value
 
 
 def _toleration(text: str) -> dict[str, str]:
     pattern = f"{_LABEL_KEY}(=({_LABEL_NAME})?)?(:({'|'.join(_EFFECTS)}))?"
-    require("--toleration", text, pattern, f"a taint, as key[=value][:effect], with effect {' or '.join(_EFFECTS)}")
+    require(
+        "--toleration", text, pattern, f"a taint, such as key[=value][:effect], with effect {' or '.join(_EFFECTS)}"
+    )
     taint, _, effect = text.partition(":")
     key, equal, value = taint.partition("=")
     operator = {"operator": "Equal", "value": value} if equal else {"operator": "Exists"}
@@ -116,7 +118,9 @@ def _toleration(text: str) -> dict[str, str]:
 def _check(cluster: KubernetesCluster) -> None:
     longest = _LONGEST[cluster.kind]
     pattern = rf"(?=.{{1,{longest}}}$)[a-z]([-a-z0-9]*[a-z0-9])?"
-    what = f"small letters, digits and hyphens between them, a letter first, {longest} at most for a {cluster.kind}"
+    what = (
+        f"lower-case letters, digits and inner hyphens, beginning with a letter, {longest} at most for a {cluster.kind}"
+    )
     require("--name", cluster.name, pattern, what)
     require_pinned(cluster.image)
     if cluster.min_workers > cluster.max_workers:
@@ -127,16 +131,16 @@ def _check(cluster: KubernetesCluster) -> None:
         ("--storage-class", cluster.storage_class),
     ):
         if name is not None:
-            require(option, name, _NAME, "the name of such an object: small letters, digits, hyphens and dots")
+            require(option, name, _NAME, "the name of such an object: lower-case letters, digits, hyphens and dots")
     if cluster.s3_region is not None:
-        require("--s3-region", cluster.s3_region, r"[\w-]+", "a region's name, as us-west-2")
+        require("--s3-region", cluster.s3_region, r"[\w-]+", "a region's name, such as us-west-2")
     if cluster.s3_endpoint is not None:
         server = urlsplit(cluster.s3_endpoint)
         if server.scheme not in ("http", "https") or not server.hostname or re.search(r"\s", cluster.s3_endpoint):
-            raise UsageError(f"--s3-endpoint {cluster.s3_endpoint!r}: not a URL, as https://s3.example.com")
+            raise UsageError(f"--s3-endpoint {cluster.s3_endpoint!r}: not a URL such as https://s3.example.com")
         if server.username or server.password:
-            raise UsageError("--s3-endpoint: has a password in it; give it by a secret, with --secret")
+            raise UsageError("--s3-endpoint: contains a password; pass it in a secret, with --secret")
     if cluster.kind == "RayJob" and cluster.command[:1] != ["erann"]:
-        raise UsageError("the command of a RayJob is one of erann's, behind --: -- erann pretrain audioset.yaml")
+        raise UsageError("a RayJob runs an erann command, given after --: -- erann pretrain audioset.yaml")
     if cluster.kind == "RayCluster" and cluster.command:
-        raise UsageError("a RayCluster runs no command; leave it away, and submit it to the cluster once that is there")
+        raise UsageError("a RayCluster runs no command; omit it, and submit it to the cluster once it is up")

@@ -1,4 +1,4 @@
-"""A YAML file with places to fill: <<name>> at the end of a line. What is put there can't be read as anything else."""
+"""YAML templates with placeholders, <<name>> at the end of a line. A value can't be parsed as anything but itself."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,9 @@ from typing import Any
 import yaml
 
 _PLACE = re.compile(r"<<(\w+)>>")
-_WORD = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)$)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE)  # 1.1's truth
+_WORD = re.compile(
+    r"(?!(?:y|n|yes|no|on|off|true|false|null)$)[A-Za-z][A-Za-z0-9_-]*", re.IGNORECASE
+)  # Not a boolean of YAML 1.1.
 
 
 def read_template(name: str) -> str:
@@ -17,10 +19,10 @@ def read_template(name: str) -> str:
 
 
 def fill(template: str, values: Mapping[str, Any]) -> str:
-    """The template with a value in each place, which takes what is left of its line: text, a number, a list or a map.
+    """The template with a value for each placeholder: text, a number, a list or a map.
 
-    A value of None makes a comment of the line, to be completed by hand. In a comment the value stands as it is.
-    Text is always quoted, in ASCII: that a word is a number or a truth value is not for the reader's version to decide.
+    A value of None turns the line into a comment, to be completed by hand. In a comment the value is inserted as it is.
+    Text is always quoted, in ASCII, so that no YAML version reads a word as a number or a boolean.
     """
     return "".join(_filled(line, values) + "\n" for line in template.splitlines())
 
@@ -36,7 +38,7 @@ def _filled(line: str, values: Mapping[str, Any]) -> str:
     before = line[: place.start()].rstrip()
     if value is None:
         return f"{' ' * indent}# {before.lstrip()} ..."
-    # As the one item of a list, "- …", a value of several lines is indented by two.
+    # Dumped as the only item of a list, "- …", so that the further lines of a value are indented by two.
     first, *rest = yaml.dump(_Item([value]), Dumper=_Quoted, width=float("inf"), sort_keys=False).splitlines()
     lines = [first[2:], *(" " * indent + each for each in rest)]
     if before.endswith(":") and isinstance(value, dict | list) and first[2] not in "{[":
@@ -47,11 +49,11 @@ def _filled(line: str, values: Mapping[str, Any]) -> str:
 
 
 class _Item(list[Any]):
-    """A list that is written with its items on lines of their own."""
+    """A list that is written with one item per line."""
 
 
 class _Quoted(yaml.SafeDumper):
-    """Quotes all text but plain words as keys, and writes what is short on one line."""
+    """Quotes all text except plain words as keys, and writes short collections on one line."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,1 +1,1 @@
-"""Commands sent to a Ray cluster by its job submission."""
+"""Submits commands to a Ray cluster as jobs."""

@@ -1,4 +1,4 @@
-"""Ray's job submission: send a command to a cluster, follow it, come back to it, stop it."""
+"""Ray's job submission: submit a command to a cluster, follow its log, stop it."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
-# Without a word on it Ray would take this machine's token, if any program ever made one, to every cluster.
+# Unless this is set, Ray would send this machine's token, if any program ever created one, to every cluster.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
@@ -32,7 +32,8 @@ from cluster.submit.driver import VERSIONS
 from cluster.submit.package import Package, pins, versions
 from erann_dist.errors import UsageError, UserError
 
-# What goes along of the client's environment, and what stays here: Ray shows the first to whoever sees the job.
+# The variables of the client's environment that are sent, and those that are not: Ray shows what is sent to everyone
+# who can see the job.
 _PASSED_ON = (
     "AWS_ENDPOINT_URL",
     "AWS_ENDPOINT_URL_S3",
@@ -42,19 +43,19 @@ _PASSED_ON = (
     "AWS_REQUEST_PAYER",
 )
 _CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE")
-_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's own, in its order
-_RUN = "erann_run"  # the job's metadata: the run that it is,
-_READ = "erann_read_sha256"  # and the recipes that it was sent with
+_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # Ray's own variables, in its order.
+_RUN = "erann_run"  # Key of a job's metadata: its run.
+_READ = "erann_read_sha256"  # Key of a job's metadata: the hash of the files that its command reads.
 _PORTS = {"http": 80, "https": 443, "ray": 10001}
-_MARK = "cluster/job"  # in a package: a file that no other has
-_STOP_S = 120  # that a job has to save its checkpoint when it is stopped; Ray's own 3 are too few
+_UNIQUE = "cluster/job"  # A file that makes each job's package unique.
+_STOP_S = 120  # Time for a stopped job to save its checkpoint; Ray's default of 3 s is too short.
 _ANSWER_S = 10.0
-_SILENCE_S = 60.0  # without a line, after which a connection may be dead, and is made anew
+_SILENCE_S = 60.0  # After this long without a line, a connection may be dead, and is opened again.
 _PATIENCE_S = 600.0
-_AGENT_S = 60.0  # that a new cluster gets until it takes jobs
+_AGENT_S = 60.0  # Time for a new cluster to accept jobs.
 _POLL_S = 1.0
 
-# They tell of each upload and of each end of a connection.
+# They log each upload and each closed connection.
 for _name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
     logging.getLogger(f"ray.{_name}").setLevel(logging.WARNING)
 
@@ -63,17 +64,17 @@ Dependencies = Literal["image", "pip"]
 
 @dataclass(frozen=True)
 class Submission:
-    """A command for a cluster."""
+    """A command to submit to a cluster."""
 
     arguments: list[str]  # of erann
-    run: str  # the folder's URL
-    trains: bool  # it: there may be one such job at a time
+    run: str  # URL of the run's folder
+    trains: bool  # whether it trains the run, which only one job may do at a time
     package: Package
-    dependencies: Dependencies  # of the nodes: their own image's, or installed by pip for the job
+    dependencies: Dependencies  # those of the nodes' image, or installed by pip for the job
 
     @property
     def what(self) -> str:
-        """By which the cluster's list of jobs shows it: the run that it trains, or what it does with it."""
+        """What the list of jobs shows: the run that the job trains, or what it does with the run."""
         return self.run if self.trains else f"{self.arguments[0]} of {self.run}"
 
     @property
@@ -82,22 +83,22 @@ class Submission:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of all the job's processes. Raises UserError for a secret in it: Ray shows it to whoever sees the job."""
+        """The environment of the job's processes. Raises UserError for a secret in it, which Ray would show."""
         passed = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
         for name, value in passed.items():
             if "@" in urlsplit(value).netloc:
-                raise UserError(f"{name}: holds a user or a password, which Ray would show with the job; take it out")
+                raise UserError(f"{name}: contains a user or a password, which Ray would show with the job; remove it")
         own = {VERSIONS: json.dumps(versions()), "RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_S), "PYTHONUNBUFFERED": "1"}
         return passed | own
 
     @property
     def kept_here(self) -> list[str]:
-        """The names of this machine's credentials: nodes have their own, by a role or a secret of the cluster's."""
+        """The names of this machine's credentials, which are not sent: nodes have their own, by a role or a secret."""
         return [name for name in _CREDENTIALS if name in os.environ]
 
     @property
     def runtime_env(self) -> dict[str, Any]:
-        """Without the package, which is the working directory."""
+        """Ray's runtime environment, without the package, which is the working directory."""
         pip = {"pip": {"packages": pins(), "pip_check": False}} if self.dependencies == "pip" else {}
         return {"env_vars": self.environment} | pip
 
@@ -106,19 +107,23 @@ class Submission:
 class Cluster:
     """A connection to a cluster's dashboard."""
 
-    address: str  # as it was asked for
+    address: str  # as given by the user
     client: JobSubmissionClient
 
 
 def connect(address: str | None) -> Cluster:
-    """Raises UsageError and UserError: no address, nothing there, something else there, no token, another Ray."""
+    """Connect to a cluster's dashboard.
+
+    Raises UsageError if there is no address or it is invalid; UserError if no dashboard answers there, the token is
+    missing or wrong, or the cluster has another version of Ray.
+    """
     address = address or next((os.environ[name] for name in _ADDRESSES if os.environ.get(name)), None)
     if address is None:
-        raise UsageError("which cluster? Give --address http://HEAD:8265, or set RAY_ADDRESS to it")
+        raise UsageError("no cluster address; give --address http://HEAD:8265, or set RAY_ADDRESS to it")
     parts = urlsplit(address)
     if parts.scheme not in _PORTS or not parts.hostname:
-        raise UsageError(f"{address}: is no cluster's address; http://HEAD:8265 is one, or ray://HEAD:10001")
-    for name in _ADDRESSES:  # Ray would prefer them to the address that is asked for
+        raise UsageError(f"{address}: not a cluster's address; give http://HEAD:8265 or ray://HEAD:10001")
+    for name in _ADDRESSES:  # Ray would prefer them to the given address.
         os.environ.pop(name, None)
     with _in_one_line(address):
         _require_answer(address)
@@ -130,40 +135,42 @@ def connect(address: str | None) -> Cluster:
             raise
     theirs, ours = client._server_ray_version or "", ray.__version__
     if theirs.split(".")[:2] != ours.split(".")[:2]:
-        raise UserError(f"{address}: Ray {theirs} runs there, and {ours} here; install the cluster's version here")
+        raise UserError(
+            f"{address}: runs Ray {theirs}, but Ray {ours} is installed here; install the cluster's version"
+        )
     return Cluster(address, client)
 
 
 def _require_answer(url: str) -> None:
-    """Raise OSError at once where nothing answers; Ray itself would wait for minutes."""
+    """Raise OSError at once if nothing answers; Ray itself would wait for minutes."""
     parts = urlsplit(url)
     socket.create_connection((str(parts.hostname), parts.port or _PORTS[parts.scheme]), timeout=_ANSWER_S).close()
 
 
 @contextmanager
 def _in_one_line(address: str) -> Iterator[None]:
-    """What can be wrong with an address, or with what answers there."""
+    """Turn errors in connecting to an address into one-line errors."""
     try:
         yield
     except AuthenticationError as error:
         raise _wants_token(address) from error
     except requests.exceptions.SSLError as error:
-        raise UserError(f"{address}: no TLS, or a certificate that is not trusted here: {_line(error)}") from error
+        raise UserError(f"{address}: no TLS, or an untrusted certificate: {_line(error)}") from error
     except (requests.exceptions.JSONDecodeError, requests.exceptions.HTTPError, KeyError) as error:
         raise _no_dashboard(address) from error
     except requests.exceptions.ProxyError as error:
         raise UserError(f"{address}: its proxy does not answer{_proxy_hint(address)}") from error
     except (ConnectionError, requests.exceptions.RequestException, OSError) as error:
         raise UserError(
-            f"{address}: no Ray dashboard answers there ({_line(error)}); is the head up, is the port that of the "
-            f"dashboard (8265 by default), and does it listen on more than loopback?{_proxy_hint(address)}"
+            f"{address}: no Ray dashboard answers there ({_line(error)}); check that the head is up, that this is the "
+            f"dashboard's port (8265 by default), and that it listens on more than loopback{_proxy_hint(address)}"
         ) from error
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{address}: {_line(error)}{_proxy_hint(address)}") from error
 
 
 def _proxy_hint(address: str) -> str:
-    """That requests go through a proxy, if they do, and how to go without; no user and password of it."""
+    """A hint that requests use a proxy, if they do, and how to avoid it; without the proxy's credentials."""
     parts = urlsplit(address)
     scheme, host = "https" if parts.scheme == "https" else "http", parts.hostname or ""
     proxy = requests.utils.select_proxy(address, requests.utils.get_environ_proxies(f"{scheme}://{parts.netloc}"))
@@ -171,33 +178,33 @@ def _proxy_hint(address: str) -> str:
         return ""
     server = urlsplit(proxy if "://" in proxy else f"//{proxy}")
     where = f"{server.hostname}:{server.port}" if server.port else server.hostname
-    return f"; requests go through the proxy {where} of {scheme}_proxy: set no_proxy={host} to go without"
+    return f"; requests use the proxy {where} of {scheme}_proxy: set no_proxy={host} to bypass it"
 
 
 def _wants_token(address: str) -> UserError:
     return UserError(
-        f"{address}: asks for a token, or for another one; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH or "
-        "RAY_AUTH_TOKEN to the cluster's"
+        f"{address}: requires a token, or another token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH or "
+        "RAY_AUTH_TOKEN to the cluster's token"
     )
 
 
 def _no_dashboard(address: str) -> UserError:
     return UserError(
-        f"{address}: what answers there is no Ray dashboard; its port is 8265 by default{_proxy_hint(address)}"
+        f"{address}: the server there is no Ray dashboard; its port is 8265 by default{_proxy_hint(address)}"
     )
 
 
 def _line(error: Exception) -> str:
     text = str(error)
-    if "Traceback" in text:  # the dashboard's own, which ends with what is wrong
+    if "Traceback" in text:  # The dashboard's traceback, which ends with the error.
         text = text.rstrip(" .\n").splitlines()[-1]
     return " ".join(text.split())[:200]
 
 
 def submit(cluster: Cluster, work: Submission) -> tuple[str, bool]:
-    """Send it, unless a job that trains the same run is on its way; the job's id, and whether it is new.
+    """Submit the work, unless a job that trains the same run is in progress. Returns the job's id, and if it is new.
 
-    Raises UserError, also when that job trains it by another command or other recipes.
+    Raises UserError, also if that job trains the run with another command or other recipes.
     """
     with tempfile.TemporaryDirectory(prefix="erann-submit-") as folder:
         work.package.write(Path(folder))
@@ -211,20 +218,20 @@ def submit(cluster: Cluster, work: Submission) -> tuple[str, bool]:
                     return str(job.submission_id), False
             taken = {job.submission_id for job in jobs}
             job_id = next(name for i in count(1) if (name := f"{_stem(work)}-{i}") not in taken)
-            # Ray keeps packages by their content, and drops one with the last job that has it: at that moment this job
-            # would find it there and then not any more. So each has its own.
-            Path(folder, _MARK).write_text(job_id)
+            # Ray identifies packages by their content, and drops one with the last job that uses it. A job submitted at
+            # that moment could lose its package, so each job has its own.
+            Path(folder, _UNIQUE).write_text(job_id)
             try:
                 with _in_one_line(cluster.address):
                     return _send(cluster, work, job_id, folder), True
-            except _Again:
+            except _RetryError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(_POLL_S)
 
 
-class _Again(UserError):
-    """It may be taken at another try."""
+class _RetryError(UserError):
+    """The submission may succeed when tried again."""
 
 
 def _send(cluster: Cluster, work: Submission, job_id: str, folder: str) -> str:
@@ -236,14 +243,14 @@ def _send(cluster: Cluster, work: Submission, job_id: str, folder: str) -> str:
             metadata={_RUN: work.what, _READ: work.package.read_sha256},
         )
     except RuntimeError as error:
-        # The cluster has just come up, or somebody sent it at the same moment.
+        # The cluster has just come up, or the same job is being submitted by another client.
         if any(reason in str(error) for reason in ("No available agent", "already exists")):
-            raise _Again(f"{cluster.address}: {_line(error)}") from error
+            raise _RetryError(f"{cluster.address}: {_line(error)}") from error
         raise
 
 
 def _require_same(job: JobDetails, work: Submission) -> None:
-    """Raise UserError when a job that trains the run of this work does so by other settings."""
+    """Raise UserError if the job trains the run of this work with other settings."""
     if job.entrypoint != work.entrypoint:
         how = f"another command: {job.entrypoint}"
     elif (job.metadata or {}).get(_READ) != work.package.read_sha256:
@@ -251,29 +258,29 @@ def _require_same(job: JobDetails, work: Submission) -> None:
     else:
         return
     raise UserError(
-        f"{work.run}: job {job.submission_id} trains it already, by {how}; stop it first "
+        f"{work.run}: job {job.submission_id} already trains it, by {how}; stop it first "
         f"(erann jobs stop {job.submission_id}), or give another run.name"
     )
 
 
 def _stem(work: Submission) -> str:
-    """The part of an id that says what it is; what is not safe in every URL and shell is left out."""
+    """The descriptive part of a job's id, without characters that are unsafe in a URL or shell."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", work.run.rstrip("/").rpartition("/")[2])
     return f"{work.arguments[0]}-{name}"
 
 
 def find(cluster: Cluster, job_id: str) -> JobDetails:
-    """Raises UserError when the cluster has no such job."""
+    """The job of that id. Raises UserError if the cluster has none."""
     with _in_one_line(cluster.address):
         jobs = cluster.client.list_jobs()
     for job in jobs:
         if job_id in (job.submission_id, job.job_id):
             return job
-    raise UserError(f"{job_id}: no such job at {cluster.address}; erann jobs list shows them")
+    raise UserError(f"{job_id}: no such job at {cluster.address}; erann jobs list shows all jobs")
 
 
 def list_jobs(cluster: Cluster) -> list[JobDetails]:
-    """The submitted ones, the oldest first."""
+    """The submitted jobs, the oldest first."""
     with _in_one_line(cluster.address):
         jobs = [job for job in cluster.client.list_jobs() if job.submission_id]
     return sorted(jobs, key=lambda job: job.start_time or 0)
@@ -289,7 +296,7 @@ def logs(cluster: Cluster, job_id: str) -> str:
 
 
 def stop(cluster: Cluster, job_id: str) -> JobStatus:
-    """Tell a job to stop, and wait until it has saved what it had. Its last status."""
+    """Request a job to stop, and wait until it has saved a checkpoint. Returns its last status."""
     with _in_one_line(cluster.address):
         cluster.client.stop_job(quote(job_id, safe=""))
         deadline = time.monotonic() + 2 * _STOP_S
@@ -298,11 +305,11 @@ def stop(cluster: Cluster, job_id: str) -> JobStatus:
         return status
 
 
-def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], tell: Callable[[str], None]) -> JobStatus:
-    """Show a job's log until it ends, over lost connections. Its last status.
+def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], report: Callable[[str], None]) -> JobStatus:
+    """Show a job's log until it ends, reconnecting when the connection is lost. Returns its last status.
 
-    tell: is told when the connection is lost, and when it is back. Raises UserError when nothing answers for ten
-    minutes, and when a cluster answers that has no such job, or wants another token.
+    report: called with a line when the connection is lost or restored. Raises UserError if nothing answers for ten
+    minutes, or if the cluster has no such job or requires another token.
     """
     log = _Log(show)
     lost_at: float | None = None
@@ -311,7 +318,7 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], tell: Cal
             _require_answer(cluster.client.get_address())
             status = _status(cluster, job_id)
             if lost_at is not None:
-                tell(f"connected again to {cluster.address}")
+                report(f"reconnected to {cluster.address}")
                 lost_at = None
             asyncio.run(_tail(cluster, job_id, log))
             if status.is_terminal():
@@ -321,16 +328,16 @@ def follow(cluster: Cluster, job_id: str, show: Callable[[str], None], tell: Cal
         except (OSError, RuntimeError, requests.exceptions.RequestException, aiohttp.ClientError) as error:
             if "status code 404" in str(error):
                 raise UserError(
-                    f"{job_id}: gone from {cluster.address}, whose head must be a new one; submitted again, the run "
-                    "goes on from its last checkpoint"
+                    f"{job_id}: unknown at {cluster.address}, whose head was probably replaced; submit the command "
+                    "again to resume from the run's last checkpoint"
                 ) from error
             now = time.monotonic()
             if lost_at is None:
                 lost_at = now
-                tell(f"connection to {cluster.address} lost ({_line(error)}); the job goes on, trying again")
+                report(f"connection to {cluster.address} lost ({_line(error)}); the job continues, reconnecting")
             if now - lost_at > _PATIENCE_S:
                 raise UserError(
-                    f"{cluster.address}: no answer for {_PATIENCE_S / 60:.0f} minutes; the job may be running: "
+                    f"{cluster.address}: no answer for {_PATIENCE_S / 60:.0f} minutes; the job may still be running: "
                     f"erann jobs logs {shlex.quote(job_id)} --address {shlex.quote(cluster.address)} --follow"
                 ) from error
             time.sleep(_POLL_S)
@@ -342,19 +349,19 @@ def _status(cluster: Cluster, job_id: str) -> JobStatus:
 
 @dataclass
 class _Log:
-    """A log that every connection sends from its beginning."""
+    """Shows a log once, although every connection sends it from its beginning."""
 
     show: Callable[[str], None]
     shown: int = 0  # characters
 
     def take(self, chunk: str, at: int) -> None:
-        """A chunk that begins at a character of the log."""
+        """Show the new part of a chunk, which begins at character `at` of the log."""
         self.show(chunk[max(0, self.shown - at) :])
         self.shown = max(self.shown, at + len(chunk))
 
 
 async def _tail(cluster: Cluster, job_id: str, log: _Log) -> None:
-    """Show the log until the job ends or nothing comes for a while."""
+    """Show the log until the job ends or nothing arrives for a while."""
     at = 0
     async with aclosing(cluster.client.tail_job_logs(quote(job_id, safe=""))) as chunks:
         while True:

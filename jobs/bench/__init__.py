@@ -1,1 +1,1 @@
-"""Measurements, each a ratio of things that are run side by side, in turns."""
+"""Benchmarks, each of which interleaves the variants it compares and reports their ratio."""

@@ -1,4 +1,4 @@
-"""What pitch shift costs: torchaudio's own against ours, beside a training example of the network, on one CPU core."""
+"""The cost of pitch shift: torchaudio's against ours, relative to a training example, on one CPU core."""
 
 import statistics
 import time
@@ -18,14 +18,14 @@ from jobs.terminal.progress import console
 
 torchaudio = import_torchaudio()
 
-_SHIFTS = (-2, -1, 1, 2)  # of the five that augment.pitch_shift=2 draws; 0 costs nothing
+_SHIFTS = (-2, -1, 1, 2)  # Of the five that augment.pitch_shift=2 draws; 0 costs nothing.
 _CLASSES = 8
 
 
 def bench_augment(variant: str, crop_s: float, clips: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds a clip, medians of rounds in which the ways take turns. clips: shifted by each of the semitones.
+    """Milliseconds per clip: medians over rounds in which the measurements are interleaved.
 
-    Raises UsageError for a variant that is none.
+    clips: number of clips shifted by each number of semitones. Raises UsageError for an unknown variant.
     """
     try:
         model = build_model(variant, _CLASSES)
@@ -53,7 +53,7 @@ def bench_augment(variant: str, crop_s: float, clips: int, rounds: int) -> dict[
     def train() -> None:
         model(log_mel(noise)).sum().backward()
 
-    ways: dict[str, tuple[Callable[[], None], int]] = {  # and how many clips each takes
+    ways: dict[str, tuple[Callable[[], None], int]] = {  # With the number of clips that each processes.
         "torchaudio_alone_ms": (one_by_one, len(_SHIFTS)),
         "torchaudio_ms": (grouped(own), clips * len(_SHIFTS)),
         "ours_ms": (grouped(shift_pitch), clips * len(_SHIFTS)),
@@ -61,7 +61,7 @@ def bench_augment(variant: str, crop_s: float, clips: int, rounds: int) -> dict[
         "training_example_ms": (train, clips),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
-    for number in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # The first round is a warm-up.
         for way, (run, count) in ways.items():
             began = time.perf_counter()
             run()

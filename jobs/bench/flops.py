@@ -1,4 +1,4 @@
-"""How well training uses a device: its floating-point operations against those of the fastest matrix product."""
+"""FLOP utilisation: the floating-point operations of training, and a device's peak as measured by matrix products."""
 
 import multiprocessing
 import time
@@ -13,12 +13,12 @@ _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
 
 
 def training_flops(variant: str, num_classes: int, crop_samples: int) -> int:
-    """Of one example, forwards and backwards, which takes twice as many; a multiplication and an addition are two."""
+    """FLOPs of one training example: forward, and backward with twice as many. A multiply-add counts as two."""
     return 3 * 2 * macs_of(variant, num_classes, crop_samples)
 
 
 def peak_flops(device: str, precision: str) -> float:
-    """FLOP/s of a product of large square matrices: the fastest of some, in a process that leaves nothing behind."""
+    """FLOP/s of a product of large square matrices: the fastest of several, measured in a separate process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         return process.submit(_peak, device, precision).result()
 

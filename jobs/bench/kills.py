@@ -1,4 +1,4 @@
-"""Training under faults: workers, the command itself and nodes are killed; what it costs and what it changes."""
+"""Training under faults: kills workers, the command itself and nodes, and measures the cost and the effect."""
 
 import os
 import random
@@ -39,12 +39,12 @@ _CHECKPOINT_EVERY = 5  # steps
 _EVAL_CLIPS = 16
 _IN_TURN: tuple[What, ...] = ("worker", "workers", "driver", "node")
 _IN_TURN_TIMED: tuple[What, ...] = ("node", "worker")
-_GRACE_S = 150.0  # in which Ray's own agents end after the process that started them was killed
+_GRACE_S = 150.0  # Time for Ray's agents to end after the process that started them was killed.
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is to be killed: once the run has done this step and trained for so many seconds."""
+    """What to kill, once the run has done this step and trained for this many seconds."""
 
     what: What
     step: int = 1
@@ -60,34 +60,34 @@ class Killed:
 
 @dataclass(frozen=True)
 class Row:
-    """One kill, and what the run's log says of it."""
+    """One kill, and its effect according to the run's log."""
 
     kill: int
     run: int
     what: What
     rank: int | None  # of the one worker that was killed
-    step: int  # that had been done
+    step: int  # the last step that had been done
     resumed_from: int
     steps_lost: int
-    seconds_lost: float  # by the log: since the last step that counts was done
-    restart_s: float  # of these, until the training began again; the rest is steps that are computed again
+    seconds_lost: float  # according to the log: since the last step that counts
+    restart_s: float  # of these, the time until training restarted; the rest is for recomputed steps
     log: str
-    bit_identical: bool  # the weights at the end of its run, to those of the undisturbed run
+    bit_identical: bool  # whether the run's final weights equal those of the undisturbed run
 
 
 def bench_kills(shards: str, kills: int, seed: int, steps: int, every: float | None) -> dict[str, Any]:
-    """Runs of so many steps in which worker, all workers, driver and node are killed in turn, at random moments.
+    """Runs in which a worker, all workers, the driver and a node are killed one after another, at random times.
 
-    every: one run instead, in which a node and a worker are killed in turns, a fault each so many seconds.
+    every: instead, one run in which a node and a worker are killed alternately, one every so many seconds.
     """
     rng = random.Random(seed)
     rows: list[Row] = []
     goodputs: list[float] = []
     starts = 0
-    # A short name: in a folder whose path is long there would be no room for the paths of Ray's sockets.
+    # A short name: in a folder with a long path, the paths of Ray's sockets would be too long.
     scratch_folder = tempfile.TemporaryDirectory(prefix="", ignore_cleanup_errors=True)
     with scratch_folder as scratch, _Family() as family:
-        # What killed processes leave, Ray's too, is there. An address would take the place of an embedded cluster.
+        # Files left by killed processes, including Ray's, are in there. RAY_ADDRESS would replace the embedded cluster.
         os.environ["TMPDIR"] = scratch
         os.environ.pop("RAY_ADDRESS", None)
         undisturbed = _Run(Path(scratch, "undisturbed"), shards, steps, family)
@@ -100,7 +100,7 @@ def bench_kills(shards: str, kills: int, seed: int, steps: int, every: float | N
             killed = run.train(_faults(rng, len(rows), kills, steps, every), rng)
             lines = read_log(LocalFolder(str(run.folder)))
             last_start = max(line["time"] for line in lines if line["event"] == "Started")
-            killed = [each for each in killed if each.at < last_start]  # else it came to its end all the same
+            killed = [each for each in killed if each.at < last_start]  # Otherwise the run finished anyway.
             if not killed:
                 raise UserError(f"the run of {steps} steps was over before anything was killed; give more --steps")
             identical = run.weights() == undisturbed.weights()
@@ -123,13 +123,13 @@ def bench_kills(shards: str, kills: int, seed: int, steps: int, every: float | N
         "restart_s_per_kill": round(statistics.mean(row.restart_s for row in rows), 2),
         "goodput": round(statistics.mean(goodputs), 4),
         "undisturbed_goodput": round(undisturbed_goodput, 4),
-        "left_over": family.left_over,  # processes that did not end by themselves
+        "left_over": family.left_over,  # Processes that did not end by themselves.
         "table": [asdict(row) for row in rows],
     }
 
 
 def kills_page(result: dict[str, Any]) -> None:
-    """A line for each kill, then the totals."""
+    """One line per kill, then the totals."""
     names = ["kill", "run", "what", "step", "resumed_from", "steps_lost", "seconds_lost", "restart_s", "bit_identical"]
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in names:
@@ -143,7 +143,7 @@ def kills_page(result: dict[str, Any]) -> None:
 
 
 def _faults(rng: random.Random, done: int, kills: int, steps: int, every: float | None) -> list[Fault]:
-    """Those of the next run."""
+    """The faults of the next run."""
     if every:
         return [Fault(_IN_TURN_TIMED[i % 2], after_s=(i + 1) * every) for i in range(kills)]
     kinds = _IN_TURN[done % len(_IN_TURN) :][: kills - done]
@@ -170,8 +170,8 @@ class _Run:
                 "dir": str(folder.parent),
                 "workers": _WORKERS,
                 "device": "cpu",
-                "log_every": 1,  # where a kill falls is read there
-                "max_failures": 1000,  # kills may come faster than checkpoints
+                "log_every": 1,  # The step of a kill is read from the log.
+                "max_failures": 1000,  # Kills may come faster than checkpoints.
             },
         }
         recipe.write_text(yaml.safe_dump(tree))
@@ -179,9 +179,9 @@ class _Run:
         self._output = self._place / "output"
 
     def train(self, faults: list[Fault], rng: random.Random) -> list[Killed]:
-        """Run the command to the run's end, and again when it was killed.
+        """Run the command until the run finishes, starting it again when it was killed.
 
-        What was killed: not all of it, if the run ends before.
+        Returns what was killed, which is not everything if the run finishes first.
         """
         killed: list[Killed] = []
         for of_one_command in _by_command(faults):
@@ -208,7 +208,7 @@ class _Run:
     def _started(self, nodes: "_Nodes | None") -> Iterator[subprocess.Popen[bytes]]:
         address = ["--address", nodes.address] if nodes else []
         with self._output.open("ab") as output:
-            # A session of its own: what is left of an embedded cluster whose driver is killed ends its whole group.
+            # A separate session: the remains of an embedded cluster whose driver was killed end their whole group.
             process = subprocess.Popen(
                 [*self._command, *address],
                 stdout=output,
@@ -223,7 +223,7 @@ class _Run:
             process.wait()
 
     def _wait_for(self, fault: Fault, starts: int, process: subprocess.Popen[bytes]) -> Line | None:
-        """The last step when the fault is due, after more than so many starts; none if the run ends before."""
+        """Wait until the fault is due, after more than `starts` starts. The last step; None if the run ends first."""
         while process.poll() is None:
             lines = read_log(LocalFolder(str(self.folder)))
             began = [number for number, line in enumerate(lines) if line["event"] == "Started"]
@@ -251,13 +251,13 @@ class _Run:
         else:
             workers = [process for process in processes if _is_worker(process)]
             if len(workers) != _WORKERS:
-                return  # the run has just come to its end
+                return  # The run has just finished.
             workers.sort(key=lambda process: not self._is_first(process))
             for process in workers if rank is None else [workers[rank]]:
                 process.kill()
 
     def _is_first(self, worker: psutil.Process) -> bool:
-        """Only the first worker writes the run's log."""
+        """Whether this is the first worker, which alone writes the run's log."""
         return str(self.folder / LOG) in [file.path for file in worker.open_files()]
 
     def weights(self) -> bytes:
@@ -265,7 +265,7 @@ class _Run:
 
 
 def _by_command(faults: list[Fault]) -> list[list[Fault]]:
-    """The faults of each start of the command: it is run again when it was killed."""
+    """The faults by start of the command, which is started again after it was killed."""
     commands: list[list[Fault]] = [[]]
     for fault in faults:
         commands[-1].append(fault)
@@ -275,13 +275,13 @@ def _by_command(faults: list[Fault]) -> list[list[Fault]]:
 
 
 def _is_worker(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):  # it has just ended
+    with suppress(psutil.Error):  # The process has just ended.
         return process.status() != psutil.STATUS_ZOMBIE and process.cmdline()[0].startswith("ray::RayTrainWorker")
     return False
 
 
 class _Nodes:
-    """A Ray cluster of a head without CPUs and of a node with one CPU for each worker."""
+    """A Ray cluster with a head without CPUs, and a node with one CPU for each worker."""
 
     def __init__(self) -> None:
         self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -289,7 +289,7 @@ class _Nodes:
         self._nodes = [self._cluster.add_node(num_cpus=1) for _ in range(_WORKERS)]
 
     def replace(self, number: int) -> None:
-        """Kill a node's raylet, without which its worker ends too, and start another node in its place."""
+        """Kill a node's raylet, and so its worker, and start another node in its place."""
         self._cluster.remove_node(self._nodes[number], allow_graceful=False)
         self._nodes[number] = self._cluster.add_node(num_cpus=1)
 
@@ -307,14 +307,14 @@ def _nodes() -> Iterator[_Nodes]:
 
 
 class _Family:
-    """All processes that were ever seen below this one. At the end of the context none of them is left."""
+    """All descendants of this process that were ever seen. At the end of the context, all have ended."""
 
     def __init__(self) -> None:
         self._known: set[psutil.Process] = set()
-        self.left_over: list[str] = []  # that had to be ended
+        self.left_over: list[str] = []  # those that had to be killed
 
     def look(self) -> list[psutil.Process]:
-        """Those that there are now."""
+        """The current descendants."""
         now = psutil.Process().children(recursive=True)
         self._known.update(now)
         return now
@@ -332,7 +332,7 @@ class _Family:
 
 
 def _row(killed: Killed, number: int, run: int, lines: list[Line], identical: bool) -> Row:
-    """A kill as the log tells it."""
+    """The row of a kill, from the run's log."""
     events = [line for line in lines if line["time"] > killed.at]
     start = next((line for line in events if line["event"] == "Started"), None)
     incident = next((line for line in events if line["event"] == "Incident" and line["kind"] == "failure"), None)
@@ -347,7 +347,7 @@ def _row(killed: Killed, number: int, run: int, lines: list[Line], identical: bo
         resumed_from=start["step"],
         steps_lost=incident["steps_lost"],
         seconds_lost=round(incident["seconds_lost"], 2),
-        # Time between commands is nobody's loss.
+        # Time between commands does not count as lost.
         restart_s=round(start["time"] - max(killed.at, start["launched"]), 2),
         log=incident["text"],
         bit_identical=identical,

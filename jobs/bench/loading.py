@@ -1,4 +1,4 @@
-"""The loader against bare decoding and the usual loaders, on the same clips and cores."""
+"""Compares the loader with bare decoding and common loaders, on the same clips and cores."""
 
 import dataclasses
 import importlib.util
@@ -43,16 +43,16 @@ from jobs.terminal.progress import console
 
 _BATCH = 32
 _BLOCK = 512
-_WARM_UP = 0.2  # of the batches: in the first ones, not counted, processes start and memory is had from the system
-# Clips/s of one core that no way of loading reaches: a request or a decoder's start alone takes some 50 microseconds.
+_WARM_UP = 0.2  # Share of the batches that are not counted, while processes start and memory is allocated.
+# Clips/s per core that no loader can reach: a request or the start of a decoder alone takes some 50 microseconds.
 MOST_PER_CORE = 20_000
 
-Way = Callable[["Task"], Iterator[int]]  # loads all batches; tells how many clips have come since it last told
+Way = Callable[["Task"], Iterator[int]]  # Loads all batches; yields the number of clips loaded since the last yield.
 
 
 @dataclass(frozen=True)
 class Task:
-    """What every way of loading does: so many batches of 32 random crops, drawn with class balance."""
+    """What every loader has to load: batches of 32 random crops, drawn with class balance."""
 
     shards: str
     batches: int
@@ -80,9 +80,9 @@ class Task:
 
 
 def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[str, Any]:
-    """Each way in turns, in a process of its own; the ratios are to bare decoding."""
+    """Measure all loaders, interleaved, each in its own process. The ratios are relative to bare decoding."""
     if not isinstance(open_folder(shards), LocalFolder):
-        raise UsageError(f"{shards}: the benchmark takes a shard set on a disk")
+        raise UsageError(f"{shards}: not a local folder; the benchmark needs a shard set on a disk")
     cores = usable_cpus()
     task = Task(shards, batches, round(crop_s * 44_100), cores)
     os.environ.update(KEEP_MEMORY)
@@ -120,7 +120,7 @@ def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[
     webloader = max((name for name in ways if name.startswith("webloader")), key=lambda n: medians[n]["clips_per_s"])
 
     def ratio(name: str, to: str = "limit") -> float | None:
-        """The median of the rounds' ratios: what disturbs the machine for a while disturbs both."""
+        """The median of the rounds' ratios, so that a temporary disturbance of the machine affects both."""
         if name not in results:
             return None
         pairs = zip(results[name], results[to], strict=True)
@@ -145,7 +145,7 @@ def bench_loader(shards: str, batches: int, crop_s: float, rounds: int) -> dict[
 
 
 def _measured(way: Way, task: Task) -> dict[str, float]:
-    """Clips/s and MB/s of decoded sound and CPU after the warm-up; peak memory, child processes included."""
+    """Clips/s, MB/s of decoded audio and CPU time after the warm-up; peak memory including child processes."""
     clips = task.clips()
     sampled = sum(int(crops.counts.sum()) for crops in task.crops(clips)) / (task.batches * _BATCH)
     warm, warm_cpu, uncounted, done = 0.0, 0.0, 0, 0
@@ -155,7 +155,7 @@ def _measured(way: Way, task: Task) -> dict[str, float]:
             warm, warm_cpu, uncounted = time.perf_counter(), _cpu_seconds(resource.RUSAGE_SELF), done
     seconds = time.perf_counter() - warm
     counted = done - uncounted
-    # What ended child processes used is known as a whole only.
+    # The CPU time of ended child processes is known only in total.
     used = _cpu_seconds(resource.RUSAGE_SELF) - warm_cpu + _cpu_seconds(resource.RUSAGE_CHILDREN) * counted / done
     own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
@@ -173,7 +173,7 @@ def _cpu_seconds(whose: int) -> float:
 
 
 def _limit(task: Task) -> Iterator[int]:
-    """libsndfile alone: the clips lie in memory, the samples are thrown away."""
+    """libsndfile alone: the clips are in memory, the samples are discarded."""
     clips = task.clips()
     crops = task.crops(clips)
     data = {row: _bytes(clips, row) for row in sorted({int(row) for each in crops for row in each.rows})}
@@ -202,7 +202,7 @@ def _ours(task: Task) -> Iterator[int]:
 
 
 def _cold(task: Task) -> Iterator[int]:
-    """With a cache that has none of the clips: each time that one comes again it is taken for another set's."""
+    """With a cold cache: each repetition of a clip is treated as a clip of another set."""
     clips = task.clips()
     crops = task.crops(clips)
     times = Counter[int]()
@@ -217,13 +217,13 @@ def _cold(task: Task) -> Iterator[int]:
 
 
 def _copy(clips: Manifest, number: int) -> Manifest:
-    """The same clips under another set's hash."""
+    """The same clips, with another set's hash."""
     tars = [dataclasses.replace(tar, set_hash=f"{number:016x}") for tar in clips.tars]
     return dataclasses.replace(clips, tars=tars)
 
 
 def _warm(task: Task) -> Iterator[int]:
-    """With a cache that has all of the clips."""
+    """With a warm cache, which has all of the clips."""
     clips = task.clips()
     crops = task.crops(clips)
     with closing(ClipCache(Path(str(task.cache)), 1 << 40)) as cache:
@@ -235,7 +235,7 @@ def _warm(task: Task) -> Iterator[int]:
 
 
 def _beside_step(task: Task, same_process: bool) -> Iterator[int]:
-    """The loader beside a thread that launches operations without end, as a training step does for a GPU."""
+    """The loader alongside a thread that launches operations continuously, as a training step does for a GPU."""
     ended: threading.Event | Any
     other: threading.Thread | Any
     if same_process:
@@ -254,7 +254,7 @@ def _beside_step(task: Task, same_process: bool) -> Iterator[int]:
 
 
 def _launch_operations(until: Any) -> None:
-    """Small operations, one after the other, in one thread: it holds Python's lock nearly all the time."""
+    """Small operations in one thread, which holds Python's GIL nearly all the time."""
     torch.set_num_threads(1)
     x = torch.ones(64, 64)
     while not until.is_set():
@@ -263,7 +263,7 @@ def _launch_operations(until: Any) -> None:
 
 
 def _bare_client(task: Task, client: str) -> Iterator[int]:
-    """Ranged reads of the same clips, as many at once as the loader's, nothing decoded."""
+    """Ranged reads of the same clips, as many at once as in the loader, without decoding."""
     from erann_dist.storage.s3_ranges import S3Object
 
     clips = task.clips()
@@ -281,9 +281,9 @@ def _bare_client(task: Task, client: str) -> Iterator[int]:
 
 
 def completed(pool: Executor, work: Callable[[int], int], values: Iterable[int], most: int) -> Iterator[int]:
-    """The results as they come, with so many under way at most: what is not yet counted is not much more than that.
+    """The results as they complete, with at most `most` in flight, so that few completed ones are not yet counted.
 
-    By order of the values, all others could be done, unmeasured, while a slow first one is waited for.
+    In the order of the values, all others could complete, unmeasured, during the wait for a slow first one.
     """
     rest = iter(values)
     running = {pool.submit(work, value) for value in islice(rest, most)}
@@ -295,16 +295,16 @@ def completed(pool: Executor, work: Callable[[int], int], values: Iterable[int],
 
 
 def require_possible(way: str, clips_per_s: float, cores: int) -> None:
-    """Raise UserError for a rate that no machine has: then the measurement is wrong, not the loader fast."""
+    """Raise UserError for an impossible rate, which means that the measurement is wrong."""
     if clips_per_s > MOST_PER_CORE * cores:
         raise UserError(
-            f"{way}: {clips_per_s:,.0f} clips/s were measured on {cores} cores, and {MOST_PER_CORE:,} of each are more "
-            "than is possible; the measurement is wrong: give more --batches"
+            f"{way}: {clips_per_s:,.0f} clips/s were measured on {cores} cores, but more than {MOST_PER_CORE:,} per "
+            "core are impossible; the measurement is wrong: give more --batches"
         )
 
 
 def _webloader(task: Task, workers: int) -> Iterator[int]:
-    """webdataset's own: whole tars one after the other, shuffled, random crops of the same length."""
+    """webdataset's WebLoader: whole tars in shuffled order, random crops of the same length."""
     import webdataset
 
     clips = task.clips()
@@ -315,10 +315,10 @@ def _webloader(task: Task, workers: int) -> Iterator[int]:
 
     dataset = webdataset.WebDataset(tars, shardshuffle=len(tars), empty_check=False).shuffle(100).map(crop)
     batched = dataset.repeat().batched(_BATCH, collation_fn=np.stack)
-    with warnings.catch_warnings(action="ignore"):  # that these are more workers than cores
+    with warnings.catch_warnings(action="ignore"):  # About more workers than cores.
         loader = webdataset.WebLoader(batched, batch_size=None, num_workers=workers, multiprocessing_context="fork")
         done = 0
-        for batch in loader:  # the last one of an epoch is smaller
+        for batch in loader:  # The last batch of an epoch is smaller.
             yield len(batch)
             done += len(batch)
             if done >= task.batches * _BATCH:
@@ -326,7 +326,7 @@ def _webloader(task: Task, workers: int) -> Iterator[int]:
 
 
 class _Clips(torch.utils.data.Dataset[npt.NDArray[np.int16]]):
-    """The same crops by number, for a map-style DataLoader."""
+    """The same crops by index, for a map-style DataLoader."""
 
     def __init__(self, task: Task) -> None:
         self._manifest = task.clips()
@@ -349,7 +349,7 @@ def _dataloader(task: Task, workers: int) -> Iterator[int]:
 
 
 def _cropped(data: bytes, samples: int) -> npt.NDArray[np.int16]:
-    """A random crop as everybody decodes it: by soundfile, from a buffer; shorter clips are padded."""
+    """A random crop as commonly decoded: with soundfile, from a buffer; shorter clips are padded."""
     with soundfile.SoundFile(io.BytesIO(data)) as file:
         file.seek(int(np.random.default_rng().integers(max(1, file.frames - samples + 1))))
         return file.read(samples, dtype="int16", fill_value=0)
@@ -361,7 +361,7 @@ def _bytes(clips: Manifest, row: int) -> bytes:
 
 
 def _draw_seconds(task: Task) -> float:
-    """Seconds to draw one clip, in blocks as training draws."""
+    """Seconds to draw one clip, in blocks as in training."""
     sampler = task.sampler(task.clips())
     began = time.perf_counter()
     for block in range(100):
@@ -371,7 +371,7 @@ def _draw_seconds(task: Task) -> float:
 
 @contextmanager
 def _s3(shards: str, scratch: Path) -> Iterator[tuple[str, str] | None]:
-    """A copy of the shard set on an S3 server on loopback (moto's): URL and endpoint. None where moto is not there."""
+    """URL and endpoint of a copy of the shard set on a local S3 server (moto). None if moto is not installed."""
     if importlib.util.find_spec("moto") is None or importlib.util.find_spec("flask") is None:
         console.print("no S3 server: install moto[server] to measure reading from S3")
         yield None

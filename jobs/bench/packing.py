@@ -1,4 +1,4 @@
-"""Packing against bare encoding, and its planning at full size."""
+"""Compares packing with bare encoding, and measures its planning at full size."""
 
 import io
 import multiprocessing
@@ -37,15 +37,15 @@ from shards.sources.files import find_audio
 from shards.sources.rows import Source, SourceRow, rows_table
 from shards.synthetic import SyntheticAudioSet, write_synthetic_audioset
 
-_LINKS_TO_ONE = 60_000  # ext4 allows 65,000
+_LINKS_TO_ONE = 60_000  # Hard links per file; ext4 allows 65,000.
 
 
 def bench_pack(audio: Path | None, clips: int, rounds: int, clips_per_shard: int) -> dict[str, Any]:
-    """Packing on the embedded cluster against the bare decoding, resampling and encoding of the same clips.
+    """Compare packing on the embedded cluster with bare decoding, resampling and encoding of the same clips.
 
-    Bare is a loop in as many processes as there are cores, warm, that throws the FLACs away. Packing is everything from
-    the first task to the last noted shard: decoder processes, tars, checksums, the files on disk. In both, clips are
-    files of `audio`, or of the synthetic AudioSet, over and over.
+    Bare is a warm loop in one process per core that discards the FLACs. Packing is everything from the first task to
+    the last recorded shard: decoder processes, tars, checksums, the files on disk. In both, the clips are files of
+    `audio`, or of the synthetic AudioSet, reused as needed.
     """
     cores = usable_cpus()
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch, ray_cluster():
@@ -53,11 +53,11 @@ def bench_pack(audio: Path | None, clips: int, rounds: int, clips_per_shard: int
         many = list(islice(cycle(paths), clips))
         rows = rows_table(SourceRow(f"clip-{i:06d}", [0], os.fsencode(path), path.name) for i, path in enumerate(many))
         source = Source("bench", "classification", ["a"], ["a"], rows, [])
-        os.environ.update(KEEP_MEMORY)  # the bare processes have the same advantage
+        os.environ.update(KEEP_MEMORY)  # So that the bare processes have the same advantage.
         with multiprocessing.get_context("spawn").Pool(cores) as pool:
             parts = [many[i::cores] for i in range(cores)]
             seconds: dict[str, list[float]] = {"bare": [], "packed": []}
-            for number in range(-1, rounds):  # round -1 warms both up
+            for number in range(-1, rounds):  # Round -1 is a warm-up of both.
                 few = [part[:8] for part in parts] if number < 0 else parts
                 seconds["bare"].append(_seconds(partial(pool.map, _bare, few, chunksize=1)))
                 with _folder(scratch, number) as folder:
@@ -82,7 +82,7 @@ def bench_pack(audio: Path | None, clips: int, rounds: int, clips_per_shard: int
 
 
 def _sounds(audio: Path | None, scratch: Path) -> list[Path]:
-    """Files that can be decoded."""
+    """Audio files that can be decoded."""
     if audio is None:
         with console.status("writing the synthetic AudioSet"):
             write_synthetic_audioset(scratch / "synthetic")
@@ -106,7 +106,7 @@ def _bare(paths: list[Path]) -> None:
 
 @contextmanager
 def _folder(scratch: str, number: int) -> Iterator[LocalFolder]:
-    """A folder that is gone afterwards: a round may write gigabytes."""
+    """A folder that is emptied afterwards, as a round may write gigabytes."""
     folder = LocalFolder(f"{scratch}/round-{number}")
     yield folder
     for name in folder.sizes():
@@ -120,10 +120,10 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def bench_plan(segments: Path, missing: float) -> dict[str, Any]:
-    """Packing's steps but the decoding, at the full size of a real segment list.
+    """Measure packing without the decoding, at the full size of a real segment list.
 
-    The audio files are hard links to a few, under PANNs' names in 100 folders, but for a share `missing` of them. What
-    the shards' tasks would have answered is made up: a clip of 10 s for each file.
+    The audio files are hard links to a few files, with PANNs' names in 100 folders; a share `missing` is left out. The
+    results of the shards' tasks are made up: a clip of 10 s for each file.
     """
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch:
         audio, out = Path(scratch, "audio"), Path(scratch, "shards")
@@ -133,7 +133,7 @@ def bench_plan(segments: Path, missing: float) -> dict[str, Any]:
             steps = (_step_plan, _step_finish, _step_load, _step_plan)
             planned, finished, loaded, again = (pool.apply(step, (segments, audio, out)) for step in steps)
     if again["to_do"]:
-        raise UserError("a finished set was to be packed again")
+        raise UserError("a finished set would be packed again")
     return {
         "files": links,
         "rows": planned["rows"],
@@ -148,7 +148,7 @@ def bench_plan(segments: Path, missing: float) -> dict[str, Any]:
 
 
 def _link_files(segments: Path, audio: Path, missing: float) -> int:
-    """A file for each segment but the missing ones, YYTID.wav in one of 100 folders. How many there are."""
+    """Create a file YYTID.wav in one of 100 folders for each segment that is not missing. Returns their number."""
     base, links = Path(), 0
     for folder in range(100):
         (audio / f"{folder:02d}").mkdir(parents=True)
@@ -177,7 +177,7 @@ def _step_plan(segments: Path, audio: Path, out: Path) -> dict[str, Any]:
 
 
 def _step_finish(segments: Path, audio: Path, out: Path) -> dict[str, Any]:
-    """Make up what the tasks would have noted; then write the tables, which alone is timed."""
+    """Make up the tasks' results; then write the tables, which is the only part that is timed."""
     plan = _plan_of(segments, audio, out)
     for shard in range(plan.num_shards):
         task = plan.task(shard)
@@ -203,6 +203,6 @@ def _step_load(segments: Path, audio: Path, out: Path) -> dict[str, Any]:
 
 
 def _cost(began: float) -> dict[str, float]:
-    """Of this process since then; the peak is of its whole life."""
+    """Seconds since `began`, and this process's peak memory since its start."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": round(time.perf_counter() - began, 2), "peak_mb": round(peak)}

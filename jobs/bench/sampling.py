@@ -1,4 +1,4 @@
-"""The sampler at the full size of real segment lists."""
+"""Measures the sampler at the full size of real segment lists."""
 
 import multiprocessing
 import re
@@ -21,7 +21,7 @@ _FAR = 10**9
 
 
 def bench_sampler(segments: list[Path], rounds: int) -> dict[str, Any]:
-    """Build the plan of shard sets that hold every clip of the lists, draw from it and jump in it."""
+    """Build the sampler for shard sets with every clip of the lists, draw from it, and jump in it."""
     with tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch:
         folders = []
         for number, path in enumerate(segments):
@@ -29,7 +29,7 @@ def bench_sampler(segments: list[Path], rounds: int) -> dict[str, Any]:
                 write_listed_set(path, Path(scratch, str(number)))
                 folders.append(str(Path(scratch, str(number))))
         results = []
-        for _ in range(rounds):  # each in a new process, as a worker is
+        for _ in range(rounds):  # Each in a new process, as for a worker.
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 results.append(pool.apply(_measure, (folders,)))
     return {key: round(statistics.median(result[key] for result in results), 3) for key in results[0]}
@@ -60,6 +60,6 @@ def _measure(folders: list[str]) -> dict[str, float]:
 
 
 def _private_mb() -> float:
-    """Memory that only this process has: what is mapped from files counts for nobody."""
+    """This process's private memory, without mapped files."""
     text = Path("/proc/self/smaps_rollup").read_text()
     return sum(int(kb) for kb in re.findall(r"^Private_(?:Clean|Dirty): +(\d+) kB", text, re.MULTILINE)) / 1024

@@ -1,11 +1,11 @@
-"""The training loop, DeepSpeed and Ray against a bare PyTorch loop, on the same machine and data.
+"""Compares the training loop, DeepSpeed and Ray with a bare PyTorch loop, on the same machine and data.
 
-The ways take turns: bare, x, bare, y, bare, … and each turn is compared with the mean of the bare ones before and
-behind it. Each way has worker processes of its own, with the same number, threads and allocator settings, which live as
-long as the measurement; only the whole job is started anew for each of its turns, as a user starts it.
+The ways to train are interleaved: bare, x, bare, y, bare, … and each turn is compared with the mean of the bare turns
+before and after it. Each way has its own worker processes, with the same number, threads and allocator settings, which
+live as long as the measurement; only the whole job is started again for each of its turns, as a user would start it.
 
-Bare, plain and DeepSpeed are fed with the same synthetic int16 batches, which lie in memory: `loader.load` is
-substituted in their processes, all else of `training.train` is as it is. The whole job reads real shards.
+Bare, plain and DeepSpeed get the same synthetic int16 batches from memory: `_BenchTrainer` replaces the loader, and
+everything else in `train` is unchanged. The whole job reads real shards.
 """
 
 import ctypes
@@ -69,22 +69,22 @@ _LOG_EVERY = 10  # the recipe's default
 _WARM_UP = 3  # steps of a turn that are not counted
 _JOB_WARM_UP = 30  # of the whole job: its loader fills its queue
 _JOB_STEPS = 40
-_NULL_STEPS = 20  # for each of a real turn
+_NULL_STEPS = 20  # Steps with the null model for each step of a real turn.
 _NULL_MICRO_BATCH = 32
 _POOL = 4  # synthetic batches
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A stretch of training; the steps behind the warm-up are counted."""
+    """A stretch of training; the steps after the warm-up are counted."""
 
-    way: str  # bare, plain, deepspeed_<stage>, loader (the recipe's engine behind the real loader) or job
+    way: str  # bare, plain, deepspeed_<stage>, loader (the recipe's engine with the real loader) or job
     recipe: Recipe
     warm_up: int  # steps
     steps: int
     null: bool = False  # with the null model
     channels_last: bool = True  # the memory format of an ERANN's convolutions
-    timed: bool = False  # measure what parts of the loop take, which costs some time
+    timed: bool = False  # measure the time of parts of the loop, which itself costs some time
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a turn came to, on the first worker."""
+    """The measurements of a turn, on the first worker."""
 
     step_s: float  # seconds of a step
     data_wait: float = 0.0  # share of them
@@ -107,9 +107,9 @@ class Measured:
 
 
 def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dict[str, Any]:
-    """Each way against the bare loop, first with the recipe's model, then with the null model."""
+    """Compare each way with the bare loop, first with the recipe's model, then with the null model."""
     os.environ.update(WORKER_ENVIRONMENT)
-    classes = load_train_and_eval(recipe.data)[0].num_classes  # what is wrong with the sets shows here
+    classes = load_train_and_eval(recipe.data)[0].num_classes  # Errors in the sets are raised here.
     engines = ["plain", *(f"deepspeed_{stage}" for stage in _STAGES)]
     launcher, engine = recipe.run.launcher, _engine_way(recipe)
     short, long = endless(recipe, _WARM_UP), endless(recipe, _LOG_EVERY)
@@ -120,7 +120,7 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
         optim={"micro_batch": _NULL_MICRO_BATCH, "global_batch": _NULL_MICRO_BATCH * recipe.run.max_workers},
     )
     device = pick_device(recipe.run.device)
-    use = None  # share of the GPUs' peak that one example a second takes
+    use = None  # Share of the GPUs' peak FLOP/s that one example per second takes.
     if device.type == "cuda":
         peak = recipe.run.max_workers * peak_flops(recipe.run.device, recipe.optim.precision)
         use = training_flops(recipe.model.variant, classes, recipe.data.crop_samples) / peak
@@ -136,9 +136,9 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
         def null(way: str) -> Measured:
             return groups.take(Turn(way, null_recipe, 2 * _LOG_EVERY, _NULL_STEPS * steps, null=True))
 
-        job_pairs = _in_turns(["loader", "job"], job_rounds, job)  # first: what is wrong with the clips shows here
-        pairs = _in_turns(engines, rounds, real) | job_pairs
-        null_pairs = _in_turns([*engines, "loader"], rounds, null) | _in_turns(["job"], job_rounds, null)
+        job_pairs = _interleaved(["loader", "job"], job_rounds, job)  # First, as errors in the clips are raised here.
+        pairs = _interleaved(engines, rounds, real) | job_pairs
+        null_pairs = _interleaved([*engines, "loader"], rounds, null) | _interleaved(["job"], job_rounds, null)
         timed = groups.take(Turn("plain", null_recipe, 2 * _LOG_EVERY, _NULL_STEPS * steps, null=True, timed=True))
 
     ratios = {way: [bare.step_s / own.step_s for own, bare in each] for way, each in pairs.items()}
@@ -177,32 +177,32 @@ def bench_train(recipe: Recipe, steps: int, rounds: int, job_rounds: int) -> dic
 
 
 def _speeds(recipe: Recipe, step_s: float, use: float | None) -> dict[str, float]:
-    """use: what one example a second takes of the GPUs' peak; None on CPUs, of which it says little."""
+    """use: share of the GPUs' peak FLOP/s that one example per second takes; None on CPUs, where it means little."""
     examples = recipe.optim.global_batch / step_s
     clips = len(clip_positions(np.arange(1), recipe.augment.mixup, recipe.augment.partner))
     mfu = {} if use is None else {"mfu": round(examples * use, 4)}
     return {"examples_per_s": round(examples, 2), "clips_per_s": round(examples * clips, 2), **mfu}
 
 
-Pair = tuple[Measured, Measured]  # a way's turn, and the mean of the bare loop's before and behind it
+Pair = tuple[Measured, Measured]  # A way's turn, and the mean of the bare turns before and after it.
 
 
-def _in_turns(ways: list[str], rounds: int, take: Callable[[str], Measured]) -> dict[str, list[Pair]]:
+def _interleaved(ways: list[str], rounds: int, take: Callable[[str], Measured]) -> dict[str, list[Pair]]:
     pairs: dict[str, list[Pair]] = {way: [] for way in ways}
     before = take(_BARE)
     for number in range(rounds):
         for way in ways:
-            own, behind = take(way), take(_BARE)
-            bare = Measured((before.step_s + behind.step_s) / 2)
+            own, after = take(way), take(_BARE)
+            bare = Measured((before.step_s + after.step_s) / 2)
             pairs[way].append((own, bare))
             figures = f"{1000 * own.step_s:9.2f} ms a step, bare {1000 * bare.step_s:.2f}"
             console.print(f"round {number + 1} of {rounds}  {way:12} {figures}")
-            before = behind
+            before = after
     return pairs
 
 
 def _layers(pairs: dict[str, list[Pair]], engine: str, launcher: str) -> dict[str, float]:
-    """Seconds that each layer adds to a step: each is what its way takes beyond the way without it."""
+    """Seconds that each layer adds to a step: the difference between the ways with and without it."""
     beyond = {way: statistics.median(own.step_s - bare.step_s for own, bare in each) for way, each in pairs.items()}
     return {
         "loop": beyond["plain"],
@@ -218,7 +218,7 @@ def _engine_way(recipe: Recipe) -> str:
 
 
 def with_engine(recipe: Recipe, way: str) -> Recipe:
-    """The way's own engine; the others' is the recipe's."""
+    """The recipe with the way's engine; ways without one use the recipe's."""
     if way == "plain":
         return changed(recipe, run={"engine": "torch"})
     if way.startswith("deepspeed_"):
@@ -227,7 +227,7 @@ def with_engine(recipe: Recipe, way: str) -> Recipe:
 
 
 class Groups:
-    """The ways' worker processes, started when a way has its first turn."""
+    """The worker processes of all ways, started at a way's first turn."""
 
     def __init__(self, recipe: Recipe, scratch: str) -> None:
         self._recipe = recipe
@@ -245,7 +245,7 @@ class Groups:
             process.join()
 
     def take(self, turn: Turn) -> Measured:
-        """Let a way's workers take a turn, and wait for them."""
+        """Let a way's workers run a turn, and wait for them."""
         self._number += 1
         name = f"turn-{self._number}"
         recipe = changed(turn.recipe, run={"dir": self._scratch, "name": name})
@@ -258,14 +258,14 @@ class Groups:
         for pipe in pipes:
             pipe.send(turn)
         answers: dict[Any, Measured] = {}
-        while len(answers) < len(pipes):  # one that failed answers while the others wait for it
+        while len(answers) < len(pipes):  # A failed worker answers while the others wait for it.
             for ready in wait([pipe for pipe in pipes if pipe not in answers]):
                 assert isinstance(ready, Connection)
                 answers[ready] = _result(ready.recv())
         return answers[pipes[0]]
 
     def _start(self, way: str) -> None:
-        # Forked from a server that has imported the most, and started with the environment of now.
+        # Forked from a server that has imported most modules, and was started with the current environment.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["jobs.bench.training"])
         self._pipes[way] = []
@@ -285,7 +285,7 @@ class Groups:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             console.print(done.stdout, markup=False)
-            raise UserError(f"the job ended with exit code {done.returncode}; what it said is above")
+            raise UserError(f"the job ended with exit code {done.returncode}; see its output above")
         return _result(pickle.loads(path.with_suffix(".measured").read_bytes()))
 
 
@@ -298,7 +298,9 @@ def _result(answer: Measured | UserError) -> Measured:
 def _worker(rank: int, world_size: int, device: str, store: str, pipe: Connection) -> None:
     """A worker process of one way."""
     end_with_parent()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the command's answer alone goes there; DeepSpeed says much
+    os.dup2(
+        sys.stderr.fileno(), sys.stdout.fileno()
+    )  # Stdout is only for the command's result; DeepSpeed writes there.
     os.environ["LOCAL_RANK"] = str(rank)
     with process_group(pick_device(device, rank), rank, world_size, FileStore(store, world_size)) as workers:
         while True:
@@ -333,8 +335,8 @@ def measure(turn: Turn, workers: Workers) -> Measured:
     try:
         return _measure_bare(turn, workers) if turn.way == _BARE else _measure_ours(turn, workers)
     finally:
-        gc.collect()  # DeepSpeed's engine refers to itself
-        # The other ways' processes need the memory.
+        gc.collect()  # DeepSpeed's engine contains reference cycles.
+        # The processes of the other ways need the memory.
         if workers.device.type == "cuda":
             torch.cuda.empty_cache()
         elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc's
@@ -364,14 +366,14 @@ def _windows(event: Event) -> list[Window]:
 
 def _measured(turn: Turn, windows: list[Window]) -> Measured:
     counted = [w for w in windows if turn.warm_up < w.step <= turn.warm_up + turn.steps]
-    if not counted:  # events are the first worker's
+    if not counted:  # Only the first worker has events.
         return Measured(0.0)
     seconds = sum(w.seconds for w in counted)
     return Measured(seconds / sum(w.steps for w in counted), sum(w.data_wait * w.seconds for w in counted) / seconds)
 
 
 def _bare(turn: Turn, workers: Workers) -> list[Window]:
-    """What one would write by hand: the same front end and augmentation, DDP, Adam, autocast, one-cycle."""
+    """A hand-written loop: the same front end and augmentation, DDP, Adam, autocast, one-cycle schedule."""
     recipe = turn.recipe
     optim, mixing, device = recipe.optim, recipe.augment, workers.device
     torch.set_num_threads(recipe.run.threads)
@@ -424,7 +426,7 @@ def _bare(turn: Turn, workers: Workers) -> list[Window]:
         adam.zero_grad()
         schedule.step()
         if (step + 1) % recipe.run.log_every == 0:
-            float(torch.stack(losses).sum())  # as one would print it; waits for the device
+            float(torch.stack(losses).sum())  # As for printing it; this waits for the device.
             windows.append(Window(step + 1, recipe.run.log_every, time.perf_counter() - began))
             losses.clear()
             began = time.perf_counter()
@@ -436,13 +438,13 @@ class _EnoughError(Exception):
 
 
 def _train(turn: Turn, workers: Workers, emit: Emit, parts: dict[str, float]) -> None:
-    """Our loop, cut off by its loader after the turn's steps: what follows a run's last step is not measured."""
+    """Our loop, ended by its loader after the turn's steps, as the end of a run is not measured."""
     with suppress(_EnoughError):
         train(turn.recipe, workers, emit, make_trainer=partial(_BenchTrainer, turn, parts))
 
 
 class _BenchTrainer(Trainer):
-    """The loop of a turn. parts: gets the seconds in parts of it, if the turn is timed."""
+    """The loop of a turn. parts: receives the seconds spent in parts of it, if the turn is timed."""
 
     def __init__(self, turn: Turn, parts: dict[str, float], run: Run, emit: Emit, resources: ExitStack) -> None:
         self._turn = turn
@@ -477,7 +479,7 @@ class _BenchTrainer(Trainer):
 
     def make_loader(self, crops: Iterator[MicroBatchCrops]) -> BatchSource:
         turn, pin_memory = self._turn, self.workers.device.type == "cuda"
-        # One step more than is counted: a loop may ask for batches ahead.
+        # One step more than is counted, as the loop may request batches ahead.
         batches = (turn.warm_up + turn.steps + 1) * self.micro_batches
         if turn.way not in ("loader", "job"):
             return _LimitedLoader(_SyntheticLoader(crops, pin_memory), batches)
@@ -497,7 +499,7 @@ class _NullLoader(Loader[MicroBatchCrops]):
 
 
 class _LimitedLoader:
-    """So many batches of a loader's; then the turn is over."""
+    """A limited number of a loader's batches, after which the turn ends."""
 
     def __init__(self, loader: BatchSource, batches: int) -> None:
         self._loader, self._batches = loader, iter(loader)
@@ -517,7 +519,7 @@ class _LimitedLoader:
 
 
 class _SyntheticLoader:
-    """In place of Loader: the crops are drawn as ever, their samples lie in memory."""
+    """In place of Loader: the crops are drawn as usual, but their samples come from memory."""
 
     def __init__(self, crops: Iterator[MicroBatchCrops], pin_memory: bool) -> None:
         self._crops = enumerate(crops)
@@ -609,7 +611,7 @@ def _spread(ratios: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    # Under its real name, which workers in other processes import.
+    # Imported under its real name, which workers in other processes import too.
     from jobs.bench.training import run_job
 
     run_job(Path(sys.argv[1]))

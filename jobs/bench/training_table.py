@@ -1,4 +1,4 @@
-"""What one GPU reaches in training, by variant, micro-batch, precision, compilation and memory format."""
+"""Measures training on one GPU by variant, micro-batch, precision, compilation and memory format."""
 
 import itertools
 import multiprocessing
@@ -40,7 +40,7 @@ class Setting:
 
 
 def settings(variants: Sequence[str], micro_batches: Sequence[int], precisions: Sequence[str]) -> Iterator[Setting]:
-    """Micro-batches with all else as it is by default; then the rest, each with each."""
+    """The micro-batches with all other settings at their defaults, then all combinations of the other settings."""
     for variant in variants:
         default = Setting(variant)
         yield from (replace(default, micro_batch=size) for size in micro_batches)
@@ -51,7 +51,7 @@ def settings(variants: Sequence[str], micro_batches: Sequence[int], precisions: 
 
 
 def bench_table(recipe: Recipe, lines: Sequence[Setting], warm_up: int = _WARM_UP, steps: int = _STEPS) -> Any:
-    """Each setting by the recipe with our loop and the plain engine, in a process of its own, on synthetic batches."""
+    """Measure each setting with our loop and the plain engine, in a separate process, on synthetic batches."""
     classes = load_sources(recipe.data.train).num_classes
     context = multiprocessing.get_context("spawn")
     table = []
@@ -62,7 +62,7 @@ def bench_table(recipe: Recipe, lines: Sequence[Setting], warm_up: int = _WARM_U
         with ProcessPoolExecutor(1, context) as process, tempfile.TemporaryDirectory(prefix="erann-bench-") as scratch:
             try:
                 seconds = process.submit(_step_seconds, recipe, line, scratch, warm_up, steps).result()
-            except UserError as error:  # such as a GPU that is too small
+            except UserError as error:  # Such as a GPU with too little memory.
                 table.append(asdict(line) | {"examples_per_s": None, "mfu": None, "problem": str(error)})
             else:
                 speed = line.micro_batch / seconds

@@ -14,7 +14,7 @@ from jobs.terminal.progress import console
 
 app = typer.Typer(
     name="erann",
-    help="Train ERANN audio taggers on AudioSet, from audio files to tar shards to an evaluated model.",
+    help="Train ERANN audio taggers on AudioSet: from audio files to tar shards to an evaluated model.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -24,13 +24,13 @@ for group in (shards, submit, training, watching, bench, cluster):
     group.add_to(app)
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(", ".join(f"{name} {version}" for name, version in program_versions().items()))
         raise typer.Exit
 
 
-# Commands that load PyTorch, which takes seconds, before they can say anything else.
+# Commands that first load PyTorch, which takes seconds: they print a line before that.
 _LOAD_PYTORCH = {"pretrain", "preflight", "finetune", "study", "pipeline", "evaluate", "tag", "demo"}
 
 
@@ -50,10 +50,10 @@ def every_command(
 
 
 def main() -> None:
-    """The command: a user's error is one line on stderr and an exit code (errors.py), not a traceback."""
+    """Run the command. A user error prints one line on stderr and sets an exit code (errors.py); no traceback."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # for a terminal or a file of another encoding than UTF-8
+            stream.reconfigure(errors="backslashreplace")  # for a terminal or a file that is not UTF-8
     try:
         app()
     except UserError as error:

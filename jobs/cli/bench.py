@@ -1,4 +1,4 @@
-"""The commands that measure."""
+"""The benchmark commands."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +13,10 @@ from jobs.terminal.show import (
 
 
 def bench_pack(
-    audio: Annotated[Path | None, typer.Option(help="Sound files; a synthetic AudioSet if not given.")] = None,
-    clips: Annotated[int, typer.Option(min=1, help="Clips in a round; files are used over and over.")] = 10_000,
-    clips_per_shard: Annotated[int, typer.Option(min=1)] = 2500,
-    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 3,
+    audio: Annotated[Path | None, typer.Option(help="Folder of audio files; default: a synthetic AudioSet.")] = None,
+    clips: Annotated[int, typer.Option(min=1, help="Clips per round; files are reused as needed.")] = 10_000,
+    clips_per_shard: Annotated[int, typer.Option(min=1, help="Clips per tar.")] = 2500,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; the median is reported.")] = 3,
     as_json: Json = False,
 ) -> None:
     from jobs.bench.packing import bench_pack as run
@@ -25,10 +25,10 @@ def bench_pack(
 
 
 def bench_loader(
-    shards: Annotated[str, typer.Argument(help="A shard set on a disk, of clips of about 10 s.")],
+    shards: Annotated[str, typer.Argument(help="A shard set on a local disk, with clips of about 10 s.")],
     batches: Annotated[int, typer.Option(min=2, help="Batches of 32 crops; the first fifth is not counted.")] = 120,
-    crop_s: Annotated[float, typer.Option(min=0.1, help="Length of the crops.")] = 8.0,
-    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 3,
+    crop_s: Annotated[float, typer.Option(min=0.1, help="Crop length in seconds.")] = 8.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; the median is reported.")] = 3,
     as_json: Json = False,
 ) -> None:
     from jobs.bench.loading import bench_loader as run
@@ -37,10 +37,10 @@ def bench_loader(
 
 
 def bench_augment(
-    variant: Annotated[str, typer.Option(help="Whose training example.")] = "ERANN-1-3",
-    crop_s: Annotated[float, typer.Option(min=0.5, help="Length of the crops.")] = 3.0,
-    clips: Annotated[int, typer.Option(min=1, help="That share a shift, as in a micro-batch.")] = 8,
-    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 5,
+    variant: Annotated[str, typer.Option(help="Model whose training step is the reference.")] = "ERANN-1-3",
+    crop_s: Annotated[float, typer.Option(min=0.5, help="Crop length in seconds.")] = 3.0,
+    clips: Annotated[int, typer.Option(min=1, help="Clips that share a shift, as in a micro-batch.")] = 8,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; the median is reported.")] = 5,
     as_json: Json = False,
 ) -> None:
     from jobs.bench.augmentation import bench_augment as run
@@ -49,8 +49,8 @@ def bench_augment(
 
 
 def bench_sampler(
-    segments: Annotated[list[Path], typer.Argument(help="AudioSet's segment lists, each made one shard set.")],
-    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 3,
+    segments: Annotated[list[Path], typer.Argument(help="AudioSet segment lists; each stands for one shard set.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; the median is reported.")] = 3,
     as_json: Json = False,
 ) -> None:
     from jobs.bench.sampling import bench_sampler as run
@@ -59,8 +59,8 @@ def bench_sampler(
 
 
 def bench_plan(
-    segments: Annotated[Path, typer.Argument(help="Segment list.")],
-    missing: Annotated[float, typer.Option(min=0, max=1, help="Share of the files that is not there.")] = 0.07,
+    segments: Annotated[Path, typer.Argument(help="AudioSet segment list.")],
+    missing: Annotated[float, typer.Option(min=0, max=1, help="Fraction of the audio files that is missing.")] = 0.07,
     as_json: Json = False,
 ) -> None:
     from jobs.bench.packing import bench_plan as run
@@ -70,12 +70,14 @@ def bench_plan(
 
 def bench_kills(
     shards: Shards,
-    kills: Annotated[int, typer.Option(min=1, help="At most, with --every.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
-    steps: Annotated[int, typer.Option(min=10, help="Of each run.")] = 60,
+    kills: Annotated[int, typer.Option(min=1, help="Number of kills; with --every, the maximum.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed for the times of the kills.")] = 0,
+    steps: Annotated[int, typer.Option(min=10, help="Steps per run.")] = 60,
     every: Annotated[
         float | None,
-        typer.Option(min=1, help="One run, with a fault each so many seconds: a node and a worker in turns."),
+        typer.Option(
+            min=1, help="Instead, one run with a kill every so many seconds: alternately a node and a worker."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -86,22 +88,23 @@ def bench_kills(
 
 
 def bench_train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")] = (
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a built-in recipe.")] = (
         Path("demo.yaml")
     ),
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
     launcher: Annotated[
-        Launcher | None, typer.Option(help="Who starts the whole job: run.launcher of the recipe. none: 1 worker.")
+        Launcher | None,
+        typer.Option(help="Launcher of the whole job, overriding the recipe's run.launcher. none: 1 worker."),
     ] = None,
-    steps: Annotated[int, typer.Option(min=3, help="Steps of a turn that count, in threes.")] = 9,
-    rounds: Annotated[int, typer.Option(min=1, help="The median counts.")] = 5,
-    job_rounds: Annotated[int, typer.Option(min=1, help="Of the whole job, which starts anew in each.")] = 3,
+    steps: Annotated[int, typer.Option(min=3, help="Measured steps per turn; a multiple of three.")] = 9,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds; the median is reported.")] = 5,
+    job_rounds: Annotated[int, typer.Option(min=1, help="Rounds of the whole job, which is started in each.")] = 3,
     table: Annotated[
         bool,
         typer.Option(
             "--table",
-            help="Instead, on an NVIDIA GPU: speed and FLOP utilisation of ERANN-1-6 and ERANN-2-5 by micro-batch, "
-            "precision, compilation and memory format, on the recipe's data and crops.",
+            help="Instead, measure speed and FLOP utilisation of ERANN-1-6 and ERANN-2-5 on an NVIDIA GPU, by "
+            "micro-batch, precision, compilation and memory format, for the recipe's crop length and classes.",
         ),
     ] = False,
     as_json: Json = False,
@@ -111,7 +114,7 @@ def bench_train(
     from jobs.recipes import find_recipe
 
     alone = ["run.workers=1"] if launcher == "none" else []
-    # What is measured is speed: the same clips may be trained on and evaluated.
+    # Only speed is measured, so the training and evaluation clips may overlap.
     alone.append("data.allow_overlap=true")
     settings = [*alone, *(overrides or []), *([f"run.launcher={launcher}"] if launcher else [])]
     loaded = load_recipe(find_recipe(recipe), settings)
@@ -125,34 +128,39 @@ def bench_train(
 
 
 def add_to(app: typer.Typer) -> None:
-    bench = typer.Typer(no_args_is_help=True, help="Measure, side by side in one run.", rich_markup_mode="markdown")
+    bench = typer.Typer(
+        no_args_is_help=True,
+        help="Benchmark parts of the system against baselines in the same run.",
+        rich_markup_mode="markdown",
+    )
     app.add_typer(bench, name="bench")
     bench.command(
         "pack",
-        help="Packing against the bare decoding, resampling and FLAC encoding of the same clips on the same cores."
+        help="Benchmark packing against bare decoding, resampling and FLAC encoding of the same clips on the same "
+        "cores."
         + examples(
             "erann bench pack --audio ../shared/data/esc10/audio",
         ),
     )(bench_pack)
     bench.command(
         "loader",
-        help="The loader from disk, from S3 and from the cache, against bare decoding, webdataset's WebLoader and a "
-        "DataLoader, on the same shards and cores."
+        help="Benchmark the loader reading from disk, S3 and the cache against bare decoding, webdataset's WebLoader "
+        "and PyTorch's DataLoader, on the same shards and cores."
         + examples(
             "erann bench loader demo/shards/train",
         ),
     )(bench_loader)
     bench.command(
         "augment",
-        help="The cost of pitch shift for a clip, by torchaudio's own function and by ours, beside that of "
-        "the front end and of a training example, on one core."
+        help="Benchmark pitch shift: the cost per clip of torchaudio's function and of ours, next to that of the "
+        "front end and of a training example, on one core."
         + examples(
             "erann bench augment --variant ERANN-1-3",
         ),
     )(bench_augment)
     bench.command(
         "sampler",
-        help="The sample plan at full size: time and memory to build it, draws per second, the cost of a jump."
+        help="Benchmark the sample plan at full size: time and memory to build it, draws per second, cost of a jump."
         + examples(
             "erann bench sampler ../shared/data/audioset/unbalanced_train_segments.csv.gz "
             "../shared/data/audioset/balanced_train_segments.csv",
@@ -160,16 +168,17 @@ def add_to(app: typer.Typer) -> None:
     )(bench_sampler)
     bench.command(
         "plan",
-        help="Planning, manifest and report at the full size of a real segment list, with linked audio files."
+        help="Benchmark packing's plan, manifest and report at the full size of a real segment list, with linked "
+        "audio files."
         + examples(
             "erann bench plan ../shared/data/audioset/unbalanced_train_segments.csv.gz",
         ),
     )(bench_plan)
     bench.command(
         "kills",
-        help="Runs in which a worker, all workers, the command itself and a node are killed in turn, at "
-        "random moments, against an undisturbed run: are the weights bit-identical, what is lost. Two "
-        "workers on this machine's CPU."
+        help="Kill a worker, all workers, the command itself and a node, one after another at random times, and "
+        "compare with an undisturbed run.\n\nReports whether the weights are bit-identical, and the steps and time "
+        "lost. Uses two workers on this machine's CPU."
         + examples(
             "erann bench kills demo/shards/train",
             "erann bench kills demo/shards/train --every 60 --steps 2000",
@@ -177,8 +186,9 @@ def add_to(app: typer.Typer) -> None:
     )(bench_kills)
     bench.command(
         "train",
-        help="The training loop, DeepSpeed and the whole job under Ray or torchrun against a bare PyTorch "
-        "loop, in turns, with a recipe's model and with a null model that shows what each layer costs."
+        help="Benchmark the training loop, DeepSpeed and the whole job under Ray or torchrun against a bare PyTorch "
+        "loop.\n\nThe measurements are interleaved, and made with the recipe's model and with a null model, which "
+        "shows what each layer costs."
         + examples(
             "erann bench train demo.yaml run.workers=2",
             "erann bench train audioset.yaml --table",

@@ -1,4 +1,4 @@
-"""The commands that make and check shard sets."""
+"""The commands that create, check and inspect shard sets."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -25,25 +25,25 @@ Segments = Annotated[
 Audio = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of clips, of tars of clips or of PANNs' HDF5 packs, in any mix; or one archive.",
+        help="Folder with any mix of audio files, tars of clips and PANNs' HDF5 packs; or a single archive.",
         rich_help_panel=_AUDIOSET,
     ),
 ]
 Classes = Annotated[
     Path | None,
-    typer.Option(help="class_labels_indices.csv; AudioSet's 527 classes if not given.", rich_help_panel=_AUDIOSET),
+    typer.Option(help="class_labels_indices.csv. Default: AudioSet's 527 classes.", rich_help_panel=_AUDIOSET),
 ]
 Root = Annotated[Path | None, typer.Option(help="The data set's folder.", rich_help_panel=_OTHERS)]
 Esc10 = Annotated[bool, typer.Option("--esc10", help="esc50: only ESC-10's ten classes.", rich_help_panel=_OTHERS)]
 Labels = Annotated[
     Path | None,
     typer.Option(
-        help="folder: CSV with path,labels[,split][,fold]; without it each sub-folder is a class.",
+        help="folder: CSV with path,labels[,split][,fold]. Default: each sub-folder is a class.",
         rich_help_panel=_OTHERS,
     ),
 ]
-_PACKING = "how to pack"
-Quick = Annotated[bool, typer.Option("--quick", help="Compare sizes and tables only; read nothing of the tars.")]
+_PACKING = "packing"
+Quick = Annotated[bool, typer.Option("--quick", help="Compare only sizes and tables, without reading the tars.")]
 
 
 def pack(
@@ -56,27 +56,31 @@ def pack(
     esc10: Esc10 = False,
     labels: Labels = None,
     clips_per_shard: Annotated[
-        int, typer.Option(min=1, help="Clips in a tar; 2500 of 10 s are about 1 GB.", rich_help_panel=_PACKING)
+        int, typer.Option(min=1, help="Clips per tar; 2500 clips of 10 s take about 1 GB.", rich_help_panel=_PACKING)
     ] = 2500,
     codec: Annotated[
         Literal["flac", "wav"],
-        typer.Option(help="WAV decodes faster and takes twice the space.", rich_help_panel=_PACKING),
+        typer.Option(
+            help="Codec of the clips. WAV decodes faster but takes twice the space.", rich_help_panel=_PACKING
+        ),
     ] = "flac",
     order: Annotated[
-        Literal["shuffled", "source"], typer.Option(help="How clips are dealt to tars.", rich_help_panel=_PACKING)
+        Literal["shuffled", "source"], typer.Option(help="Order of the clips in the tars.", rich_help_panel=_PACKING)
     ] = "shuffled",
     sample_rate: Annotated[
-        int, typer.Option(min=1000, help="Hz. ERANN takes no other rate than 44100.", rich_help_panel=_PACKING)
+        int, typer.Option(min=1000, help="Sample rate in Hz. ERANN requires 44100.", rich_help_panel=_PACKING)
     ] = 44_100,
     min_seconds: Annotated[
-        float, typer.Option(min=0, help="Shorter clips are left out, and reported.", rich_help_panel=_PACKING)
+        float, typer.Option(min=0, help="Leave out shorter clips; they are reported.", rich_help_panel=_PACKING)
     ] = 0.02,
     skip_silent: Annotated[
         bool,
-        typer.Option("--skip-silent", help="Clips below -80 dB are left out, and reported.", rich_help_panel=_PACKING),
+        typer.Option(
+            "--skip-silent", help="Leave out clips below -80 dB; they are reported.", rich_help_panel=_PACKING
+        ),
     ] = False,
     max_missing: Annotated[
-        float, typer.Option(min=0, max=1, help="Exit code 1 when a larger share of the listed clips is not packed.")
+        float, typer.Option(min=0, max=1, help="Exit with code 1 if a larger fraction of the listed clips is missing.")
     ] = 1.0,
     endpoint: Endpoint = None,
     address: Address = None,
@@ -90,14 +94,14 @@ def pack(
     folder = open_folder(out, endpoint)
     for place in (audio, root):
         if place and isinstance(folder, LocalFolder) and Path(folder.url).absolute().is_relative_to(place.absolute()):
-            raise UsageError(f"--out {out}: lies in {place}, whose sound is packed; choose another place")
+            raise UsageError(f"--out {out}: is inside {place}, the source of the clips; choose another folder")
     with console.status("reading the source"):
         source = read_source(kind, Options(segments, audio, classes, root, esc10, labels))
     packing = Packing(sample_rate, codec, clips_per_shard, order, min_seconds, skip_silent)
     try:
         result = run(source, folder, packing, address)
     except KeyboardInterrupt:
-        console.print("stopped; run the same command again to go on with the shards that are not there yet")
+        console.print("stopped; run the same command again to resume with the remaining shards")
         raise
     show(result, as_json, packed_page)
     require_coverage(result, max_missing)
@@ -129,7 +133,7 @@ def repair(
     folder = open_folder(shards, endpoint)
     info = read_info(folder)
     if not info.packing:
-        raise UserError(f"{folder}: its tars were not made by erann pack, which alone could rebuild them")
+        raise UserError(f"{folder}: its tars were not made by erann pack, so they can't be rebuilt")
     with console.status("reading the source"):
         source = read_source_of(info.name, Options(segments, audio, classes, root, labels=labels))
     show(run(folder, source, quick, address), as_json, repaired_page)
@@ -155,19 +159,21 @@ def stage(
 
     folder = open_folder(directory)
     if not isinstance(folder, LocalFolder):
-        raise UsageError(f"{directory}: a set is copied to a folder on a disk, not to S3")
+        raise UsageError(f"{directory}: a set is copied to a local folder, not to S3")
     try:
         result = run(open_folder(shards, endpoint), folder)
     except KeyboardInterrupt:
-        console.print("stopped; run the same command again to go on")
+        console.print("stopped; run the same command again to resume")
         raise
     show(result, as_json, facts_page)
 
 
 def stats(
     shards: Shards,
-    html: Annotated[Path | None, typer.Option(help="Also write a page with plots.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="SamplePlan of balanced sampling to reckon with.")] = 16_000_000,
+    html: Annotated[Path | None, typer.Option(help="Also write an HTML page with plots to this file.")] = None,
+    examples: Annotated[
+        int, typer.Option(min=1, help="Training examples for which balanced sampling is computed.")
+    ] = 16_000_000,
     endpoint: Endpoint = None,
     as_json: Json = False,
 ) -> None:
@@ -179,9 +185,10 @@ def stats(
 
 
 def add_to(app: typer.Typer) -> None:
-    """Put the commands into the app."""
+    """Add the commands to the app."""
     app.command(
-        help="Pack a data set into a shard set: tars and a manifest, in a folder or in S3. Stopped, it goes on."
+        help="Pack a data set into a shard set: tars and a manifest, in a folder or in S3.\n\nIf it is interrupted, "
+        "run the same command again to resume."
         + examples(
             "erann pack audioset --segments eval_segments.csv --audio AUDIO --out s3://bucket/eval",
             "erann pack esc50 --root ../shared/data/esc10 --esc10 --out shard-sets/esc10",
@@ -191,33 +198,33 @@ def add_to(app: typer.Typer) -> None:
         )
     )(pack)
     app.command(
-        help="Check a shard set against its manifest: every tar is read, every clip decoded."
+        help="Check a shard set against its manifest by reading every tar and decoding every clip."
         + examples(
             "erann verify shard-sets/esc10",
         )
     )(verify)
     app.command(
-        help="Verify a shard set and rebuild just the shards that are damaged or missing from their source, to the "
-        "bytes they had."
+        help="Verify a shard set, and rebuild damaged or missing shards from the source, byte for byte."
         + examples(
             "erann repair shard-sets/esc10 --root ../shared/data/esc10",
         )
     )(repair)
     app.command(
-        help="Write the manifest for WebDataset tars that are there, without repacking them."
+        help="Write a manifest for existing WebDataset tars, without repacking them."
         + examples(
             "erann index shard-sets/theirs",
         )
     )(index)
     app.command(
-        help="Copy a whole shard set, from S3 or a shared disk, to a disk of this machine. Every tar is checked; "
-        "stopped, it goes on."
+        help="Copy a whole shard set from S3 or a shared disk to a local disk, checking every tar.\n\nIf it is "
+        "interrupted, run the same command again to resume."
         + examples(
             "erann stage s3://bucket/audioset/balanced_train /local/balanced_train",
         )
     )(stage)
     app.command(
-        help="What is in a shard set: coverage, classes, durations, formats, reasons, balanced sampling."
+        help="Show the statistics of a shard set: coverage, classes, durations, formats, clips not packed, balanced "
+        "sampling."
         + examples(
             "erann stats shard-sets/esc10 --html esc10.html",
         )

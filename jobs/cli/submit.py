@@ -1,4 +1,4 @@
-"""The commands that send work to a cluster and look after it there."""
+"""The commands that submit jobs to a cluster and manage them."""
 
 import shlex
 import sys
@@ -16,21 +16,21 @@ _EXIT_OF_STOPPED = 143
 
 Address = Annotated[
     str | None,
-    typer.Option(help="The cluster's dashboard, http://HEAD:8265, or ray://HEAD:10001; RAY_ADDRESS if not given."),
+    typer.Option(help="The cluster's dashboard, http://HEAD:8265, or ray://HEAD:10001. Default: RAY_ADDRESS."),
 ]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="As erann jobs list shows it.")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job's ID, as listed by erann jobs list.")]
 
-jobs_app = typer.Typer(no_args_is_help=True, help="Look after submitted jobs.", rich_markup_mode="markdown")
+jobs_app = typer.Typer(no_args_is_help=True, help="Manage submitted jobs.", rich_markup_mode="markdown")
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add these commands to an application."""
+    """Add the commands to the app."""
     app.command(
         context_settings={"ignore_unknown_options": True, "allow_interspersed_args": True},
-        help="Send erann pretrain, finetune, study or pipeline to a Ray cluster and show its log until it ends.\n\n"
-        "Ctrl-C leaves the job running. A run that is on its way already is not sent again, but followed. Places in "
-        "the recipe are of the cluster: paths that all its nodes share, or s3://. Of this machine's environment only "
-        "the S3 endpoint and region go along."
+        help="Submit erann pretrain, finetune, study or pipeline to a Ray cluster, and show its log until it ends.\n\n"
+        "Ctrl-C leaves the job running. A run that is already in progress is not submitted again, but followed. Paths "
+        "in the recipe are those of the cluster: paths shared by all nodes, or s3:// URLs. From this machine's "
+        "environment only the S3 endpoint and region are sent."
         + examples(
             "erann submit pretrain audioset_fast.yaml data.train=s3://bucket/train data.eval=s3://bucket/eval "
             "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265",
@@ -44,11 +44,13 @@ def submit(
     context: typer.Context,
     command: Annotated[list[str], typer.Argument(metavar="COMMAND RECIPE [KEY.PATH=VALUE]...", show_default=False)],
     address: Address = None,
-    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for its end.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent and run; send nothing.")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="Return without waiting for the job to end.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be sent and run, without sending it.")
+    ] = False,
     dependencies: Annotated[
         Literal["image", "pip"],
-        typer.Option(help="What the nodes run it with: what they have, or what pip installs there, pinned as here."),
+        typer.Option(help="image: use what is installed on the nodes. pip: install this machine's versions there."),
     ] = "image",
     as_json: Json = False,
 ) -> None:
@@ -61,9 +63,9 @@ def submit(
         show(_plan(work), as_json, package_page)
         return
     cluster = ray_jobs.connect(address)
-    _tell_what_is_sent(work)
+    _report_package(work)
     job, is_new = ray_jobs.submit(cluster, work)
-    console.print(f"{job}: {'submitted' if is_new else 'is on its way already; not sent again'}", markup=False)
+    console.print(f"{job}: {'submitted' if is_new else 'already in progress; not submitted again'}", markup=False)
     result = {"job": job, "new": is_new, "run": work.run, "address": cluster.address}
     if detach:
         show(result | {"status": str(ray_jobs.find(cluster, job).status.value)}, as_json, submitted_page)
@@ -75,26 +77,26 @@ def submit(
 
 
 def submit_preflight(context: typer.Context, recipe: Path, overrides: list[str], address: str, as_json: bool) -> None:
-    """Run erann preflight as a job on the cluster, and end as it does there."""
+    """Run erann preflight as a job on the cluster, and exit with the job's exit code."""
     from cluster.submit import ray_jobs
     from jobs.submission.submit import prepare
 
     work = prepare(context, ["preflight", str(recipe), *overrides, *(["--json"] if as_json else [])], "image")
     cluster = ray_jobs.connect(address)
-    _tell_what_is_sent(work)
+    _report_package(work)
     job, _ = ray_jobs.submit(cluster, work)
     console.print(f"{job}: submitted to {address}", markup=False)
     facts = _follow(cluster, job, as_json)
     if as_json:
         *_, last = ["", *ray_jobs.logs(cluster, job).splitlines()]
-        if last.startswith("{"):  # else it ended before it had a result
+        if last.startswith("{"):  # Otherwise the job ended before it had a result.
             print(last)
     _end_as(facts)
 
 
 @jobs_app.command(
     "list",
-    help="The cluster's submitted jobs, the newest last."
+    help="List the cluster's submitted jobs, the newest last."
     + examples(
         "erann jobs list",
     ),
@@ -109,7 +111,7 @@ def list_all(address: Address = None, as_json: Json = False) -> None:
 
 
 @jobs_app.command(
-    help="How a job stands, and why it failed."
+    help="Show a job's status and, if it failed, why."
     + examples(
         "erann jobs status pretrain-audioset-1",
     ),
@@ -123,14 +125,14 @@ def status(job: JobId, address: Address = None, as_json: Json = False) -> None:
 
 
 @jobs_app.command(
-    help="What a job has printed; with --follow, until it ends. Ctrl-C leaves it running."
+    help="Print a job's log; with --follow, until the job ends. Ctrl-C leaves the job running."
     + examples(
         "erann jobs logs pretrain-audioset-1 --follow",
     ),
 )
 def logs(
     job: JobId,
-    follow: Annotated[bool, typer.Option("--follow", help="Until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow the log until the job ends.")] = False,
     address: Address = None,
 ) -> None:
     from cluster.submit import ray_jobs
@@ -144,7 +146,7 @@ def logs(
 
 
 @jobs_app.command(
-    help="Stop a job; its runs save a checkpoint first. Submitted again, it goes on from there."
+    help="Stop a job; its runs save a checkpoint first.\n\nSubmit the same command again to resume from it."
     + examples(
         "erann jobs stop pretrain-audioset-1",
     ),
@@ -156,18 +158,18 @@ def stop(job: JobId, address: Address = None, as_json: Json = False) -> None:
     cluster = ray_jobs.connect(address)
     found = ray_jobs.find(cluster, job)
     if not found.status.is_terminal():
-        with console.status(f"{job}: told to stop, saves its checkpoint"):
+        with console.status(f"{job}: stop requested, saving a checkpoint"):
             ray_jobs.stop(cluster, str(found.submission_id))
         found = ray_jobs.find(cluster, job)
     show(job_facts(found, ray_jobs.run_of(found)), as_json, job_page)
 
 
 def _follow(cluster: Any, job: str, as_json: bool) -> dict[str, Any]:
-    """Show the job's log until it ends; what there is to say of it then."""
+    """Show the job's log until it ends. Returns the job's facts (`job_facts`)."""
     from cluster.submit import ray_jobs
     from jobs.submission.page import job_facts
 
-    out = sys.stderr if as_json else sys.stdout  # the one JSON object has stdout for itself
+    out = sys.stderr if as_json else sys.stdout  # With --json, stdout holds only the JSON object.
 
     def write(text: str) -> None:
         out.write(text)
@@ -178,7 +180,7 @@ def _follow(cluster: Any, job: str, as_json: bool) -> dict[str, Any]:
     except KeyboardInterrupt:
         where = f"{shlex.quote(job)} --address {shlex.quote(cluster.address)}"
         console.print(
-            f"detached; the job goes on\n  erann jobs logs {where} --follow   comes back to it\n"
+            f"detached; the job is still running\n  erann jobs logs {where} --follow   follows it again\n"
             f"  erann jobs stop {where}   stops it",
             markup=False,
         )
@@ -186,14 +188,16 @@ def _follow(cluster: Any, job: str, as_json: bool) -> dict[str, Any]:
     ended = ray_jobs.find(cluster, job)
     facts = job_facts(ended, ray_jobs.run_of(ended))
     line = f"{job}: {facts['status'].lower()}"
-    if facts["status"] == "FAILED" and facts["exit_code"] is None:  # it never began, or was lost: no log says why
+    if (
+        facts["status"] == "FAILED" and facts["exit_code"] is None
+    ):  # It never started, or was lost: the log does not show why.
         line += f": {facts['message']}"
     console.print(line, markup=False)
     return facts
 
 
 def _end_as(facts: dict[str, Any]) -> None:
-    """Let this command end as the job did."""
+    """Exit with the job's exit code."""
     if facts["status"] == "STOPPED":
         raise typer.Exit(_EXIT_OF_STOPPED)
     if facts["status"] != "SUCCEEDED":
@@ -211,11 +215,9 @@ def _plan(work: Any) -> dict[str, Any]:
     }
 
 
-def _tell_what_is_sent(work: Any) -> None:
+def _report_package(work: Any) -> None:
     sizes = work.package.sizes
     largest = ", ".join(f"{name} {size / 1e3:,.0f} kB" for name, size in list(sizes.items())[:3])
-    console.print(
-        f"package: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; the largest: {largest}", markup=False
-    )
+    console.print(f"package: {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; largest: {largest}", markup=False)
     if work.kept_here:
         console.print(f"not sent: {', '.join(work.kept_here)}; the nodes need credentials of their own", markup=False)

@@ -24,14 +24,17 @@ from jobs.terminal.show import (
 
 
 def pretrain(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
     resume: Annotated[
         Literal["auto", "never", "must"],
-        typer.Option(help="From the last checkpoint if there is one; refuse a run that exists; refuse to start anew."),
+        typer.Option(
+            help="auto: resume from the last checkpoint if there is one. never: fail if the run exists. must: fail if "
+            "there is no checkpoint."
+        ),
     ] = "auto",
     launcher: Annotated[
-        Launcher | None, typer.Option(help="Who starts the workers: run.launcher of the recipe.")
+        Launcher | None, typer.Option(help="What starts the workers. Default: the recipe's run.launcher.")
     ] = None,
     address: Address = None,
     as_json: Json = False,
@@ -40,7 +43,7 @@ def pretrain(
     from jobs.recipes import find_recipe
     from jobs.training.pretrain import pretrain as run
 
-    # Without a launcher there is one worker, whatever the recipe has; a number that is typed is an error.
+    # Without a launcher there is one worker, whatever the recipe sets; a number on the command line is an error.
     alone = ["run.workers=1"] if launcher == "none" else []
     settings = [*alone, *(overrides or []), *([f"run.launcher={launcher}"] if launcher else [])]
     loaded = load_recipe(find_recipe(recipe), settings, note)
@@ -56,13 +59,13 @@ def pretrain(
 
 def preflight(
     context: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
     address: Annotated[
         str | None,
         typer.Option(
-            help="Of a Ray cluster: its dashboard, http://HEAD:8265 (or ray://HEAD:10001), to check it by a job there; "
-            "or HEAD:6379, from one of its nodes. Without one, an embedded cluster is looked at."
+            help="The Ray cluster to check: its dashboard, http://HEAD:8265 (or ray://HEAD:10001), to check it by a "
+            "job; or HEAD:6379 from one of its nodes. Default: an embedded cluster on this machine."
         ),
     ] = None,
     as_json: Json = False,
@@ -86,14 +89,17 @@ def preflight(
 
 
 def finetune(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
     init: Annotated[
         str | None,
-        typer.Option("--from", help="A model folder or a finished run; none: from scratch. model.init if not given."),
+        typer.Option(
+            "--from",
+            help="Pretrained model: a model folder or a finished run; none: train from scratch. Default: model.init.",
+        ),
     ] = None,
     launcher: Annotated[
-        Launcher | None, typer.Option(help="Who starts the workers: run.launcher of the recipe.")
+        Launcher | None, typer.Option(help="What starts the workers. Default: the recipe's run.launcher.")
     ] = None,
     address: Address = None,
     as_json: Json = False,
@@ -113,21 +119,30 @@ def finetune(
 
 
 def study(
-    kind: Annotated[Literal["augmentation", "hyperparameters", "transfer"], typer.Argument()],
+    kind: Annotated[
+        Literal["augmentation", "hyperparameters", "transfer"], typer.Argument(help="Which of the paper's tables.")
+    ],
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE... [KEY.PATH=VALUE]...", help="YAML files, then keys of all of them.")
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY.PATH=VALUE]...", help="YAML files, then keys that are set in all of them."
+        ),
     ],
     variant: Annotated[
-        list[str] | None, typer.Option(help="Of hyperparameters and transfer, in place of the paper's; several.")
+        list[str] | None,
+        typer.Option(help="hyperparameters, transfer: model variants in place of the paper's; may be repeated."),
     ] = None,
     init: Annotated[
         str | None,
         typer.Option(
             "--from",
-            help="Of transfer: pretrained model or run, {variant} replaced by each; none: rows from scratch alone.",
+            help="transfer: pretrained model or run, in which {variant} is replaced by each variant; none: only the "
+            "rows trained from scratch.",
         ),
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option(min=0, help="Each row is run with each; 0 if not given.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(min=0, help="Seed to run each row with; may be repeated. Default: 0.")
+    ] = None,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
@@ -142,7 +157,7 @@ def study(
         if kind == "transfer":
             if not paths or not init:
                 raise UsageError(
-                    "study transfer needs recipes of erann finetune, and --from: the pretrained model or run to "
+                    "study transfer needs recipes of erann finetune, and --from with the pretrained model or run to "
                     "fine-tune from, or none"
                 )
             rows = studies.transfer_rows(variant, init)
@@ -151,7 +166,7 @@ def study(
             if len(paths) != 1 or init:
                 raise UsageError(f"study {kind} takes one recipe of erann pretrain, and no --from")
             if kind == "augmentation" and variant:
-                raise UsageError("study augmentation takes no --variant; its rows are the paper's, each of a variant")
+                raise UsageError("study augmentation takes no --variant; the paper's rows set it")
             grid = studies.augmentation_rows() if kind == "augmentation" else studies.hyperparameter_rows(variant)
             result = studies.run_grid(kind, grid, paths[0], overrides, seeds, address, view)
     show(result, as_json, study_page)
@@ -160,7 +175,7 @@ def study(
 
 
 def pipeline(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
     address: Address = None,
     as_json: Json = False,
@@ -179,13 +194,16 @@ def evaluate(
     model: Model,
     shards: Annotated[str, typer.Argument(help="Folder of the shard set.")],
     split: Annotated[str | None, typer.Option(help="Only the clips of this split.")] = None,
-    fold: Annotated[list[int] | None, typer.Option(help="Only the clips of this fold; may be given again.")] = None,
+    fold: Annotated[list[int] | None, typer.Option(help="Only the clips of this fold; may be repeated.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where to write; evaluations/<name of the set> in the model's folder otherwise.")
+        Path | None,
+        typer.Option(help="Output folder. Default: evaluations/<name of the set> in the model's folder."),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-    launcher: Annotated[Launcher | None, typer.Option(help="none for one worker, else ray, if not given.")] = None,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option()] = "auto",
+    workers: Annotated[int, typer.Option(min=1, help="Number of workers.")] = 1,
+    launcher: Annotated[
+        Launcher | None, typer.Option(help="What starts the workers. Default: none for one worker, otherwise ray.")
+    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device of the workers.")] = "auto",
     as_json: Json = False,
 ) -> None:
     from erann_dist.recipe import DataSource
@@ -196,7 +214,7 @@ def evaluate(
     part = "".join([f"-{split}" if split else "", *(f"-fold{number}" for number in fold or [])])
     if not out:
         if "://" in model:
-            raise UsageError(f"{model}: --out is needed, a folder on this machine")
+            raise UsageError(f"{model}: a model in S3 needs --out; give a folder on this machine")
         out = Path(find_model(model).url, "evaluations", f"{Path(shards).name}{part}")
     with RunView() as view:
         result = run(model, source, out, launcher or ("none" if workers == 1 else "ray"), workers, device, view.event)
@@ -207,16 +225,17 @@ def evaluate(
 def tag(
     model: Model,
     sounds: Annotated[
-        list[str], typer.Argument(help="Sound files, or one shard set: its folder or s3://bucket/prefix.")
+        list[str], typer.Argument(help="Audio files, or one shard set: its folder or s3://bucket/prefix.")
     ],
-    top: Annotated[int | None, typer.Option(min=1, help="Of files: how many labels; 5 if not given.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Of a shard set: the Parquet file to write.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Of a shard set; 1 if not given.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Files: number of labels to print. Default: 5.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Shard set: the Parquet file to write.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Shard set: number of workers. Default: 1.")] = None,
     launcher: Annotated[
-        Launcher | None, typer.Option(help="Of a shard set: none for one worker, else ray, if not given.")
+        Launcher | None,
+        typer.Option(help="Shard set: what starts the workers. Default: none for one worker, otherwise ray."),
     ] = None,
     device: Annotated[
-        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Of a shard set; auto if not given.")
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Shard set: device of the workers. Default: auto.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -229,7 +248,7 @@ def tag(
         show(jobs.tag(model, [Path(sound) for sound in sounds], top or 5), as_json, tags_page)
         return
     if len(sounds) > 1:
-        raise UsageError(f"{sets[0]}: a shard set is tagged alone; tag other sets and files by commands of their own")
+        raise UsageError(f"{sets[0]}: one command tags a single shard set; tag other sets and files separately")
     if out is None or top is not None:
         raise UsageError(f"{sets[0]}: tagging a shard set needs --out FILE.parquet and takes no --top")
     workers = workers or 1
@@ -241,7 +260,7 @@ def tag(
 
 
 def demo(
-    folder: Annotated[Path, typer.Option("--dir", help="Where everything goes.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option("--dir", help="Folder for all of the demo's files.")] = Path("demo"),
     as_json: Json = False,
 ) -> None:
     from jobs.demo import demo as run
@@ -250,24 +269,30 @@ def demo(
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one that comes with this program.")],
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of a built-in recipe.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", show_default=False)] = None,
     segments: Annotated[
         list[Path] | None,
-        typer.Option(help="AudioSet's list in place of data.train's manifest, packed or not; may be given again."),
+        typer.Option(
+            help="AudioSet segment list to use instead of data.train, so that nothing need be packed yet; may be "
+            "repeated."
+        ),
     ] = None,
-    nodes: Annotated[int, typer.Option(min=1)] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1)] = 1,
-    cores_per_node: Annotated[int | None, typer.Option(min=1, help="8 for each GPU if not given.")] = None,
-    network: Annotated[float, typer.Option(min=0.001, help="Gbit/s of a node, to S3 and to the other nodes.")] = 10.0,
-    disk: Annotated[float, typer.Option(min=0.001, help="MB/s that a node reads from its disk.")] = 1000.0,
+    nodes: Annotated[int, typer.Option(min=1, help="Number of nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 1,
+    cores_per_node: Annotated[int | None, typer.Option(min=1, help="CPU cores per node. Default: 8 per GPU.")] = None,
+    network: Annotated[
+        float, typer.Option(min=0.001, help="Network bandwidth of a node in Gbit/s, to S3 and to the other nodes.")
+    ] = 10.0,
+    disk: Annotated[float, typer.Option(min=0.001, help="Read speed of a node's disk in MB/s.")] = 1000.0,
     gpu_speed: Annotated[
-        float, typer.Option(min=0.001, help="Examples/s of one GPU; an H200 gave 302 with ERANN-1-6.")
+        float, typer.Option(min=0.001, help="Training speed of one GPU in examples/s; an H200 gave 302 with ERANN-1-6.")
     ] = 300.0,
     core_speed: Annotated[
-        float, typer.Option(min=0.001, help="Clips/s that a core decodes; erann bench loader measures it.")
+        float,
+        typer.Option(min=0.001, help="Decoding speed of one core in clips/s, as measured by erann bench loader."),
     ] = 250.0,
-    request_price: Annotated[float, typer.Option(min=0, help="USD for a million GET requests.")] = 0.4,
+    request_price: Annotated[float, typer.Option(min=0, help="Price of a million GET requests in USD.")] = 0.4,
     as_json: Json = False,
 ) -> None:
     from erann_dist.recipe import load_recipe
@@ -284,19 +309,19 @@ def plan(
 
 def add_to(app: typer.Typer) -> None:
     app.command(
-        help="Train by a recipe, from the run's last checkpoint if there is one. Keys of the recipe are set "
-        "behind it.\n\nFrom one start to the next these may change: the keys of run but run.seed, those of "
-        "checkpoint, those of evaluate but evaluate.pad_s, data.loader_threads, data.cache, "
+        help="Train the model of a recipe, resuming from the run's last checkpoint if there is one.\n\nKeys given "
+        "after the recipe override it. Between two starts of a run these keys may change: all of run except "
+        "run.seed, all of checkpoint, all of evaluate except evaluate.pad_s, data.loader_threads, data.cache, "
         "data.max_bad_clips, optim.zero_stage, optim.compile, optim.max_bad_steps and optim.small_micro_batch. "
-        "With any other change it is another run, and needs another run.name."
+        "Any other change makes it a different run, which needs another run.name."
         + examples(
             "erann pretrain esc10.yaml run.name=esc10-short optim.epochs=2",
         ),
     )(pretrain)
     app.command(
-        help="Whether a cluster is ready for a recipe's run: nodes, versions, clocks, shards, run folder, "
-        "cache, network and some real steps, a line each with what mends it; then the time that the run will "
-        "take. Exit code 0 only when the run can start. Nothing stays in run.dir."
+        help="Check whether a cluster is ready for a recipe's run.\n\nChecks nodes, versions, clocks, shards, run "
+        "folder, cache and network, and runs a few real training steps; suggests a fix for each problem and estimates "
+        "the run's duration. The exit code is 0 only if the run can start. Nothing is left in run.dir."
         + examples(
             "erann preflight audioset_fast.yaml data.train=s3://bucket/train data.eval=s3://bucket/eval "
             "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265",
@@ -304,18 +329,20 @@ def add_to(app: typer.Typer) -> None:
         ),
     )(preflight)
     app.command(
-        help="Cross-validation on a data set with folds, from a pretrained model or from scratch: a run for "
-        "each fold, as many at once as the cluster has room for. The same command again goes on where it was stopped."
+        help="Cross-validate on a data set with folds, from a pretrained model or from scratch.\n\nEach fold is a run; "
+        "as many run at once as the cluster has capacity for. If it is interrupted, run the same command again to "
+        "resume."
         + examples(
             "erann finetune esc50.yaml --from runs/audioset",
             "erann finetune ravdess.yaml --from none model.variant=ERANN-1-3 protocol.folds=actors",
         ),
     )(finetune)
     app.command(
-        help="The paper's tables: augmentation (mixup, SpecAugment, crop) and hyperparameters (s_m and W) on "
-        "a recipe of erann pretrain; transfer (from scratch against fine-tuned) on recipes of erann finetune.\n\n"
-        "The runs go in parallel as the cluster allows. A key set behind the recipe holds for all rows, and "
-        "can't be one that they are about. The same command again goes on."
+        help="Reproduce the paper's tables: augmentation (mixup, SpecAugment, crop) and hyperparameters (s_m and W) "
+        "with a recipe of erann pretrain; transfer (from scratch against fine-tuned) with recipes of erann "
+        "finetune.\n\nAs many runs train in parallel as the cluster has capacity for. A key given after the recipe "
+        "applies to all rows, and can't be one that the table varies. If it is interrupted, run the same command "
+        "again to resume."
         + examples(
             "erann study augmentation audioset.yaml run.name=augmentation --seed 0 --seed 1",
             "erann study hyperparameters audioset.yaml run.name=variants --variant ERANN-1-6 --variant ERANN-2-5",
@@ -323,29 +350,29 @@ def add_to(app: typer.Typer) -> None:
         ),
     )(study)
     app.command(
-        help="Pretrain, evaluate, and fine-tune on several data sets, as one job. The same command again "
-        "goes on where it was stopped."
+        help="Pretrain, evaluate, and fine-tune on several data sets in one job.\n\nIf it is interrupted, run the same "
+        "command again to resume."
         + examples(
             "erann pipeline pipeline.yaml pretrain.recipe=audioset_fast.yaml pretrain.set.run.workers=8",
         ),
     )(pipeline)
     app.command(
-        help="Score every clip of a shard set once with a trained model: mAP, mAUC, d′, or accuracy and "
-        "confusion matrix."
+        help="Evaluate a trained model on every clip of a shard set: mAP, mAUC and d′, or accuracy and confusion "
+        "matrix."
         + examples(
             "erann evaluate runs/esc10 shard-sets/esc10 --fold 5",
         ),
     )(evaluate)
     app.command(
-        help="The likeliest labels of sound files of any format; or the scores of every clip of a shard set, "
-        "as Parquet."
+        help="Print the most likely labels of audio files in any format; or write the scores of every clip of a "
+        "shard set to a Parquet file."
         + examples(
             "erann tag runs/esc10 ../shared/data/esc10/audio/1-100032-A-0.ogg",
             "erann tag runs/esc10 s3://bucket/esc10 --out tags.parquet --workers 2",
         ),
     )(tag)
     app.command(
-        help="The whole path on a small synthetic AudioSet: make it, pack, verify, pretrain on two workers, "
+        help="Run the whole path on a small synthetic AudioSet: generate, pack, verify, pretrain on two workers, "
         "evaluate, tag."
         + examples(
             "erann demo",
@@ -353,8 +380,8 @@ def add_to(app: typer.Typer) -> None:
     )(demo)
     app.command(
         "plan",
-        help="What a run will take on a cluster, and what will limit it: every clip of the run is drawn, "
-        "nothing is read."
+        help="Estimate a run's duration, I/O and bottleneck on a cluster, without starting it.\n\nThe run's sample "
+        "plan is computed clip by clip; no audio is read."
         + examples(
             "erann plan audioset.yaml data.train=s3://bucket/train --segments unbalanced_train_segments.csv.gz "
             "--nodes 4 --gpus-per-node 8 --network 100",

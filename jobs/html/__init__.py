@@ -1,1 +1,1 @@
-"""What HTML pages and images have in common."""
+"""Shared code of the HTML pages and images."""

@@ -1,4 +1,4 @@
-"""What the images have in common."""
+"""Shared code of the images."""
 
 import warnings
 from pathlib import Path
@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from erann_dist.errors import UsageError
 from jobs.outputs import check_output
 
-# Names of files, classes and runs are drawn as they are: matplotlib would parse what is between two dollar signs.
+# Names of files, classes and runs are drawn literally: matplotlib would parse text between two dollar signs as math.
 matplotlib.rcParams["text.parse_math"] = False
-# For the letters that matplotlib's own font does not have, whichever of these the machine has.
+# Fallbacks for letters that matplotlib's own font lacks; those that are installed are used.
 _FURTHER_FONTS = ("Noto Sans CJK JP", "Noto Sans CJK SC", "Source Han Sans", "WenQuanYi Zen Hei", "IPAGothic")
 _INSTALLED = {font.name for font in font_manager.fontManager.ttflist}
 matplotlib.rcParams["font.family"] = ["DejaVu Sans", *(name for name in _FURTHER_FONTS if name in _INSTALLED)]
@@ -23,31 +23,31 @@ INK, SOFT, GRID, FILL, PALE = "#1f2933", "#66757f", "#dfe5e9", "#3b7ea1", "#a9c8
 
 
 def new_figure(path: Path, width: float, height: float) -> Figure:
-    """A figure, in inches, that can be written to the path.
+    """A figure, its size in inches, that can be written to the path.
 
-    Raises UsageError if its ending is no kind of image, or it is a folder; UserError if nothing can be written there.
+    Raises UsageError if the suffix is not an image format or the path is a folder, UserError if it can't be written.
     """
     check_output(path)
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     if path.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
-        raise UsageError(f"{path}: not a kind of image; give FILE.png")
+        raise UsageError(f"{path}: not an image format; give FILE.png")
     return figure
 
 
 def save_figure(figure: Figure, to: Path | TextIO, **settings: Any) -> None:
-    """Write the image, by savefig's settings; a letter that no font has is a box in it. Raises OSError."""
+    """Write the image, with savefig's settings; letters that no font has become boxes. Raises OSError."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font", category=UserWarning)
         figure.savefig(to, **{"dpi": 110, **settings})
 
 
 def shortened(name: str, width: int = 60) -> str:
-    """A name that fits into a title: of a longer one the beginning and the end."""
+    """The name, shortened in the middle to fit into a title."""
     return name if len(name) <= width else f"{name[: width // 2]}…{name[-(width // 2 - 1) :]}"
 
 
 def plain(axes: Axes) -> None:
-    """Without a frame, and its ticks' labels in ink."""
+    """Remove the axes' frame, and draw the tick labels in ink."""
     axes.tick_params(colors=SOFT, labelcolor=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)

@@ -1,7 +1,7 @@
-"""What the HTML pages share: their look in light and dark, and the elements that they are made of.
+"""Shared code of the HTML pages: their style in light and dark mode, and the elements that they are made of.
 
-Jinja2's templates escape all text; what they make is a Markup, which is not escaped again. Ruff's S704 finds other ways
-to make one.
+Jinja2's templates escape all text and return Markup, which is not escaped again. Ruff's S704 finds other ways to create
+Markup.
 """
 
 import base64
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from jobs.html.figure import FILL, GRID, INK, PALE, SOFT, save_figure
 
-# The colours that figures are drawn with; on a page they are those of its style sheet.
+# The colours that figures are drawn with; on a page they are replaced by variables of its style sheet.
 _VARIABLES = {INK: "ink", SOFT: "soft", GRID: "line", FILL: "fill", PALE: "pale"}
 
 _TEMPLATES = Environment(
@@ -34,9 +34,9 @@ _ELEMENTS: Any = _TEMPLATES.get_template("elements.html").module
 
 
 def document(title: str, parts: Iterable[Markup], style: str = "", script: str = "") -> str:
-    """A page that needs nothing but itself; browsers are told to load nothing, and to run no other script.
+    """A self-contained page, whose policy lets browsers load nothing else and run no other script.
 
-    style: the name of a file that is added to the style sheet. script: of one that is run.
+    style: the name of a file to append to the style sheet. script: the name of a file to run.
     """
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
     css = _file("style.css") + (_file(style) if style else Markup())
@@ -49,11 +49,11 @@ def document(title: str, parts: Iterable[Markup], style: str = "", script: str =
 
 
 def _file(name: str) -> Markup:
-    return Markup((Path(__file__).parent / "templates" / name).read_text())  # noqa: S704 - a file of the program's
+    return Markup((Path(__file__).parent / "templates" / name).read_text())  # noqa: S704 - a file of this program
 
 
 def element(name: str, *values: Any) -> Markup:
-    """One of the elements in templates/elements.html; see there what it takes. Text is escaped, Markup is not."""
+    """One of the elements in templates/elements.html, with its arguments. Text is escaped, Markup is not."""
     made: Markup = getattr(_ELEMENTS, name)(*values)
     return made
 
@@ -67,27 +67,27 @@ def paragraph(text: str | Markup) -> Markup:
 
 
 def soft(text: str | Markup) -> Markup:
-    """A paragraph of what is said by the way."""
+    """A paragraph in a softer colour, for side notes."""
     return element("soft", text)
 
 
 def figures(pairs: Iterable[tuple[str, str]]) -> Markup:
-    """Cards, each of a value and what it is."""
+    """Cards, each with a value and its description."""
     return element("figures", list(pairs))
 
 
 def facts(pairs: Iterable[tuple[str, str | Markup]]) -> Markup:
-    """A line for each fact: its name, and what it is."""
+    """A line for each fact: its name and value."""
     return element("facts", list(pairs))
 
 
 def table(
     head: Sequence[str], rows: Iterable[Sequence[Markup]], *, foot: Iterable[Sequence[Markup]] = (), css: str = ""
 ) -> Markup:
-    """In a box of its own, in which it scrolls where it is too wide.
+    """A table in a box, in which it scrolls sideways if it is too wide.
 
-    head: titles, with :n after those of numbers. rows, foot: finished cells. css: classes of the box; in a `long` one
-    it scrolls down too.
+    head: titles, with :n after those of numeric columns. rows, foot: finished cells. css: classes of the box; with
+    `long` it also scrolls down.
     """
     return element("table", head, list(rows), list(foot), css)
 
@@ -101,12 +101,12 @@ def number(value: str) -> Markup:
 
 
 def bar_cell(filled: float, whole: float = 1.0) -> Markup:
-    """A bar whose length is that share of the room there is, filled to the share `filled` of itself."""
+    """A bar whose length is the share `whole` of the cell, filled to the share `filled` of its length."""
     return element("bar_cell", filled, whole)
 
 
 def percent(share: float) -> str:
-    """A share for people: 100 % is all of them and 0 % none."""
+    """A share as text; it reads 100% only for all, and 0% only for none."""
     text = f"{share:.1%}"
     if text == "100.0%":
         return "100%" if share == 1 else "> 99.9%"
@@ -116,7 +116,7 @@ def percent(share: float) -> str:
 
 
 def drawing(width: float, height: float) -> tuple[Figure, Any]:
-    """A figure of so many inches, and its axes, in the pages' colours."""
+    """A figure, its size in inches, and its axes, in the pages' colours."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -128,18 +128,18 @@ def drawing(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def svg(figure: Figure, name: str, label: str) -> Markup:
-    """The figure as an element of a page: no prologue, no metadata, its text as text.
+    """The figure as an element of a page, without prologue and metadata, its text as text.
 
-    name: of this figure alone. label: what those who do not see it are told.
+    name: unique on the page. label: a description for screen readers.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         save_figure(figure, buffer, format="svg", transparent=True, metadata=metadata)
     drawn = buffer.getvalue()
-    # Every figure of matplotlib's has a patch_1: names that are unique on the page.
+    # Every matplotlib figure has a patch_1, so ids are made unique on the page.
     drawn = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", drawn[drawn.index("<svg") :])
     for colour, variable in _VARIABLES.items():
         drawn = drawn.replace(colour, f"var(--{variable})")
     described = f'<svg role="img" aria-label="{escape(label)}"'
-    return Markup(drawn.replace("<svg", described, 1))  # noqa: S704 - matplotlib has escaped its texts
+    return Markup(drawn.replace("<svg", described, 1))  # noqa: S704 - matplotlib escapes its text

@@ -9,13 +9,13 @@ from jobs.terminal.show import console, size
 
 
 def plan_page(result: dict[str, Any]) -> None:
-    """The run, its course, its classes, a step, other numbers of GPUs, and what to do."""
+    """The run, its progress over time, its classes, other numbers of GPUs, and advice."""
     parts = [_facts(result), _over_time(result["over_time"]), _classes(result["classes"]), _scaling(result)]
     for part in parts:
         console.print(part)
         console.print()
     limits = ", ".join(f"{limit} from {number}" for limit, number in result["limits_from"].items())
-    console.print(f"the limit, by the number of GPUs: {limits}")
+    console.print(f"bottleneck by number of GPUs: {limits}")
     for line in result["advice"]:
         console.print(f"- {line}")
 
@@ -31,13 +31,14 @@ def _facts(result: dict[str, Any]) -> Table:
     )
     table.add_row(
         "cluster",
-        f"{cluster['nodes']} × {cluster['gpus_per_node']} GPUs, {result['workers']} at work; per node "
+        f"{cluster['nodes']} × {cluster['gpus_per_node']} GPUs, {result['workers']} used; per node "
         f"{cluster['cores_per_node']} cores, {cluster['network_gbit_s']:g} Gbit/s, "
         f"a disk of {cluster['disk_mb_s']:g} MB/s",
     )
     table.add_row(
-        "taken as given",
-        f"{cluster['gpu_examples_per_s']:g} examples/s a GPU, {cluster['core_clips_per_s']:g} clips/s decoded a core",
+        "assumed",
+        f"{cluster['gpu_examples_per_s']:g} examples/s per GPU, "
+        f"{cluster['core_clips_per_s']:g} clips/s decoded per core",
     )
     table.add_row("time", f"{_duration(result['hours'])}, {result['gpu_hours']:,.1f} GPU-hours, without evaluations")
     table.add_row("a step at the end", ", ".join(f"{name} {ms:.1f} ms" for name, ms in limits.items()))
@@ -52,7 +53,7 @@ def _facts(result: dict[str, Any]) -> Table:
     )
     table.add_row(
         "a node reads",
-        f"{size(node['origin_bytes'])} from the shards; its different clips are {size(node['distinct_bytes'])}",
+        f"{size(node['origin_bytes'])} from the shards; its distinct clips are {size(node['distinct_bytes'])}",
     )
     if result["s3_requests"]:
         price = f"{cluster['usd_per_million_requests']:g} USD a million"

@@ -1,4 +1,4 @@
-"""What a run will take on a cluster, and what will limit it, before anything is started."""
+"""Estimates how long a run will take on a cluster and what will limit it, before it is started."""
 
 import tempfile
 from collections.abc import Callable
@@ -21,23 +21,23 @@ from jobs.terminal.progress import bar, console
 from jobs.terminal.show import size
 from shards.listed import write_listed_set
 
-_SHARES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # of the run, at which to look
+_SHARES = (0.001, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)  # Shares of the run at which to report.
 _EPOCHS_SHOWN = 12
-_WAV_DECODING = 0.1  # of the time that FLAC takes
-_ENOUGH = 0.95  # of the best speed: more GPUs than that takes are not worth while
+_WAV_DECODING = 0.1  # Decoding time of WAV relative to FLAC.
+_ENOUGH = 0.95  # Share of the best speed; more GPUs than it takes are not worthwhile.
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The machines, all alike. Ranks fill one node after the other."""
+    """A cluster of identical nodes. Ranks fill one node after the other."""
 
     nodes: int
     gpus_per_node: int
     cores_per_node: int
     network_gbit_s: float  # of a node
-    disk_mb_s: float  # that a node reads from its disk
-    gpu_examples_per_s: float  # a GPU's training speed when nothing else holds it up
-    core_clips_per_s: float  # that a core decodes
+    disk_mb_s: float  # read speed of a node's disk
+    gpu_examples_per_s: float  # training speed of a GPU that never waits
+    core_clips_per_s: float  # decoding speed of a core
     usd_per_million_requests: float
 
 
@@ -46,7 +46,7 @@ class Reads:
     """What a node reads for a step, on average over a stretch of the run."""
 
     clips: float
-    decoded: float  # clips, whole ones for a cache of PCM included
+    decoded: float  # clips, including those decoded whole for a PCM cache
     origin_bytes: float
     cache_bytes: float
     kept_bytes: float  # written to the cache
@@ -68,17 +68,17 @@ class Reads:
 
 @dataclass(frozen=True)
 class StepTime:
-    """How long a step takes: what is fetched, read and decoded for the next ones goes on beside the computing."""
+    """How long a step takes. Fetching, reading and decoding the next steps' clips overlap with its computation."""
 
     compute: float  # seconds, on a GPU
-    all_reduce: float  # seconds, of the gradients between the nodes, behind the computing
-    network: float  # seconds to fetch a step's clips, and the gradients
+    all_reduce: float  # seconds, of the gradients between the nodes, after the computation
+    network: float  # seconds for the network to carry a step's clips and gradients
     disk: float
     decode: float
 
     @property
     def undisturbed(self) -> float:
-        """Seconds if clips were always there."""
+        """Seconds if clips were always available."""
         return self.compute + self.all_reduce
 
     @property
@@ -97,7 +97,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Setting:
-    """All that a step's time depends on, but for what it reads and on how many workers."""
+    """All that a step's time depends on, except its reads and the number of workers."""
 
     recipe: Recipe
     cluster: Cluster
@@ -108,8 +108,8 @@ class Setting:
     def step_time(self, reads: Reads, workers: int) -> StepTime:
         optim, cluster = self.recipe.optim, self.cluster
         line, disk = cluster.network_gbit_s / 8 * 1e9, cluster.disk_mb_s * 1e6
-        # A ring sends all but one worker's share twice, through the one line of each node. Within a node it is taken
-        # to cost nothing.
+        # A ring sends all but one worker's share twice, through the single link of each node. The cost within a node
+        # is assumed to be zero.
         spread = workers > cluster.gpus_per_node
         all_reduce = 2 * (workers - 1) / workers * self.gradient_bytes / line if spread else 0.0
         from_disk = reads.cache_bytes + reads.kept_bytes + (0.0 if self.remote else reads.origin_bytes)
@@ -124,7 +124,7 @@ class Setting:
         )
 
     def reads(self, stretch: Stretch) -> list[Reads]:
-        """Of each node."""
+        """The reads of each node."""
         cache = self.recipe.data.cache
         pcm = cache is not None and cache.format == "pcm"
         return [Reads.of(node, stretch.steps, pcm) for node in stretch.nodes]
@@ -136,27 +136,30 @@ class Setting:
 
 
 def plan(recipe: Recipe, cluster: Cluster, segments: list[Path]) -> dict[str, Any]:
-    """Plan the recipe's run, on AudioSet's lists if some are given. Raises UserError when there are no such clips."""
+    """Plan the recipe's run, for AudioSet's segment lists if given. Raises UserError when there are no clips."""
     clips = _listed_clips(segments) if segments else load_sources(recipe.data.train)
     with bar("draw", recipe.steps(len(clips))) as progress:
         return reckon(recipe, clips, cluster, progress.update)
 
 
 def _listed_clips(segments: list[Path]) -> Manifest:
-    """The clips of the lists, as if all of them were packed."""
+    """The clips of the lists, as if all of them were already packed."""
     manifests = []
-    with tempfile.TemporaryDirectory(prefix="erann-plan-") as folder, console.status("reading the lists"):
+    with tempfile.TemporaryDirectory(prefix="erann-plan-") as folder, console.status("reading the segment lists"):
         for number, path in enumerate(segments):
             write_listed_set(path, Path(folder, str(number)))
             manifests.append(load_manifest(Path(folder, str(number))))
     clips = concatenate(manifests)
     if not len(clips):
-        raise UsageError(f"{segments[0]}: lists no segment")
+        raise UsageError(f"{segments[0]}: lists no segments")
     return clips
 
 
 def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable[[int], None]) -> dict[str, Any]:
-    """Draw all clips of the run and reckon what it asks of the cluster; progress is told the steps that are drawn."""
+    """Draw all clips of the run and estimate its demands on the cluster.
+
+    progress: called with the number of steps that have been drawn.
+    """
     optim = recipe.optim
     steps, gpus = recipe.steps(len(clips)), cluster.nodes * cluster.gpus_per_node
     workers = min(gpus, optim.global_batch // optim.micro_batch)
@@ -175,7 +178,7 @@ def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable
     over_time = _over_time(setting, stretches, workers, len(clips))
     reads, step = setting.slowest(stretches[-1], workers)
     fetched = sum(node.clips - node.hits for each in stretches for node in each.nodes)
-    requests = fetched + 2 * workers * len(clips.tars)  # each worker asks for the size of each tar, and opens it
+    requests = fetched + 2 * workers * len(clips.tars)  # Each worker requests the size of each tar and opens it.
     origin_bytes = np.sum([[node.origin_bytes for node in each.nodes] for each in stretches], axis=0)
     result = {
         "recipe": recipe.run.name,
@@ -197,7 +200,7 @@ def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable
             "ms": 1000 * step.all_reduce,
             "share": step.all_reduce / step.undisturbed,
         },
-        "node": {  # the slowest one, at the end of the run, if its GPUs never waited
+        "node": {  # What the slowest node needs at the end of the run for its GPUs never to wait.
             "clips_per_s": reads.clips / step.undisturbed,
             "origin_mb_per_s": reads.origin_bytes / step.undisturbed / 1e6,
             "cache_mb_per_s": reads.cache_bytes / step.undisturbed / 1e6,
@@ -213,7 +216,7 @@ def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable
 
 
 def _looks(steps: int, clips: int, global_batch: int) -> list[int]:
-    """The steps at which to look: some shares of the run, and the ends of its epochs if they are not too many."""
+    """The steps at which to report: some shares of the run, and the ends of some of its epochs."""
     epochs = np.arange(1, steps * global_batch // clips + 1)
     epochs = epochs[:: -(-len(epochs) // _EPOCHS_SHOWN) or 1]
     ends = -(-epochs * clips // global_batch)
@@ -221,7 +224,7 @@ def _looks(steps: int, clips: int, global_batch: int) -> list[int]:
 
 
 def _over_time(setting: Setting, stretches: list[Stretch], workers: int, clips: int) -> list[dict[str, Any]]:
-    """The run, a row for each look at it: what holds since the one before."""
+    """The run over time, a row for each stretch."""
     rows = []
     step, seconds, batch = 0, 0.0, setting.recipe.optim.global_batch
     for stretch in stretches:
@@ -244,7 +247,7 @@ def _over_time(setting: Setting, stretches: list[Stretch], workers: int, clips: 
 
 
 def _scaling(setting: Setting, stretches: list[Stretch], workers: int) -> dict[str, Any]:
-    """The speed on other numbers of GPUs, if their nodes' caches hit as often as this cluster's."""
+    """The speed with other numbers of GPUs, assuming the same cache hit rate as on this cluster."""
     optim, per_node = setting.recipe.optim, setting.cluster.gpus_per_node
 
     def micro_batches_of_a_node(number: int) -> int:
@@ -280,7 +283,7 @@ def _scaling(setting: Setting, stretches: list[Stretch], workers: int) -> dict[s
 
 
 def _classes(simulation: Simulation, clips: Manifest) -> dict[str, dict[str, Any]]:
-    """The classes whose clips are drawn least, in the median and most often."""
+    """The classes whose clips are drawn least often, in the median, and most often."""
     lists = class_lists(clips.label_values, clips.label_offsets, clips.num_classes)
     drawn = {number: simulation.counts[rows] for number, rows in enumerate(lists) if len(rows)}
     ranked = sorted(drawn, key=lambda number: float(drawn[number].mean()))
@@ -297,7 +300,7 @@ def _classes(simulation: Simulation, clips: Manifest) -> dict[str, dict[str, Any
 
 
 def _advice(recipe: Recipe, result: dict[str, Any]) -> list[str]:
-    """What the user could do, a line each."""
+    """Suggestions for the user, one line each."""
     optim, cache, node = recipe.optim, recipe.data.cache, result["node"]
     gpus, workers, count = result["gpus"], result["workers"], optim.global_batch // optim.micro_batch
     first, last = result["over_time"][0]["limit"], result["over_time"][-1]["limit"]
@@ -305,36 +308,36 @@ def _advice(recipe: Recipe, result: dict[str, Any]) -> list[str]:
     if workers < gpus:
         lines.append(
             f"{gpus - workers} of the {gpus} GPUs have nothing to do: a step of {optim.global_batch} examples has "
-            f"{_many(count, 'micro-batch')} of {optim.micro_batch}. Run several trainings side by side, or raise "
-            f"optim.global_batch to {gpus * optim.micro_batch} (another learning rate may then be right)"
+            f"{_many(count, 'micro-batch')} of {optim.micro_batch}. Run several trainings at once, or raise "
+            f"optim.global_batch to {gpus * optim.micro_batch} (which may need another learning rate)"
         )
     if idle := -count % workers:
         lines.append(
-            f"{idle} of the {workers} workers wait in each step: its {count} micro-batches don't come out even"
+            f"{idle} of the {workers} workers idle for part of each step: its {count} micro-batches don't divide evenly"
         )
     if (enough := result["enough_gpus"]) < workers:
-        lines.append(f"more GPUs than {enough} stop helping: with {enough} a step is within 5 % of the fastest")
+        lines.append(f"more than {enough} GPUs don't help: with {enough}, a step is within 5 % of the fastest")
     elif workers >= gpus:
         lines.append(
-            f"GPUs help up to {enough}; a step has {_many(count, 'micro-batch')}, and no work for more than that"
+            f"up to {enough} GPUs help; a step has {_many(count, 'micro-batch')}, so more than that would be idle"
         )
     if result["all_reduce"]["share"] > 0.1:
         lines.append(
             f"the all-reduce takes {result['all_reduce']['share']:.0%} of a step; a larger optim.global_batch or a "
-            "faster network between the nodes would make it less"
+            "faster network between the nodes would reduce it"
         )
     if last == "decoding":
         lines.append(
-            f"decoding is the limit: with {node['decoding_cores']:.0f} cores a node its GPUs would not wait; "
-            "WAV shards, or a data.cache with format pcm, need few cores, and twice the bytes"
+            f"decoding is the limit: with {node['decoding_cores']:.0f} cores per node the GPUs would not wait; "
+            "WAV shards or a data.cache with format pcm need few cores, but twice the bytes"
         )
     if last in ("network", "disk"):
         lines.append(
-            f"the {last} is the limit: for its GPUs not to wait, a node needs {node['origin_mb_per_s']:.0f} MB/s "
+            f"the {last} is the limit: to keep its GPUs busy, a node needs {node['origin_mb_per_s']:.0f} MB/s "
             f"from the shards and {node['cache_mb_per_s']:.0f} MB/s from its cache"
         )
     if first != last:
-        lines.append(f"at first the {first} is the limit, until the caches have filled")
+        lines.append(f"at first the {first} is the limit, until the caches are full")
     if result["s3_requests"] and (cache is None or cache.max_bytes < node["distinct_bytes"]):
         has = f"data.cache.max_bytes is {size(cache.max_bytes)}" if cache else "there is no data.cache"
         lines.append(f"{has}; {size(node['distinct_bytes'])} would hold all the clips that a node reads")

@@ -1,4 +1,4 @@
-"""What the nodes of a cluster will read in a run: each clip that the run's plan draws, drawn beforehand."""
+"""Simulates what the nodes of a cluster read in a run, by drawing every clip of the run's sample plan."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from erann_dist.recipe import Recipe
 from erann_dist.train.augment import clip_positions
 from erann_dist.train.work_plan import MicroBatch, assign_micro_batches, make_sampler
 
-_BLOCK = 1 << 17  # examples that are drawn at once
+_BLOCK = 1 << 17  # Number of examples drawn at once.
 
 
 @dataclass
@@ -19,12 +19,12 @@ class NodeReads:
     """What a node reads in a part of the run."""
 
     clips: int = 0
-    hits: int = 0  # in the node's cache
-    kept: int = 0  # that went into it
-    origin_bytes: int = 0  # from S3 or the disk of the shard set
-    cache_bytes: int = 0  # from the cache
-    kept_bytes: int = 0  # into the cache
-    seen_bytes: int = 0  # of the distinct clips that it has read since the run began, as a cache would hold them
+    hits: int = 0  # clips read from the node's cache
+    kept: int = 0  # clips added to the cache
+    origin_bytes: int = 0  # read from S3 or the disk of the shard set
+    cache_bytes: int = 0  # read from the cache
+    kept_bytes: int = 0  # written to the cache
+    seen_bytes: int = 0  # size in a cache of the distinct clips read since the run began
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Stretch:
 
     steps: int
     nodes: list[NodeReads]
-    unique_clips: int  # that the run has seen at its end
+    unique_clips: int  # distinct clips that the run has seen by the end of this part
 
 
 @dataclass
 class Simulation:
-    """A run on so many workers, node by node."""
+    """A run on these workers, node by node."""
 
     recipe: Recipe
     clips: Manifest
@@ -46,8 +46,8 @@ class Simulation:
     counts: npt.NDArray[np.int64]  # how often each clip was drawn
 
     def stretches(self, ends: list[int]) -> Iterator[Stretch]:
-        """The run from each of these steps to the next one, the first from 0."""
-        nodes = [_Node(self._dealt(ranks), self.recipe, self.clips) for ranks in self.workers_of_nodes]
+        """The parts of the run that end at these steps; the first begins at step 0."""
+        nodes = [_Node(self._micro_batches(ranks), self.recipe, self.clips) for ranks in self.workers_of_nodes]
         sampler = make_sampler(self.recipe, self.clips)
         optim, augment = self.recipe.optim, self.recipe.augment
         done = 0
@@ -65,23 +65,23 @@ class Simulation:
                 done = int(steps[-1]) + 1
             yield Stretch(end - first, reads, int(np.count_nonzero(self.counts)))
 
-    def _dealt(self, ranks: list[int]) -> list[MicroBatch]:
-        """The micro-batches of step 0 that these workers have."""
+    def _micro_batches(self, ranks: list[int]) -> list[MicroBatch]:
+        """The micro-batches of step 0 that are assigned to these workers."""
         world_size = sum(map(len, self.workers_of_nodes))
         return [each for rank in ranks for each in assign_micro_batches(0, self.recipe.optim, rank, world_size)]
 
 
 class _Node:
-    """A node and its cache, which takes in what is read until a clip finds no room, and throws nothing out."""
+    """A node and its cache, which adds every clip read until one does not fit, and evicts nothing."""
 
-    def __init__(self, dealt: list[MicroBatch], recipe: Recipe, clips: Manifest) -> None:
-        self.examples = np.concatenate([each.examples for each in dealt])  # of each step
-        # A repetition that keeps a worker in step is read, and is no draw.
-        self.drawn = np.repeat([each.weight > 0 for each in dealt], recipe.optim.micro_batch)
+    def __init__(self, micro_batches: list[MicroBatch], recipe: Recipe, clips: Manifest) -> None:
+        self.examples = np.concatenate([each.examples for each in micro_batches])  # of each step
+        # A repeated micro-batch that keeps a worker in step is read, but is not a draw.
+        self.drawn = np.repeat([each.weight > 0 for each in micro_batches], recipe.optim.micro_batch)
         cache = recipe.data.cache
         self._sizes = clips.sizes.astype(np.int64)
         self._cached_sizes = 2 * clips.samples if cache and cache.format == "pcm" else self._sizes
-        self._room = int(cache.max_bytes) if cache else 0
+        self._free = int(cache.max_bytes) if cache else 0
         self._cached = np.zeros(len(clips), dtype=np.bool_)
         self._seen = np.zeros(len(clips), dtype=np.bool_)
 
@@ -89,18 +89,18 @@ class _Node:
         """Read these clips in order."""
         distinct, first = np.unique(rows, return_index=True)
         new = distinct[~self._cached[distinct]]
-        new = new[np.argsort(first[~self._cached[distinct]])]  # in the order in which they come
+        new = new[np.argsort(first[~self._cached[distinct]])]  # in the order in which they are read
         ends = np.cumsum(self._cached_sizes[new])
-        kept = new[: np.searchsorted(ends, self._room, side="right")]
+        kept = new[: np.searchsorted(ends, self._free, side="right")]
         if len(kept):
-            self._room -= int(ends[len(kept) - 1])
+            self._free -= int(ends[len(kept) - 1])
         if len(kept) < len(new):
-            self._room = 0
+            self._free = 0
         self._cached[kept] = True
         self._seen[distinct] = True
         hit = self._cached[rows]
         read.clips += len(rows)
-        read.hits += int(hit.sum()) - len(kept)  # the first read of each filled the cache
+        read.hits += int(hit.sum()) - len(kept)  # The first read of each filled the cache.
         read.kept += len(kept)
         read.kept_bytes += int(self._cached_sizes[kept].sum())
         read.cache_bytes += int(self._cached_sizes[rows[hit]].sum() - self._cached_sizes[kept].sum())

@@ -1,4 +1,4 @@
-"""Preflight's verdicts on the terminal, a line each as they come, and what follows from them at the end."""
+"""Preflight's verdicts on the terminal, printed as they come, and the conclusion at the end."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ _WORDS: dict[State, str] = {"ok": "ok", "warning": "warning", "failed": "FAILED"
 
 
 def print_verdict(console: Console, verdict: Verdict) -> None:
-    """What was found; below it what is wrong, and what mends it."""
+    """What was found, followed by each problem and its fix."""
     found = f"not checked: {verdict.found}" if verdict.state == "not checked" else verdict.found
     lines = [found] if found else []
     for problem in verdict.problems:
-        lines += [problem.text, f"  mend: {problem.mend}"]
+        lines += [problem.text, f"  fix: {problem.mend}"]
     for number, line in enumerate(lines):
         head = f"{_WORDS[verdict.state]:9}{verdict.check:12}" if number == 0 else " " * 21
         console.print(head + line, markup=False)

@@ -1,4 +1,4 @@
-"""Whether a cluster is ready for a recipe's run: one check after the other, the last of which are steps of the run."""
+"""Checks whether a cluster is ready for a recipe's run; the last check runs a few real training steps."""
 
 import os
 import secrets
@@ -57,41 +57,39 @@ from jobs.terminal.progress import console
 from jobs.training.pretrain import check_run, is_finished
 from jobs.training.probe_run import ProbeResult, take_steps
 
-_START_S = 120.0  # for processes to start, and to load what takes long
+_START_S = 120.0  # Time for processes to start and to load large libraries.
 _READ_S = 3.0
-_PATIENCE_S = 90.0  # an answer of S3's that does not come
-_CLASSES = 527  # AudioSet's, where the shard set can't tell
-_DRAWS = 4_000_000  # of clips, of which the cache's hits are foretold
+_PATIENCE_S = 90.0  # Time to wait for a response from S3.
+_CLASSES = 527  # AudioSet's, if the shard set can't be read.
+_DRAWS = 4_000_000  # Clips drawn to predict the cache's hit rate.
 
 _READABLE = (
-    "every node must read the whole set: by a path that all have, or from s3:// with network, endpoint and credentials "
-    "there; erann verify finds what is damaged"
+    "every node must be able to read the whole set: by a path that all nodes have, or from s3:// with network access, "
+    "endpoint and credentials on each node; erann verify finds damaged shards"
 )
 _FOLDER = "start the command in a folder that all nodes have"
 _DRIVER = "check the driver there (nvidia-smi), and that torch is a CUDA build"
-_SHARED = (
-    "run.dir must be one store for all nodes and this host: a file system that all of them mount, or s3://bucket/prefix"
-)
+_SHARED = "set run.dir to storage that all nodes and this host share: a mounted file system, or s3://bucket/prefix"
 _PORTS = (
-    "the nodes of a cluster reach each other at all ports (security group, firewall); GLOO_SOCKET_IFNAME or "
-    "NCCL_SOCKET_IFNAME on ray start name another network interface"
+    "let the nodes reach each other on all ports (security group, firewall); to use another network interface, set "
+    "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME for ray start"
 )
 
 
-def preflight(recipe: Recipe, address: str | None, tell: Callable[[Verdict], None]) -> dict[str, Any]:
-    """Check everything that the recipe's run needs of the cluster; `tell` hears each verdict when it is known.
+def preflight(recipe: Recipe, address: str | None, on_verdict: Callable[[Verdict], None]) -> dict[str, Any]:
+    """Check everything that the recipe's run needs of the cluster, and call `on_verdict` with each verdict.
 
-    Nothing of it stays in run.dir. Raises UsageError for a recipe that is not for Ray, UserError when there is no
-    cluster, or not any more.
+    Nothing is left in run.dir. Raises UsageError if the recipe is not for Ray, UserError if there is no cluster or it
+    is lost.
     """
     if recipe.run.launcher != "ray":
         raise UsageError(f"run.launcher is {recipe.run.launcher}; preflight checks Ray clusters: run.launcher=ray")
     began = time.monotonic()
     console.print(opening(address), markup=False)
     try:
-        # Ray writes of lost nodes to stdout, where only the verdicts belong.
+        # Ray reports lost nodes on stdout, where only the verdicts belong.
         with redirect_stdout(sys.stderr), ray_cluster(address, recipe.run.min_workers):
-            checks = _Checks(recipe, address, tell)
+            checks = _Checks(recipe, address, on_verdict)
             checks.run()
     except RayError as error:
         raise UserError(f"the Ray cluster is lost ({type(error).__name__})") from error
@@ -106,10 +104,10 @@ def preflight(recipe: Recipe, address: str | None, tell: Callable[[Verdict], Non
 
 @dataclass(frozen=True)
 class _Site:
-    """The cluster with preflight's processes on it."""
+    """The cluster, with preflight's processes on it."""
 
     bundle: Bundle
-    room: int  # for how many workers there is
+    capacity: int  # for workers
     probes: dict[Node, Any]
     crew: list[tuple[Node, Any]]  # by rank
     facts: dict[Node, Facts]
@@ -122,28 +120,28 @@ class _Site:
 
     @property
     def worked_on(self) -> dict[Node, Any]:
-        """The probes of the nodes that may have workers of the run, if this program runs there."""
+        """The probes of the nodes that can hold workers of the run, where this program can be started."""
         return {n: probe for n, probe in self.probes.items() if n in self.facts and n.holds(self.bundle)}
 
     @property
     def readers(self) -> dict[tuple[Node, int], Any]:
-        """A process for each worker of the run, and one on each node that may have some but has none now."""
+        """A process for each worker of the run, and one on each node that can hold workers but has none now."""
         crew = {(node, rank): worker for rank, (node, worker) in enumerate(self.crew) if node in self.facts}
         others = {(n, -1): probe for n, probe in self.worked_on.items() if n not in self.places}
         return crew | others
 
 
 class _Checks:
-    """The checks in their order, and what came of them."""
+    """The checks in their order, and their verdicts."""
 
-    def __init__(self, recipe: Recipe, address: str | None, tell: Callable[[Verdict], None]) -> None:
-        self.recipe, self.address, self._tell = recipe, address, tell
+    def __init__(self, recipe: Recipe, address: str | None, on_verdict: Callable[[Verdict], None]) -> None:
+        self.recipe, self.address, self._on_verdict = recipe, address, on_verdict
         self.done: dict[str, Verdict] = {}
         self.advice: list[str] = []
         self._data = recipe.data.model_dump_json()
 
     def run(self) -> None:
-        with _scratch_beside(self.recipe) as scratch:
+        with _scratch_next_to(self.recipe) as scratch:
             with self._site() as site:
                 self._clocks(site)
                 clips, readings = self._shards(site)
@@ -154,36 +152,36 @@ class _Checks:
         self._supply(site, trial, clips, readings)
         self._estimate(site, trial, clips, all_reduce_s)
 
-    def _say(self, verdict: Verdict) -> None:
+    def _report(self, verdict: Verdict) -> None:
         self.done[verdict.check] = verdict
-        self._tell(verdict)
+        self._on_verdict(verdict)
 
     def _is_blocked(self, check: str, *needed: str) -> bool:
-        """Whether a check can't be done because of those before it, which is said."""
+        """Whether a check is impossible because an earlier one failed; if so, that is reported."""
         missing = next((name for name in needed if self.done[name].state in ("failed", "not checked")), None)
         if missing:
             why = "failed" if self.done[missing].state == "failed" else "could not be checked"
-            self._say(Verdict(check, "not checked", f"{missing} {why}"))
+            self._report(Verdict(check, "not checked", f"{missing} {why}"))
         return missing is not None
 
     @contextmanager
     def _site(self) -> Iterator[_Site]:
-        """Start the processes; what nodes there are, and what runs on them."""
-        run, no_room = self.recipe.run, None
+        """Start the processes, and report on the nodes and the versions on them."""
+        run, no_capacity = self.recipe.run, None
         bundle = bundle_of(run.device, run.min_workers)
-        room = free_capacity(bundle)
+        capacity = free_capacity(bundle)
         try:
             workers = wait_for_capacity(
                 bundle, run.min_workers, run.max_workers, seconds=0, emit=lambda _: None, stop=no_stop_request
             )
         except NoCapacity as error:
-            workers, no_room = 0, error.text  # what to do is in the verdict
-            # There is no need to wait for more.
-            self._say(nodes_verdict(self.recipe, bundle, living_nodes(), [], no_room, {}, {}, []))
-        # The nodes are listed last: one that has just come may have got a worker.
+            workers, no_capacity = 0, error.text  # The verdict suggests the fix.
+            # Reported at once: no later check changes it.
+            self._report(nodes_verdict(self.recipe, bundle, living_nodes(), [], no_capacity, {}, {}, []))
+        # The nodes are listed last: a node that has just joined may have got a worker.
         with crew_of(workers, bundle) as crew, probes_on(nodes := living_nodes()) as probes:
-            if workers and not crew:  # there was, a moment ago
-                no_room = f"the room for {count(workers, 'worker')} was taken by others meanwhile"
+            if workers and not crew:  # There was capacity a moment ago.
+                no_capacity = f"the resources for {count(workers, 'worker')} were taken by others in the meantime"
             asked = {node: probe.do.remote(facts.facts) for node, probe in probes.items()}
             processes = [*probes.items(), *crew]
             entering = {n: process.do.remote(facts.enter, os.getcwd()) for n, (_, process) in enumerate(processes)}
@@ -194,29 +192,32 @@ class _Checks:
             troubles = by_node({node: text for node, text in outside.items() if node in there}, _FOLDER)
             no_gpus = {crew[rank][0]: f"its GPU can't be used: {text}" for rank, text in no_gpu.items()}
             troubles += by_node({node: text for node, text in no_gpus.items() if node in there}, _DRIVER)
-            site = _Site(bundle, max(room, workers), probes, crew, there, gpus)
+            site = _Site(bundle, max(capacity, workers), probes, crew, there, gpus)
             if not self.done:
-                self._say(nodes_verdict(self.recipe, bundle, nodes, site.places, no_room, there, site.gpus, troubles))
-            self._say(versions_verdict(facts.facts(), there, silent))
+                verdict = nodes_verdict(
+                    self.recipe, bundle, nodes, site.places, no_capacity, there, site.gpus, troubles
+                )
+                self._report(verdict)
+            self._report(versions_verdict(facts.facts(), there, silent))
             yield site
 
     def _clocks(self, site: _Site) -> None:
-        self._say(clocks_verdict(*facts.offsets({node: site.probes[node] for node in site.facts})))
+        self._report(clocks_verdict(*facts.offsets({node: site.probes[node] for node in site.facts})))
 
     def _shards(self, site: _Site) -> tuple[Manifest | None, dict[Node, list[Reading]]]:
         """The training clips, and how fast each node reads them."""
         try:
             clips, eval_clips = storage.open_sets(self._data)
         except (UserError, OSError) as error:
-            self._say(judge("shards", "", [Problem(f"{_this_host()}: {error}", _READABLE)]))
+            self._report(judge("shards", "", [Problem(f"{_this_host()}: {error}", _READABLE)]))
             return None, {}
         readers = site.readers
         if not readers:
-            self._say(Verdict("shards", "not checked", "there is no node that workers could run on"))
+            self._report(Verdict("shards", "not checked", "no node can hold a worker"))
             return clips, {}
         opened = {reader: probe.do.remote(storage.count_clips, self._data) for reader, probe in readers.items()}
         opened, problems = answers(opened, _START_S)
-        # All of them at the same time.
+        # All nodes read at the same time, as in training.
         asked = {
             reader: readers[reader].do.remote(storage.read_clips, self._data, _READ_S, number)
             for number, reader in enumerate(opened)
@@ -226,7 +227,7 @@ class _Checks:
         for (node, _), reading in read.items():
             readings.setdefault(node, []).append(reading)
         trouble = by_node({node: text for (node, _), text in (problems | later).items()}, _READABLE)
-        self._say(
+        self._report(
             judge("shards", "", trouble)
             if trouble
             else shards_verdict(len(clips), len(eval_clips), len(clips.tars), readings)
@@ -234,14 +235,14 @@ class _Checks:
         return clips, readings
 
     def _store(self, site: _Site, scratch: str) -> None:
-        """Each node writes a file, and looks for those of the others."""
+        """Let each node write a file and look for those of the others."""
         run = open_folder(self.recipe.run_url)
         here = f"token-{secrets.token_hex(8)}"
         try:
             storage.write_token(scratch, here)
         except UserError as error:
             text = f"{_this_host()}: {str(error).replace(f'/{here}', '')}"
-            self._say(judge("run folder", "", [Problem(text, _SHARED)]))
+            self._report(judge("run folder", "", [Problem(text, _SHARED)]))
             return
         probes = site.worked_on
         names_of = {node: f"token-{node.id}" for node in probes}
@@ -258,34 +259,34 @@ class _Checks:
         }
         answers(asked, _PATIENCE_S)
         apart = [node for node in seen if here not in seen[node] or names_of[node] not in seen_here]
-        text = f"what it writes in {self.recipe.run.dir} the others don't see: it has a folder of its own there"
+        text = f"the others don't see what it writes to {self.recipe.run.dir}, which is a local folder there"
         problems = by_node(silent | lost | dict.fromkeys(apart, text), _SHARED)
         try:
             check_run(self.recipe, run, "auto")
         except UserError as error:
-            problems.append(Problem(str(error), "another run.name; or the recipe that the run began with"))
+            problems.append(Problem(str(error), "use another run.name, or the recipe that the run was started with"))
         if is_finished(run):
-            text = f"{run}: this run is finished, and is not run again"
-            problems.append(Problem(text, "another run.name, to run it again", fails=False))
-        found = f"{run}: what each of {count(len(seen), 'node')} and this host writes there, the others see"
-        self._say(judge("run folder", str(run) if problems else found, problems))
+            text = f"{run}: this run is finished, and would not be run again"
+            problems.append(Problem(text, "to run it again, use another run.name", fails=False))
+        found = f"{run}: shared by {count(len(seen), 'node')} and this host"
+        self._report(judge("run folder", str(run) if problems else found, problems))
 
     def _cache(self, site: _Site) -> None:
         if cache := self.recipe.data.cache:
             probes = site.worked_on
             asked = {node: probe.do.remote(storage.cache_disk, cache.dir) for node, probe in probes.items()}
-            self._say(cache_verdict(cache, *answers(asked, _PATIENCE_S)))
+            self._report(cache_verdict(cache, *answers(asked, _PATIENCE_S)))
 
     def _all_reduce(self, site: _Site, clips: Manifest | None) -> float:
-        """Seconds for the gradients of the model, among as many workers as the run has."""
+        """Seconds of an all-reduce of the model's gradients over as many workers as the run has."""
         if self._is_blocked("all-reduce", "nodes", "versions"):
             return 0.0
         workers = len(site.crew)
         if workers == 1:
-            self._say(judge("all-reduce", "one worker has none", []))
+            self._report(judge("all-reduce", "not needed for one worker", []))
             return 0.0
         if problems := _unreachable({node: site.probes[node] for node in site.places}):
-            self._say(judge("all-reduce", "", by_node(problems, _PORTS)))
+            self._report(judge("all-reduce", "", by_node(problems, _PORTS)))
             return 0.0
         with torch.device("meta"):
             classes = clips.num_classes if clips else _CLASSES
@@ -302,10 +303,10 @@ class _Checks:
         took, failed = answers(asked, _START_S)
         problems = silent | {site.places[rank]: text for rank, text in failed.items()}
         if problems:
-            self._say(judge("all-reduce", "", by_node(problems, _PORTS)))
+            self._report(judge("all-reduce", "", by_node(problems, _PORTS)))
             return 0.0
         seconds: float = max(took.values())
-        self._say(all_reduce_verdict(workers, 4 * elements, seconds))
+        self._report(all_reduce_verdict(workers, 4 * elements, seconds))
         return seconds
 
     def _step(self, site: _Site, scratch: str, all_reduce_s: float) -> ProbeResult | None:
@@ -313,15 +314,15 @@ class _Checks:
             return None
         run, workers = self.recipe.run, len(site.crew)
         try:
-            # What the processes held comes back.
+            # The resources that the processes held are freed soon.
             wait_for_capacity(
                 site.bundle, run.min_workers, workers, seconds=30, emit=lambda _: None, stop=no_stop_request
             )
             trial = take_steps(self.recipe, scratch, workers, self.address)
         except UserError as error:
-            self._say(judge("step", "", [Problem(error.text, "as it says; the same would end the run")]))
+            self._report(judge("step", "", [Problem(error.text, "see the message; the same error would end the run")]))
             return None
-        self._say(step_verdict(self.recipe, trial, all_reduce_s, list(site.gpus.values())))
+        self._report(step_verdict(self.recipe, trial, all_reduce_s, list(site.gpus.values())))
         return trial
 
     def _supply(
@@ -344,7 +345,7 @@ class _Checks:
             hits=_late_hits(self.recipe, clips, list(ranks.values())) if self.recipe.data.cache else None,
         )
         cores = {node: there.cores for node, there in site.facts.items()}
-        self._say(supply_verdict(self.recipe, demand, readings, cores))
+        self._report(supply_verdict(self.recipe, demand, readings, cores))
 
     def _estimate(self, site: _Site, trial: ProbeResult | None, clips: Manifest | None, all_reduce_s: float) -> None:
         if self._is_blocked("estimate", "step"):
@@ -353,8 +354,8 @@ class _Checks:
         assert clips
         committed = checkpoint.committed(open_folder(self.recipe.run_url))
         done = checkpoint.step_of(committed[-1]) if committed else 0
-        self._say(estimate_verdict(trial, self.recipe.steps(len(clips)), done))
-        self.advice = advice(self.recipe, trial, all_reduce_s, site.room, list(site.gpus.values()))
+        self._report(estimate_verdict(trial, self.recipe.steps(len(clips)), done))
+        self.advice = advice(self.recipe, trial, all_reduce_s, site.capacity, list(site.gpus.values()))
 
 
 def _this_host() -> str:
@@ -362,8 +363,8 @@ def _this_host() -> str:
 
 
 @contextmanager
-def _scratch_beside(recipe: Recipe) -> Iterator[str]:
-    """The URL of a folder beside the run's, which is not made, but is gone with all that is in it in the end."""
+def _scratch_next_to(recipe: Recipe) -> Iterator[str]:
+    """The URL of a folder next to the run's. It is not created here; at the end it is removed with its content."""
     scratch = f"{recipe.run.dir.rstrip('/')}/preflight-{secrets.token_hex(4)}"
     folder, made = open_folder(scratch), storage.first_missing(scratch)
     try:
@@ -373,14 +374,14 @@ def _scratch_beside(recipe: Recipe) -> Iterator[str]:
             shutil.rmtree(scratch, ignore_errors=True)
             storage.remove_folders(scratch, made)
         else:
-            with suppress(UserError):  # a store that can't be used, as was said
+            with suppress(UserError):  # The store can't be used, which was already reported.
                 folder.discard_unfinished()
                 for name in folder.sizes():
                     folder.delete(name)
 
 
 def _unreachable(probes: dict[Node, Any]) -> dict[Node, str]:
-    """The nodes that can't connect to others, and to which."""
+    """The nodes that can't connect to others, with the names of those."""
     ports, problems = answers({node: probe.do.remote(collectives.listen) for node, probe in probes.items()}, _START_S)
     asked = {}
     for node in ports:
@@ -394,7 +395,7 @@ def _unreachable(probes: dict[Node, Any]) -> dict[Node, str]:
 
 
 def _late_hits(recipe: Recipe, clips: Manifest, ranks_of_nodes: list[list[int]]) -> float:
-    """Share of the reads that the nodes' caches serve at the end of the run, or as far into it as can be drawn soon."""
+    """Share of the reads that the nodes' caches serve at the end of the run, simulated for at most _DRAWS draws."""
     draws_a_step = recipe.optim.global_batch * SamplePlan(recipe, clips).clips_per_example
     steps = min(recipe.steps(len(clips)), max(2, _DRAWS // draws_a_step))
     simulation = Simulation(recipe, clips, ranks_of_nodes, np.zeros(len(clips), np.int64))

@@ -1,4 +1,4 @@
-"""What follows from preflight's findings: for each check a verdict, and for all that is wrong what mends it."""
+"""Preflight's verdicts: the state of each check, and a suggested fix for each problem."""
 
 import math
 from collections.abc import Mapping
@@ -20,15 +20,15 @@ State = Literal["ok", "warning", "failed", "not checked"]
 
 _NODES_NAMED = 5
 _WARN_CLOCK_S, _FAIL_CLOCK_S = 1.0, 60.0
-_HELD = 0.1  # of a GPU's memory, held by others; a process of ours alone takes .5 GB of it
-_DECODING = 0.7  # of the time of the threads that read: then decoding is what takes it
-_WAITING = 0.1  # of a step for data
-_ALL_REDUCE = 0.1  # of a step
-_STALLED = 0.02  # of the time, by checkpoints
-_WORTH = 0.95  # of the time: less of it is worth more workers
+_HELD = 0.1  # Share of a GPU's memory used by others, above which to warn; our own process alone takes 0.5 GB.
+_DECODING = 0.7  # Share of the reading threads' time spent in decoding, above which decoding is the bottleneck.
+_WAITING = 0.1  # Share of a step spent waiting for data, above which to warn.
+_ALL_REDUCE = 0.1  # Share of a step spent in the all-reduce, above which to advise.
+_STALLED = 0.02  # Largest acceptable share of the time that checkpoints block training.
+_WORTH = 0.95  # More workers are worthwhile if a step takes less than this share of its time now.
 
 _SAME_VERSIONS = (
-    "install the same versions on all nodes (one image, or the same pip install), then ray start anew there"
+    "install the same versions on all nodes (one image, or the same pip install), then run ray start again there"
 )
 
 
@@ -37,13 +37,13 @@ class Problem:
     """What is wrong, where, and what to do about it."""
 
     text: str
-    mend: str
-    fails: bool = True  # else the run can start all the same
+    mend: str  # The suggested fix; the name is a key of the JSON result.
+    fails: bool = True  # Otherwise it is a warning: the run can start anyway.
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of a check."""
+    """The result of a check."""
 
     check: str
     state: State
@@ -59,12 +59,12 @@ def judge(check: str, found: str, problems: list[Problem], **figures: Any) -> Ve
     return Verdict(check, state, found, problems, figures)
 
 
-def by_node(problems: Mapping[Node, str], mend: str, fails: bool = True) -> list[Problem]:
-    """The same trouble on several nodes is one problem."""
+def by_node(problems: Mapping[Node, str], fix: str, fails: bool = True) -> list[Problem]:
+    """Merge the same problem on several nodes into one."""
     nodes_of: dict[str, list[Node]] = {}
     for node, text in problems.items():
         nodes_of.setdefault(text, []).append(node)
-    return [Problem(f"{names(nodes)}: {text}", mend, fails) for text, nodes in nodes_of.items()]
+    return [Problem(f"{names(nodes)}: {text}", fix, fails) for text, nodes in nodes_of.items()]
 
 
 def names(nodes: list[Node]) -> str:
@@ -77,26 +77,27 @@ def nodes_verdict(
     bundle: Bundle,
     nodes: list[Node],
     crew: list[Node],
-    no_room: str | None,
+    no_capacity: str | None,
     facts: Mapping[Node, Facts],
     gpus: Mapping[int, Gpu],
     troubles: list[Problem],
 ) -> Verdict:
-    """crew: the workers' nodes, by rank. gpus: theirs, by rank. troubles: that the nodes have."""
+    """crew: the workers' nodes, by rank. no_capacity: why the workers could not be started. gpus: the workers' GPUs,
+    by rank. troubles: problems already found on the nodes.
+    """
     problems = list(troubles)
     each = " and ".join(count(amount, kind) for kind, amount in bundle.items())
-    if no_room:
-        mend = (
-            "add nodes or start fewer workers (run.workers); nodes that a cluster adds by itself are to be there before"
-        )
-        problems.append(Problem(no_room, mend))
+    if no_capacity:
+        fix = "add nodes or start fewer workers (run.workers); an autoscaling cluster must have its nodes up already"
+        problems.append(Problem(no_capacity, fix))
     elif len(crew) < recipe.run.max_workers:
-        text = f"there is room for {len(crew)} of up to {count(recipe.run.max_workers, 'worker')}"
-        problems.append(Problem(text, "the run begins with these, and takes in what comes; or add nodes", fails=False))
+        text = f"there is capacity for {len(crew)} of up to {count(recipe.run.max_workers, 'worker')}"
+        fix = "add nodes; or let the run start with these workers, and grow when nodes are added"
+        problems.append(Problem(text, fix, fails=False))
     problems += [
         Problem(
-            f"{crew[rank]}: {size(gpu.total - gpu.free)} of the {size(gpu.total)} of its {gpu.name} are in use already",
-            "end the process that holds them (nvidia-smi there names it)",
+            f"{crew[rank]}: {size(gpu.total - gpu.free)} of the {size(gpu.total)} of its {gpu.name} are already in use",
+            "end the process that uses them (listed by nvidia-smi there)",
             fails=False,
         )
         for rank, gpu in gpus.items()
@@ -108,7 +109,7 @@ def nodes_verdict(
         workers = crew.count(node)
         if node in facts and workers * threads > facts[node].cores:
             text = f"{node}: {count(workers, 'worker')} with {key}={threads} for {count(facts[node].cores, 'core')}"
-            problems.append(Problem(text, f"a smaller {key}, or fewer workers a node", fails=False))
+            problems.append(Problem(text, f"lower {key}, or use fewer workers per node", fails=False))
     found = f"{count(len(nodes), 'node')}; {count(len(crew), 'worker')} with {each} each"
     if crew:
         found += f" on {count(len(set(crew)), 'node')}"
@@ -131,7 +132,7 @@ def nodes_verdict(
 
 
 def versions_verdict(here: Facts, facts: Mapping[Node, Facts], silent: Mapping[Node, str]) -> Verdict:
-    """here: of the command. silent: why this program does not run on a node."""
+    """here: of the command's host. silent: by node, why this program can't be started there."""
     problems = by_node(
         {node: f"this program can't be started there: {text}" for node, text in silent.items()}, _SAME_VERSIONS
     )
@@ -149,7 +150,7 @@ def _version_figures(facts: Facts) -> dict[str, Any]:
 
 
 def _differences(here: Facts, there: Facts) -> tuple[list[str], list[str]]:
-    """What keeps a run from going well with both, and what may be right: a head without GPUs has another build."""
+    """Differences that would break a run, and those that may be fine: a head without GPUs has another torch build."""
     wrong: list[str] = []
     doubtful: list[str] = []
     if here.python.split(".")[:2] != there.python.split(".")[:2]:
@@ -166,42 +167,42 @@ def _differences(here: Facts, there: Facts) -> tuple[list[str], list[str]]:
     if differing := sorted(name for name in files if here.files.get(name) != there.files.get(name)):
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         wrong.append(
-            f"another version of erann-dist: {there.source[:12]} in {there.folder}, here {here.source[:12]} in "
+            f"a different version of erann-dist: {there.source[:12]} in {there.folder}, here {here.source[:12]} in "
             f"{here.folder}; {differing[0]}{more} differ{'' if more else 's'}"
         )
     return wrong, doubtful
 
 
 def clocks_verdict(offsets: Mapping[Node, Offset], silent: list[Node]) -> Verdict:
-    mend = "keep its clock right (chrony, systemd-timesyncd): S3 refuses requests signed more than 15 minutes off"
-    problems = by_node(dict.fromkeys(silent, "does not say what time it is"), "is it still there?")
+    fix = "synchronise its clock (chrony, systemd-timesyncd): S3 rejects requests signed more than 15 minutes off"
+    problems = by_node(dict.fromkeys(silent, "did not report its time"), "check whether the node is still up")
     for node, offset in offsets.items():
         least = abs(offset.seconds) - offset.within
         if least > _WARN_CLOCK_S:
             side = "ahead" if offset.seconds > 0 else "behind"
             text = f"{node}: its clock is {abs(offset.seconds):,.1f} s {side}"
-            problems.append(Problem(text, mend, fails=least > _FAIL_CLOCK_S))
+            problems.append(Problem(text, fix, fails=least > _FAIL_CLOCK_S))
     worst = max((abs(offset.seconds) + offset.within for offset in offsets.values()), default=0.0)
-    found = f"none is off by more than {_seconds(worst)}"
+    found = f"all within {_seconds(worst)}"
     figures = {"offset_s": {str(n): o.seconds for n, o in offsets.items()}}
     figures["within_s"] = {str(n): o.within for n, o in offsets.items()}
     return judge("clocks", found, problems, **figures)
 
 
 _SLOW = (
-    "the run works all the same; compare endpoint, region, proxy and certificates of AWS_ENDPOINT_URL, AWS_REGION, "
-    "HTTPS_PROXY and AWS_CA_BUNDLE there"
+    "the run works anyway; check endpoint, region, proxy and certificates there (AWS_ENDPOINT_URL, AWS_REGION, "
+    "HTTPS_PROXY, AWS_CA_BUNDLE)"
 )
 
 
 def shards_verdict(clips: int, eval_clips: int, tars: int, readings: Mapping[Node, list[Reading]]) -> Verdict:
-    """readings: of the processes of each node, all of which read at the same time."""
+    """readings: by node, of each of its processes; all of them read at the same time."""
     clips_per_s = {node: sum(r.clips_per_s for r in each) for node, each in readings.items()}
     bytes_per_s = {node: sum(r.bytes_per_s for r in each) for node, each in readings.items()}
     found = (
         f"{clips:,} clips in {count(tars, 'tar')} to train on, {eval_clips:,} to evaluate; "
         f"{count(len(readings), 'node')} read {_range(list(clips_per_s.values()), 'clips/s')}, "
-        f"{_range([value / 1e6 for value in bytes_per_s.values()], 'MB/s')} each at the same time"
+        f"{_range([value / 1e6 for value in bytes_per_s.values()], 'MB/s')} each, all at the same time"
     )
     figures = {
         "clips_per_s": {str(node): value for node, value in clips_per_s.items()},
@@ -212,15 +213,14 @@ def shards_verdict(clips: int, eval_clips: int, tars: int, readings: Mapping[Nod
 
 
 def cache_verdict(cache: CacheSection, disks: Mapping[Node, Disk], silent: Mapping[Node, str]) -> Verdict:
-    mend = "name a folder on a disk of the node as data.cache.dir, or leave data.cache out"
-    problems = by_node(dict(silent), mend)
+    problems = by_node(dict(silent), "set data.cache.dir to a folder on a local disk of the node, or omit data.cache")
     for node, disk in disks.items():
-        if (room := disk.free + disk.kept) < cache.max_bytes:
-            text = f"{node}: {size(room)} free for data.cache in {cache.dir}, {size(cache.max_bytes)} asked for"
-            problems.append(Problem(text, f"make room there, or lower data.cache.max_bytes to {size(room)} or less"))
+        if (space := disk.free + disk.kept) < cache.max_bytes:
+            text = f"{node}: {size(space)} free for data.cache in {cache.dir}, {size(cache.max_bytes)} requested"
+            problems.append(Problem(text, f"free space there, or lower data.cache.max_bytes to {size(space)} or less"))
     least = min((disk.free + disk.kept for disk in disks.values()), default=0)
     found = (
-        f"{cache.dir}: {size(cache.max_bytes)} asked for, at least {size(least)} free on {count(len(disks), 'node')}"
+        f"{cache.dir}: {size(cache.max_bytes)} requested, at least {size(least)} free on {count(len(disks), 'node')}"
     )
     figures = {"free": {str(n): d.free for n, d in disks.items()}, "kept": {str(n): d.kept for n, d in disks.items()}}
     return judge("cache", found, problems, asked=int(cache.max_bytes), **figures)
@@ -238,17 +238,18 @@ def all_reduce_verdict(workers: int, gradient_bytes: int, seconds: float) -> Ver
 def bus_bandwidth(workers: int, number_of_bytes: int, seconds: float) -> float:
     """Bytes/s that each worker sends and receives in a ring.
 
-    As nccl-tests count it: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md.
+    As defined by nccl-tests: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md.
     """
     return 2 * (workers - 1) / workers * number_of_bytes / seconds
 
 
 def step_verdict(recipe: Recipe, trial: ProbeResult, all_reduce_s: float, gpus: list[Gpu]) -> Verdict:
-    mend = "docs/reference/faults.md tells what follows from it"
-    problems = [Problem(text, mend, fails=False) for text in trial.incidents]
+    problems = [
+        Problem(text, "see docs/reference/faults.md for its consequences", fails=False) for text in trial.incidents
+    ]
     if trial.data_wait > _WAITING:
-        text = f"the first worker waits for data in {trial.data_wait:.0%} of a step"
-        problems.append(Problem(text, "see the supply, below", fails=False))
+        text = f"the first worker waits for data during {trial.data_wait:.0%} of a step"
+        problems.append(Problem(text, "see the check supply below", fails=False))
     examples_per_s = recipe.optim.global_batch / trial.step_s
     found = (
         f"{_seconds(trial.step_s)} a step (median of {trial.steps}) on {count(trial.workers, 'worker')}, "
@@ -273,19 +274,19 @@ def step_verdict(recipe: Recipe, trial: ProbeResult, all_reduce_s: float, gpus: 
 
 @dataclass(frozen=True)
 class Demand:
-    """What the run asks of its nodes' reading."""
+    """How fast the run's nodes must read."""
 
-    clips_per_s: float  # of each worker, at the speed of the measured steps
-    clip_bytes: float  # of a clip in its tar, in the mean
+    clips_per_s: float  # Needed by each worker, at the speed of the measured steps.
+    clip_bytes: float  # Mean size of a clip in its tar.
     set_bytes: int
-    is_remote: bool  # the shards are in S3
-    hits: float | None  # share of the reads that the cache will serve, once it has filled; none without a cache
+    is_remote: bool  # Whether the shards are in S3.
+    hits: float | None  # Share of the reads that the cache will serve once it is full; None without a cache.
 
 
 def supply_verdict(
     recipe: Recipe, demand: Demand, readings: Mapping[Node, list[Reading]], cores: Mapping[Node, int]
 ) -> Verdict:
-    """Whether the nodes read as fast as their workers train. readings: of each worker, by node."""
+    """Whether the nodes read as fast as their workers train. readings: by node, of each of its workers."""
     node, each = max(readings.items(), key=lambda item: _shortness(demand, item[1]))
     need, short = demand.clips_per_s * len(each), _shortness(demand, each)
     read = sum(reading.clips_per_s for reading in each)
@@ -297,7 +298,7 @@ def supply_verdict(
     decodes = sum(r.computing for r in each) > _DECODING * sum(r.seconds * r.threads for r in each)
     cache = recipe.data.cache
     helped = demand.hits is not None and (not decodes or (cache is not None and cache.format == "pcm"))
-    late = short * (1 - (demand.hits or 0.0)) if helped else short  # once the cache has filled
+    late = short * (1 - (demand.hits or 0.0)) if helped else short  # Once the cache is full.
     if demand.hits is not None:
         found += f"; the cache will serve {demand.hits:.0%}"
     problems = []
@@ -305,8 +306,8 @@ def supply_verdict(
         found += f", until then steps take {short:.1f} times as long"
     elif late > 1:
         text = f"{node}: {'decoding' if decodes else 'reading'} is too slow, steps will take {late:.1f} times as long"
-        mend = _more_decoding(recipe, late, len(each), cores[node]) if decodes else _more_reading(recipe, demand)
-        problems.append(Problem(text, mend, fails=False))
+        fix = _more_decoding(recipe, late, len(each), cores[node]) if decodes else _more_reading(recipe, demand)
+        problems.append(Problem(text, fix, fails=False))
     figures: dict[str, Any] = {
         "needed_clips_per_s": need,
         "needed_mb_per_s": need * demand.clip_bytes / 1e6,
@@ -325,60 +326,62 @@ def _shortness(demand: Demand, each: list[Reading]) -> float:
 def _more_decoding(recipe: Recipe, times: float, workers: int, cores: int) -> str:
     threads = recipe.data.loader_threads
     if (possible := min(cores // workers, math.ceil(threads * times))) > threads:
-        return f"data.loader_threads={possible}, for which the node has the cores"
-    return "data.cache with format pcm, or WAV shards, hardly need decoding; or nodes with more cores for each GPU"
+        return f"set data.loader_threads={possible}, for which the node has enough cores"
+    return "use data.cache with format pcm or WAV shards, which need little decoding; or nodes with more cores per GPU"
 
 
 def _more_reading(recipe: Recipe, demand: Demand) -> str:
     if recipe.data.cache:
-        return f"a larger data.cache.max_bytes: the training clips have {size(demand.set_bytes)}"
+        return f"raise data.cache.max_bytes: the training clips have {size(demand.set_bytes)}"
     from_where = "S3" if demand.is_remote else "the shards' disk"
     return (
-        f"data.cache={{dir: a disk of the node, max_bytes: {size(demand.set_bytes)} or less}} reads each clip from "
-        f"{from_where} once; or erann stage copies the set beforehand"
+        f"set data.cache={{dir: a disk of the node, max_bytes: {size(demand.set_bytes)} or less}}, to read each clip "
+        f"from {from_where} only once; or copy the set beforehand with erann stage"
     )
 
 
 def estimate_verdict(trial: ProbeResult, steps: int, done: int) -> Verdict:
-    """steps: of the whole run, and that are done."""
+    """steps: of the whole run. done: of these, the steps that are in its last checkpoint."""
     seconds = (steps - done) * trial.step_s
-    found = f"{steps - done:,} steps{' that are left' * bool(done)} of {_seconds(trial.step_s)}: {duration(seconds)}"
+    found = f"{steps - done:,} {'remaining ' * bool(done)}steps of {_seconds(trial.step_s)}: {duration(seconds)}"
     unit = "GPU-hours" if trial.device.startswith("cuda") else "worker-hours"
     hours = seconds / 3600 * trial.workers
     found += f", {hours:,.3g} {unit}, without start-up, evaluations and checkpoints"
     return judge("estimate", found, [], steps=steps - done, seconds=seconds, **{unit.replace("-", "_").lower(): hours})
 
 
-def advice(recipe: Recipe, trial: ProbeResult, all_reduce_s: float, room: int, gpus: list[Gpu]) -> list[str]:
-    """Changes of the recipe that the measurements speak for. room: for how many workers the cluster has."""
+def advice(recipe: Recipe, trial: ProbeResult, all_reduce_s: float, capacity: int, gpus: list[Gpu]) -> list[str]:
+    """Changes of the recipe that the measurements suggest. capacity: how many workers fit on the cluster."""
     optim, workers, every = recipe.optim, trial.workers, recipe.checkpoint.every
     most = optim.global_batch // optim.micro_batch
     lines = []
     if idle := -most % workers:
-        lines.append(f"{idle} of the {workers} workers wait in each step: its {most} micro-batches don't come out even")
-    if (more := min(room, most)) > workers:
+        lines.append(
+            f"{idle} of the {workers} workers idle for part of each step: its {most} micro-batches don't divide evenly"
+        )
+    if (more := min(capacity, most)) > workers:
         share = micro_batches_per_rank(optim, more) / micro_batches_per_rank(optim, workers)
         seconds = (trial.step_s - all_reduce_s) * share + all_reduce_s
         if seconds < _WORTH * trial.step_s:
-            lines.append(f"run.workers={more} uses all the room that there is: about {_seconds(seconds)} a step")
-    if room > most:
+            lines.append(f"run.workers={more} uses the cluster's full capacity: about {_seconds(seconds)} a step")
+    if capacity > most:
         lines.append(
-            f"there is room for {room} workers, but a step has no work for more than {most}, its micro-batches: run "
-            "several trainings beside each other, or raise optim.global_batch (another optim.lr may then be right)"
+            f"there is capacity for {capacity} workers, but a step has only {most} micro-batches: run several "
+            "trainings at once, or raise optim.global_batch (which may need another optim.lr)"
         )
     if all_reduce_s > _ALL_REDUCE * trial.step_s:
         lines.append(
             f"the all-reduce takes {all_reduce_s / trial.step_s:.0%} of a step; a larger optim.global_batch or a "
-            "faster network between the nodes would make it less"
+            "faster network between the nodes would reduce it"
         )
     if gpus and all(gpu.has_bf16 for gpu in gpus) and optim.precision in ("fp32", "tf32"):
-        lines.append("optim.precision=bf16 is faster on these GPUs (and is another run)")
-    # A checkpoint holds training up for its copy, and for what is left of the one before it.
+        lines.append("optim.precision=bf16 is faster on these GPUs (but makes it a different run)")
+    # A checkpoint blocks training during its copy, and until the previous checkpoint is written.
     least = math.ceil(max(trial.stall_s / _STALLED, trial.checkpoint_s) / trial.step_s)
     if every < least:
         lines.append(
-            f"checkpoint.every={least} or more: one takes {_seconds(trial.checkpoint_s)}, and training stands still "
-            f"for {_seconds(trial.stall_s)} of it"
+            f"checkpoint.every={least} or more: a checkpoint takes {_seconds(trial.checkpoint_s)} and blocks training "
+            f"for {_seconds(trial.stall_s)}"
         )
     return lines
 

@@ -1,1 +1,1 @@
-"""Pages to keep and to show: HTML that stands by itself."""
+"""Self-contained HTML reports."""

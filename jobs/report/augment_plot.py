@@ -1,7 +1,7 @@
-"""What augmentation does to a clip, as an image: waveform and log-mel before and after each kind of it.
+"""What augmentation does to a clip, as an image: waveform and log-mel before and after each kind of augmentation.
 
-All is computed by the functions that make a training's inputs. The clip is the one at position 0 of a run, its partner
-the one at position 1.
+Everything is computed by the functions that make the training inputs. The clip takes position 0 of a run, its partner
+position 1.
 """
 
 from collections.abc import Iterator
@@ -27,11 +27,14 @@ from jobs.html.figure import FILL, INK, new_figure, plain, save_figure, shortene
 from jobs.sounds import read_sound
 
 _ALL = AugmentSection(pitch_shift=2)
-_MOST_S = 60  # of a longer file so much is taken
-_RANGE_DB = 80  # below the loudest cell of all
+_MOST_S = 60  # Longer files are cut to this.
+_RANGE_DB = 80  # Range of the colours, below the loudest cell of all panels.
 _HERTZ = (100, 500, 1000, 2000, 5000, 10_000)
 _MARK = "#c9a227"
-_LEAST_SHARE, _MOST_SHARE = 0.3, 0.5  # of the clip in a mixup: a run draws any, of which most would show one clip alone
+_LEAST_SHARE, _MOST_SHARE = (
+    0.3,
+    0.5,
+)  # The clip's share in mixup. A run draws any share; most of them would hide one clip.
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class _Panel:
 
 
 def draw_augmentation(clip: Path, partner: Path | None, out: Path, seed: int, crop_s: float) -> dict[str, Any]:
-    """Write the image; its name's ending says of which kind. Returns what was drawn by lot.
+    """Write the image, in the format of its suffix. Returns the random choices.
 
-    Without a partner the clip is mixed with itself, played backwards. Raises UserError, OSError.
+    Without a partner the clip is mixed with itself, reversed. Raises UserError, OSError.
     """
     figure = new_figure(out, 13, 20)
     clips = [_read(clip), _read(partner) if partner else _read(clip)[::-1].copy()]
-    names = [shortened(clip.name), shortened(partner.name) if partner else f"{shortened(clip.name)}, backwards"]
+    names = [shortened(clip.name), shortened(partner.name) if partner else f"{shortened(clip.name)}, reversed"]
     length = round(crop_s * SAMPLE_RATE)
     starts = crop_starts(np.array([len(each) for each in clips]), np.arange(2), seed, length)
     pcm = np.zeros((2, length), np.int16)
@@ -88,7 +91,7 @@ def draw_augmentation(clip: Path, partner: Path | None, out: Path, seed: int, cr
 
 
 def _read(file: Path) -> npt.NDArray[np.int16]:
-    """As it would be packed, (n,)."""
+    """The file's samples as they would be packed, (n,)."""
     return to_pcm16(read_sound(file, SAMPLE_RATE)[: _MOST_S * SAMPLE_RATE])
 
 
@@ -99,12 +102,12 @@ def _crops(
     pcm: npt.NDArray[np.int16],
     log_mel: LogMel,
 ) -> Iterator[_Panel]:
-    """Both clips whole, and below them their crops."""
+    """Both whole clips, and below them their crops."""
     seconds, length = starts / SAMPLE_RATE, pcm.shape[1] / SAMPLE_RATE
     for number, each in enumerate(clips):
         waveform = torch.from_numpy(each).float() / 32768
         marks = (seconds[number], min(seconds[number] + length, len(each) / SAMPLE_RATE))
-        title = f"{'partner' if number else 'clip'}: {names[number]}; its crop lies between the lines"
+        title = f"{'partner' if number else 'clip'}: {names[number]}; its crop is between the lines"
         yield _Panel(title, log_mel(waveform[None])[0], waveform, marks=marks)
     for number, crop in enumerate(torch.from_numpy(pcm).float() / 32768):
         title = f"{'partner' if number else 'clip'}: temporal crop, {length:g} s from {seconds[number]:.2f} s"
@@ -114,7 +117,7 @@ def _crops(
 def _augmented(
     pcm: npt.NDArray[np.int16], params: AugmentParams, semitones: list[int], log_mel: LogMel
 ) -> Iterator[_Panel]:
-    """The first crop, mixed with the second where it is."""
+    """The first crop with each kind of augmentation; mixup mixes it with the second."""
     waveforms = torch.from_numpy(pcm).float() / 32768
     clip, partner = waveforms[:1], waveforms[1:]
     for shift in (-2, 2):
@@ -131,7 +134,7 @@ def _augmented(
     yield _Panel("SpecAugment", spectrogram[0], clip[0], spec_augment_mask(params, *spectrogram.shape[-2:])[0])
     inputs = make_inputs(torch.from_numpy(pcm), torch.eye(2), params, log_mel, _ALL)
     assert inputs.mask is not None
-    title = f"all as in a training: pitch {semitones[0]:+d} and {semitones[1]:+d}, mixup, SpecAugment"
+    title = f"all, as in training: pitch {semitones[0]:+d} and {semitones[1]:+d}, mixup, SpecAugment"
     yield _Panel(title, inputs.log_mel[0], mask=inputs.mask[0])
 
 

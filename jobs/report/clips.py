@@ -1,4 +1,4 @@
-"""The clips that models scored best and worst, and what they look like."""
+"""The clips that models scored best and worst, with their spectrograms and sound."""
 
 import base64
 import io
@@ -25,17 +25,17 @@ from jobs.html import page
 from jobs.html.page import percent
 from jobs.report.reading import Run
 
-_SHOWN = 6  # clips at either end
-_LIKELIEST = 3  # labels that are shown of a clip besides the true ones
-_LEAST = 1e-7  # probability: what lies below counts as much
-_COLUMNS = 320  # pixels of a picture at most: a clip's frames are averaged down to them
+_SHOWN = 6  # Number of best and of worst clips.
+_LIKELIEST = 3  # Number of most likely labels shown for a clip, besides the true ones.
+_LEAST = 1e-7  # Lower limit of probabilities in the loss.
+_COLUMNS = 320  # Maximum width of a picture in pixels; a clip's frames are averaged to fit.
 _RANGE_DB, _SHADES = 80.0, 64
-_HEARD_S, _MP3_LEVEL = 60, 0.6  # of a clip's sound: 10 s take some 100 kB
+_HEARD_S, _MP3_LEVEL = 60, 0.6  # Seconds of sound per clip, and its compression; 10 s take some 100 kB.
 _HERTZ = {500: "500", 2000: "2k", 8000: "8k"}
 
 
 def _hertz_ticks() -> list[tuple[float, str]]:
-    """Heights in a picture, and the frequencies there."""
+    """Heights in a picture, with the frequencies to mark there."""
     corners = mel(torch.tensor([ERANN_MEL.f_min, ERANN_MEL.f_max, *map(float, _HERTZ)]))
     heights = ((corners[2:] - corners[0]) / (corners[1] - corners[0])).tolist()
     return list(zip(heights, _HERTZ.values(), strict=True))
@@ -53,25 +53,25 @@ class Label:
 
 @dataclass(frozen=True)
 class Sound:
-    """What a clip looks and sounds like."""
+    """A clip's spectrogram and sound."""
 
-    picture: bytes  # its log-mel spectrogram, as PNG
-    mp3: bytes  # which every browser plays
+    picture: bytes  # log-mel spectrogram, as PNG
+    mp3: bytes  # MP3, which every browser plays
     seconds: float
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip and how it was scored."""
+    """A clip and its scores."""
 
-    row: int  # among all that were
+    row: int  # index among the evaluated clips
     key: str
     loss: float
-    labels: list[Label]  # the true ones and the likeliest, the highest score first
+    labels: list[Label]  # the true and the most likely ones, the highest score first
 
 
 def clips_section(runs: Sequence[Run]) -> Markup:
-    """The clips that these runs scored worst and best, with their pictures; nothing when their scores are not known."""
+    """The clips that these runs scored worst and best, with spectrograms; empty if the scores are unknown."""
     ends: tuple[list[tuple[Run, Clip]], list[tuple[Run, Clip]]] = [], []
     for run in runs:
         for end, clips in zip(ends, _of_run(run), strict=True):
@@ -97,8 +97,8 @@ def clips_section(runs: Sequence[Run]) -> Markup:
         for end in (worst, best)
     )
     return page.section(
-        "The worst and the best clips",
-        page.soft(" ".join([f"By the {loss}; ✓ marks the true labels.", *notes])),
+        "Worst and best clips",
+        page.soft(" ".join([f"Ranked by {loss}; ✓ marks the true labels.", *notes])),
         page.element("subheading", "worst"),
         next(galleries),
         page.element("subheading", "best"),
@@ -107,7 +107,7 @@ def clips_section(runs: Sequence[Run]) -> Markup:
 
 
 def _of_run(run: Run) -> tuple[list[Clip], list[Clip]]:
-    """The best and the worst, as far as they are known."""
+    """The run's best and worst clips; empty if its scores are unknown."""
     if not run.metrics or not run.scored:
         return [], []
     names = {c["id"]: c["name"] for c in run.metrics["per_class"]}
@@ -116,17 +116,17 @@ def _of_run(run: Run) -> tuple[list[Clip], list[Clip]]:
 
 
 def _sounds_of(run: Run, rows: Sequence[int]) -> tuple[list[Sound], str]:
-    """Pictures and sounds of evaluated clips; or none, and why."""
+    """Spectrograms and sounds of evaluated clips; or none, and why."""
     if not run.recipe or not run.scored:
-        return [], "The pictures are left out: no recipe says where the clips are."
+        return [], "The spectrograms are omitted: without a recipe, the location of the clips is unknown."
     try:
         return sounds_of(run.recipe.data.eval, run.scored.keys, rows), ""
     except (UserError, OSError) as error:
-        return [], f"The pictures are left out: {error}"
+        return [], f"The spectrograms are omitted: {error}"
 
 
 def gallery(clips: Iterable[tuple[Clip, Sound | None, str]]) -> Markup:
-    """Clips, each with its picture and a player if its sound is there, and with what is said of it."""
+    """Clips, each with its description and, if its sound is available, a spectrogram and a player."""
     return page.element("gallery", [_clip(*each) for each in clips])
 
 
@@ -134,8 +134,8 @@ def _data_url(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _clip(clip: Clip, sound: Sound | None, said: str) -> Markup:
-    heard = sound and {
+def _clip(clip: Clip, sound: Sound | None, description: str) -> Markup:
+    media = sound and {
         "picture": _data_url("image/png", sound.picture),
         "mp3": _data_url("audio/mpeg", sound.mp3),
         "seconds": f"{sound.seconds:.3g} s",
@@ -144,11 +144,11 @@ def _clip(clip: Clip, sound: Sound | None, said: str) -> Markup:
         {"name": label.name, "score": label.score, "share": percent(label.score), "is_true": label.is_true}
         for label in clip.labels
     ]
-    return page.element("clip", clip.key, said, heard, _HERTZ_TICKS, labels)
+    return page.element("clip", clip.key, description, media, _HERTZ_TICKS, labels)
 
 
 def clip_losses(predictions: Predictions, task: Task) -> npt.NDArray[np.float64]:
-    """Each clip's (n,): cross-entropy, or for tagging binary cross-entropy averaged over the classes."""
+    """Each clip's loss, (n,): cross-entropy, or for tagging binary cross-entropy averaged over the classes."""
     scores = np.clip(predictions.scores.astype(np.float64), _LEAST, 1 - _LEAST)
     likelihoods = np.where(predictions.targets > 0, scores, 1 - scores)
     if task == "tagging":
@@ -159,7 +159,7 @@ def clip_losses(predictions: Predictions, task: Task) -> npt.NDArray[np.float64]
 def best_and_worst(
     keys: Sequence[str], predictions: Predictions, names: Sequence[str], task: Task, count: int
 ) -> tuple[list[Clip], list[Clip]]:
-    """The clips of the least loss, the least first, and those of the largest, the largest first; no clip in both."""
+    """The clips with the lowest loss, the lowest first, and those with the highest, the highest first; disjoint."""
     losses = clip_losses(predictions, task)
     order = np.argsort(losses, kind="stable")
     order = order[np.isfinite(losses[order])]
@@ -175,11 +175,11 @@ def best_and_worst(
 
 
 def sounds_of(sources: list[DataSource], keys: Sequence[str], rows: Sequence[int]) -> list[Sound]:
-    """Evaluated clips: log-mel spectrograms, the high frequencies at the top, and the first minute to listen to.
+    """Log-mel spectrograms, high frequencies at the top, and the first minute of sound of evaluated clips.
 
-    keys: of all clips that were evaluated. rows: of those wanted.
+    keys: the keys of all evaluated clips. rows: the indices of the requested ones.
 
-    Raises UserError and OSError when the sources can't be read any more, or hold other clips.
+    Raises UserError and OSError if the sources can no longer be read, or hold other clips.
     """
     clips = load_sources(sources)
     if clips.keys.to_pylist() != list(keys):
@@ -202,7 +202,7 @@ def sounds_of(sources: list[DataSource], keys: Sequence[str], rows: Sequence[int
 
 
 def _png(log_mel: npt.NDArray[np.float32]) -> bytes:
-    """log_mel: (128, T) in dB. The loudest 80 dB of it are told apart."""
+    """The spectrogram as PNG. log_mel: (128, T) in dB, of which the colours cover the loudest 80 dB."""
     columns = min(_COLUMNS, log_mel.shape[1])
     averaged = np.stack([part.mean(axis=1) for part in np.array_split(log_mel, columns, axis=1)], axis=1)
     shades = (averaged - averaged.max() + _RANGE_DB) / _RANGE_DB * (_SHADES - 1)

@@ -1,4 +1,4 @@
-"""Curves of one run, or of several over each other, as drawings in a page."""
+"""Curves of one run, or of several runs overlaid, as charts of a page."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,15 +13,15 @@ from jobs.html.figure import SOFT
 from jobs.runs.plot import KINDS, draw_curve, draw_evaluations, mark_incidents, metric_name, metric_points
 from jobs.runs.summary import evaluations
 
-# Of several runs, one each, from the first again when there are more; they are told apart in the light and in the dark.
+# Colours of overlaid runs, reused if there are more runs; they are distinguishable in light and dark mode.
 _COLOURS = "#3b7ea1 #d9822b #5d9a3a #c0504d #8a63b5 #b08d1e #c46aa0 #3fa39b #8c6d54 #7a8691".split()
-_SIZE = 4.6, 2.5  # inches: on a phone its texts are as large as the page's
-_PLACE = (0.13, 0.17, 0.84, 0.78)  # of the axes in a drawing: left, bottom, width, height
-_METRIC = "metric"  # in place of a key of the Step lines
+_SIZE = 4.6, 2.5  # Inches; on a phone, the charts' text is as large as the page's.
+_PLACE = (0.13, 0.17, 0.84, 0.78)  # Position of the axes in a chart: left, bottom, width, height.
+_METRIC = "metric"  # Key of the evaluations' chart; the others are keys of the Step lines.
 
 
 def run_curves(lines: Sequence[Line], name: str) -> Markup:
-    """A run's loss, evaluations, learning rate and speed, with its incidents. name: of no other curves of the page."""
+    """A run's loss, evaluations, learning rate and speed, with its incidents. name: unique among the page's curves."""
     steps, incidents, evaluated = _events(lines, "Step"), _events(lines, "Incident"), evaluations(lines)
     counts = Counter(line["kind"] for line in incidents)
 
@@ -33,13 +33,13 @@ def run_curves(lines: Sequence[Line], name: str) -> Markup:
         mark_incidents(axes, incidents)
 
     legend = [(KINDS[kind], f"{counts[kind]} × {kind.replace('_', ' ')}") for kind in KINDS if counts[kind]]
-    # A single evaluation is a figure at the top of the page, not a curve.
+    # A single evaluation is shown as a figure at the top of the page, not as a curve.
     metric = metric_name(evaluated) if len(metric_points(evaluated)) > 1 else None
     return _charts(name, metric, _last_step(lines), draw, legend)
 
 
 def curves_of_several(runs: Sequence[tuple[str, Sequence[Line]]], name: str) -> Markup:
-    """The same of several runs, each by its name and its log, over each other."""
+    """The same curves of several runs, given by name and log, overlaid."""
     colours = [_COLOURS[i % len(_COLOURS)] for i in range(len(runs))]
     found = [(_events(lines, "Step"), evaluations(lines)) for _, lines in runs]
 
@@ -58,12 +58,12 @@ def curves_of_several(runs: Sequence[tuple[str, Sequence[Line]]], name: str) -> 
 
 
 def _mark_steps(axes: Axes, last: int) -> None:
-    """Steps from 0 to the last one, with ticks at round numbers and at the last one."""
+    """Set the step axis from 0 to the last step, with ticks at round numbers and at the last step."""
     axes.set_xlim(0, max(1, last))
     round_ones = [tick for tick in MaxNLocator(5, integer=True).tick_values(0, max(1, last)) if 0 <= tick < 0.88 * last]
     axes.set_xticks([*round_ones, last] if last else [0, 1])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.get_xticklabels()[-1].set_horizontalalignment("right")  # it would run out of the drawing
+    axes.get_xticklabels()[-1].set_horizontalalignment("right")  # Centred, it would be cut off.
 
 
 def _charts(
@@ -73,13 +73,13 @@ def _charts(
     draw: Callable[[Axes, str], None],
     legend: Sequence[tuple[str, str]],
 ) -> Markup:
-    """metric: the name of the evaluations' chart, if there is one. last: the last step."""
+    """The charts of a page. metric: the title of the evaluations' chart, if there is one. last: the last step."""
     titles = {"loss": "loss", **({_METRIC: metric} if metric else {}), "lr": "learning rate"}
     titles["clips_per_s"] = "clips/s decoded"
     drawings = []
     for key, title in titles.items():
         figure, axes = page.drawing(*_SIZE)
-        # The same place in each drawing, whatever its labels: the charts of a page stand below each other.
+        # The axes have the same position in each chart regardless of its labels, so that the charts of a page align.
         figure.set_layout_engine("none")
         axes.set_position(_PLACE)
         draw(axes, key)

@@ -1,4 +1,4 @@
-"""What the folder of a run or of a study holds, as far as it can be read."""
+"""Reads the content of the folder of a run or a study, as far as possible."""
 
 import time
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ class Scored:
 class Run:
     name: str
     url: str
-    lines: list[Line]  # of its log
+    lines: list[Line]  # its log
     standing: dict[str, Any]  # see jobs.runs.summary.standing
     recipe_text: str | None
     recipe: Recipe | None
     metrics: dict[str, Any] | None  # of model/, see erann_dist.train.evaluation.detail
     averaged: dict[str, Any] | None  # of model-averaged/
     scored: Scored | None
-    notes: list[str]  # what is missing or can't be read
+    notes: list[str]  # on what is missing or can't be read
 
     def events(self, kind: str) -> list[Line]:
         return [line for line in self.lines if line["event"] == kind]
@@ -55,9 +55,9 @@ class Study:
 
 
 def read(url: str, endpoint: str | None) -> Run | Study:
-    """The run or the study in a folder.
+    """Read the run or the study in a folder.
 
-    Raises UsageError when there is none, UserError when a study's results can't be read.
+    Raises UsageError if there is none, UserError if a study's results can't be read.
     """
     folder = open_folder(url, endpoint)
     if isinstance(folder, LocalFolder) and not Path(folder.url).is_dir():
@@ -67,8 +67,10 @@ def read(url: str, endpoint: str | None) -> Run | Study:
     if folder.exists(LOG):
         return _read_run(folder)
     if folder.exists(STUDY_MANIFEST):
-        raise UserError(f"{folder}: a study without {RESULTS}: it has not finished; run it again, or report its runs")
-    raise UsageError(f"{folder}: no run ({LOG} is missing) and no study; erann runs FOLDER lists the runs below it")
+        raise UserError(
+            f"{folder}: a study without {RESULTS}: it has not finished; run it again, or report on its runs"
+        )
+    raise UsageError(f"{folder}: no run ({LOG} is missing) and no study; list the runs in it with erann runs FOLDER")
 
 
 def _read_study(folder: Folder, endpoint: str | None) -> Study:
@@ -90,14 +92,14 @@ def _read_study(folder: Folder, endpoint: str | None) -> Study:
 
 def _read_run(folder: Folder) -> Run:
     lines, skipped = read_damaged_log(folder)
-    notes = [f"{skipped:,} damaged lines of {LOG} are left out."] if skipped else []
+    notes = [f"{skipped:,} damaged lines of {LOG} are skipped."] if skipped else []
     stands = standing(_name(folder), lines, time.time())
     text, recipe = _recipe(folder, notes)
     metrics = _metrics(folder, "model/metrics.json", notes)
     scored = _scored(folder, notes)
     if stands["state"] != "finished":
         step = f" at step {stands['step']:,} of {stands['steps']:,}" if stands["steps"] else ""
-        notes.insert(0, f"This run has not finished: {_STATES[stands['state']]}{step}. What follows is what there is.")
+        notes.insert(0, f"This run has not finished: {_STATES[stands['state']]}{step}. This page shows it so far.")
     else:
         needed = {"model/metrics.json": metrics, "predictions.parquet": scored}
         missing = [name for name, found in needed.items() if found is None]
@@ -106,11 +108,11 @@ def _read_run(folder: Folder) -> Run:
     return Run(_name(folder), str(folder), lines, stands, text, recipe, metrics, averaged, scored, notes)
 
 
-_STATES = {"running": "it runs", "stopped": "it was stopped, or its machine went away,", "empty": "no event is logged"}
+_STATES = {"running": "it is running", "stopped": "it was stopped or its machine lost", "empty": "no event is logged"}
 
 
 def _recipe(folder: Folder, notes: list[str]) -> tuple[str | None, Recipe | None]:
-    """As it is written, and as this program understands it."""
+    """The recipe's text, and the parsed recipe."""
     text = None
     try:
         text = folder.read("recipe.yaml").decode(errors="replace")
@@ -118,7 +120,7 @@ def _recipe(folder: Folder, notes: list[str]) -> tuple[str | None, Recipe | None
     except FileNotFoundError:
         notes.append("recipe.yaml is missing.")
     except (UserError, ValueError) as error:
-        notes.append(f"recipe.yaml is not one that this program knows: {_line(error)}.")
+        notes.append(f"recipe.yaml can't be parsed: {_line(error)}.")
     return text, None
 
 
@@ -152,5 +154,5 @@ def _name(folder: Folder) -> str:
 
 
 def runs_of(entries: Sequence[Run | Study]) -> list[Run]:
-    """All runs, those of studies too."""
+    """All runs, including those of studies."""
     return [run for entry in entries for run in ([entry] if isinstance(entry, Run) else entry.runs)]

@@ -1,4 +1,4 @@
-"""`erann report`: one page about runs and studies."""
+"""`erann report`: writes one page about runs and studies."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ from jobs.outputs import check_output
 from jobs.report.reading import read, runs_of
 from jobs.report.report_page import report_page
 
-REPORT = "report.html"  # in the folder that it is about
+REPORT = "report.html"  # In the folder that it is about.
 
 
 def report(urls: Sequence[str], out: Path | None, endpoint: str | None) -> dict[str, Any]:
     """Write the page about the runs and studies in these folders.
 
-    out: report.html in the first one's folder if not given. Raises UsageError for a folder that is neither and for an
-    out that is one; UserError for a study whose results can't be read.
+    out: the file; by default report.html in the first folder. Raises UsageError if a folder is neither or `out` is a
+    folder, UserError if a study's results can't be read.
     """
     if out:
         check_output(out)

@@ -14,7 +14,7 @@ from jobs.report.study_part import study_part
 
 
 def report_page(entries: Sequence[Run | Study]) -> str:
-    """The page about runs and studies, in the order given; of several, first how they stand beside each other."""
+    """The page about runs and studies, in the given order; several are first compared with each other."""
     parts = [
         page.element(
             "article",
@@ -37,13 +37,13 @@ def _overview(entries: Sequence[Run | Study]) -> Markup:
         if len(hashes) > 1:
             parts.append(page.element("note", "The runs were evaluated on different clips: their hashes differ."))
         logged = [(run.name, run.lines) for run in runs if run.events("Step")]
-        parts.append(page.section("The runs beside each other", _beside(runs)))
+        parts.append(page.section("Comparison of the runs", _comparison(runs)))
         if logged:
             parts.append(page.section("Curves", curves_of_several(logged, "all")))
     return page.element("overview", [(entry.name, entry.url) for entry in entries], parts)
 
 
-def _beside(runs: Sequence[Run]) -> Markup:
+def _comparison(runs: Sequence[Run]) -> Markup:
     rows = []
     for run in runs:
         metric, metrics, best = main_metric(run), run.metrics or {}, run.standing["best"]

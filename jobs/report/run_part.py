@@ -20,7 +20,7 @@ METRICS = {"mAP": "mAP", "mAUC": "mAUC", "d_prime": "d′", "accuracy": "accurac
 
 
 def run_part(run: Run, name: str) -> Markup:
-    """All that is known of a run. name: of no other part of the page."""
+    """Everything that is known about a run. name: unique among the page's parts."""
     return Markup("\n").join(
         [
             page.element("heading", run.name, _what(run)),
@@ -30,14 +30,14 @@ def run_part(run: Run, name: str) -> Markup:
             *_classes(run),
             clips_section([run]),
             page.section("Data", _data(run)),
-            page.section("Time and machine", _machine(run), _incidents(run)),
+            page.section("Time and hardware", _machine(run), _incidents(run)),
             page.section("Recipe", recipe(run)),
         ]
     )
 
 
 def brief_run_part(run: Run, name: str) -> Markup:
-    """A run among others of its kind, to be unfolded."""
+    """A run of a study, as a section that can be unfolded."""
     metric = main_metric(run)
     title = f"{METRICS[metric]} {score(run.metrics[metric])}" if run.metrics and metric else run.standing["state"]
     parts = [
@@ -46,7 +46,7 @@ def brief_run_part(run: Run, name: str) -> Markup:
         _curves(run, name),
         page.element("subheading", "Data"),
         _data(run),
-        page.element("subheading", "Time and machine"),
+        page.element("subheading", "Time and hardware"),
         _machine(run),
         _incidents(run),
         page.element("subheading", "Recipe"),
@@ -65,19 +65,19 @@ def notes(lines: Sequence[str]) -> Markup:
 
 
 def recipe(run: Run) -> Markup:
-    return page.element("preformatted", run.recipe_text) if run.recipe_text else page.soft("Not there.")
+    return page.element("preformatted", run.recipe_text) if run.recipe_text else page.soft("Missing.")
 
 
 def _what(run: Run) -> str:
-    told = [run.url]
+    facts = [run.url]
     if run.recipe:
-        told.append(run.recipe.model.variant)
+        facts.append(run.recipe.model.variant)
     if run.metrics:
-        told.append(f"{run.metrics['task']}, {len(run.metrics['per_class'])} classes")
+        facts.append(f"{run.metrics['task']}, {len(run.metrics['per_class'])} classes")
     if starts := run.events("Started"):
-        told.append(f"started {_when(starts[0]['time'])}, ran {duration(seconds_run(run.lines))}")
+        facts.append(f"started {_when(starts[0]['time'])}, ran {duration(seconds_run(run.lines))}")
     why = run.standing["why"]
-    return " · ".join([*told, run.standing["state"] + (f": {why}" if why else "")])
+    return " · ".join([*facts, run.standing["state"] + (f": {why}" if why else "")])
 
 
 def _figures(run: Run) -> list[tuple[str, str]]:
@@ -86,7 +86,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
     for key, name in METRICS.items():
         if metrics.get(key) is not None:
             chance = metrics.get(f"chance_{key}")
-            what = f"{name} = √2·Φ⁻¹(mAUC), how far positives' scores lie from negatives'" if key == "d_prime" else name
+            what = f"{name} = √2·Φ⁻¹(mAUC), separation of positive and negative scores" if key == "d_prime" else name
             cards.append((score(metrics[key]), what if chance is None else f"{what}; by chance {score(chance)}"))
     metric = main_metric(run)
     if metric and run.averaged and run.averaged.get(metric) is not None:
@@ -95,7 +95,7 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         cards.append(
             (
                 score(best["value"]),
-                f"best {best['metric']} on the way, at step {best['step']:,}; selected on these clips",
+                f"best {best['metric']} during training, at step {best['step']:,}; selected on these clips",
             )
         )
     if metrics:
@@ -104,13 +104,13 @@ def _figures(run: Run) -> list[tuple[str, str]]:
         done = standing["step"] == standing["steps"]
         cards.append((f"{standing['step']:,}", "steps" if done else f"of {standing['steps']:,} steps"))
     if standing["goodput"] is not None:
-        cards.append((percent(standing["goodput"]), "goodput: share of the time that steps which count took"))
+        cards.append((percent(standing["goodput"]), "goodput: share of the time spent on steps that count"))
     return cards
 
 
 def _curves(run: Run, name: str) -> Markup:
     if not any(line["event"] in ("Step", "Evaluated") for line in run.lines):
-        return page.soft("No step is logged so far.")
+        return page.soft("No steps are logged yet.")
     return run_curves(run.lines, name)
 
 
@@ -121,7 +121,7 @@ def _classes(run: Run) -> list[Markup]:
     left_out = run.metrics.get("left_out")
     parts = [class_table(per_class, "accuracy" if confusion else "ap", confusion)]
     if left_out:
-        parts.insert(0, page.paragraph(f"Left out of the means, without positives: {'; '.join(left_out)}."))
+        parts.insert(0, page.paragraph(f"Left out of the means, as they have no positives: {'; '.join(left_out)}."))
     sections = [page.section("Classes", *parts)]
     if confusion:
         sections.append(page.section("Confusion matrix", confusion_matrix([c["name"] for c in per_class], confusion)))
@@ -138,7 +138,7 @@ def _data(run: Run) -> Markup:
         facts.append(("trained on", "; ".join(map(_source, run.recipe.data.train))))
     if starts := run.events("Started"):
         facts.append(("training clips", f"{starts[-1]['train_clips']:,}"))
-    hint = page.soft("Two evaluations were on the same clips if they show the same hash of the list.")
+    hint = page.soft("Two evaluations used the same clips if they show the same hash of the list.")
     return page.facts(facts) + (hint if run.metrics else Markup())
 
 
@@ -151,16 +151,14 @@ def _source(source: DataSource) -> str:
 
 
 def hardware(run: Run) -> str:
-    """What its workers ran on, at its last start."""
+    """The hardware of its workers at its last start."""
     last = run.events("Started")[-1]
     names: Counter[str] = Counter(last.get("hardware", []))
-    return (
-        ", ".join(f"{count} × {name}" for name, count in names.items()) or f"{last['device']}; its name was not logged"
-    )
+    return ", ".join(f"{count} × {name}" for name, count in names.items()) or f"{last['device']}, name not logged"
 
 
 def average(run: Run, key: str) -> float:
-    """A value of the Step lines, of which there are some, over the time that steps took."""
+    """The mean of a value of the Step lines, weighted by the time of the steps."""
     steps = run.events("Step")
     seconds = sum(line["seconds"] for line in steps)
     return sum(line[key] * line["seconds"] for line in steps) / seconds if seconds else 0.0
@@ -177,7 +175,7 @@ def _machine(run: Run) -> Markup:
             ("hardware", hardware(run)),
             ("workers", f"{last['workers']} on {len(hosts)} host{'s' * (len(hosts) > 1)}: {', '.join(hosts)}"),
             ("versions", versions or "not logged"),
-            ("started", f"{_when(starts[0]['time'])}" + (f", {len(starts)} times in all" if len(starts) > 1 else "")),
+            ("started", f"{_when(starts[0]['time'])}" + (f", {len(starts)} times in total" if len(starts) > 1 else "")),
         ]
     if steps:
         examples, clips, waiting = (average(run, key) for key in ("examples_per_s", "clips_per_s", "data_wait"))
@@ -189,8 +187,8 @@ def _machine(run: Run) -> Markup:
             sum(line.get("steps_lost", 0) for line in incidents),
             sum(line.get("seconds_lost", 0.0) for line in incidents),
         )
-        told = f"; lost: {lost[0]:,} steps, {duration(lost[1])}" if any(lost) else ""
-        facts.append(("goodput", f"{percent(run.standing['goodput'])} of the time went into steps that count{told}"))
+        losses = f"; lost: {lost[0]:,} steps, {duration(lost[1])}" if any(lost) else ""
+        facts.append(("goodput", f"{percent(run.standing['goodput'])} of the time spent on steps that count{losses}"))
     return page.facts(facts)
 
 

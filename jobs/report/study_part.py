@@ -1,4 +1,4 @@
-"""A study's part of a report: the folds of a cross-validation, or the runs of a grid, and these in brief."""
+"""A study's part of a report: the folds of a cross-validation or the runs of a grid, with each run in brief."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from jobs.terminal.progress import duration
 
 
 def study_part(study: Study, name: str) -> Markup:
-    """All that is known of a study. name: of no other part of the page."""
+    """Everything that is known about a study. name: unique among the page's parts."""
     sections = _folds(study) if study.result["kind"] == "folds" else _grid(study)
     logged = [(run.name, run.lines) for run in study.runs if run.events("Step")]
     curves = [page.section("Curves", curves_of_several(logged, name))] if logged else []
@@ -57,21 +57,21 @@ def _folds(study: Study) -> list[Markup]:
         sections.append(page.section("Confusion matrix of all folds", matrix))
     sections += [clips_section(study.runs), *_data(study.runs), *_machines(study.runs)]
     if study.runs:
-        which = f"Of {study.runs[0].name}; the others differ in their folds."
+        which = f"The recipe of {study.runs[0].name}; the others differ only in their folds."
         sections.append(page.section("Recipe", page.soft(which), recipe(study.runs[0])))
     return sections
 
 
 def _accuracies(result: dict[str, Any]) -> Markup:
-    """The result first, then each fold's, and apart from them what the best step would have had."""
+    """The result, then that of each fold, and separately that of the best step."""
     folds, paper = result["folds"], result["paper"]
     cards = [
-        (_with_deviation(result["mean"], result["std"]), f"accuracy, the mean of {len(folds)} folds ± their deviation")
+        (_with_deviation(result["mean"], result["std"]), f"accuracy, mean ± standard deviation of {len(folds)} folds")
     ]
     if paper:
         cards.append((f"{paper['accuracy']:.3f}", f"in the paper: {paper['what']}"))
     clips, seconds = (sum(fold[key] or 0 for fold in folds) for key in ("clips", "seconds"))
-    cards += [(f"{clips:,}", "clips evaluated"), (duration(seconds), "all folds' time together")]
+    cards += [(f"{clips:,}", "clips evaluated"), (duration(seconds), "total time of all folds")]
     rows = [
         [
             page.text(fold["fold"]),
@@ -115,8 +115,9 @@ def _best_steps(result: dict[str, Any]) -> list[Markup]:
     return [
         page.element("subheading", "Not the result: the best step, selected on the test fold"),
         page.soft(
-            "The step was selected by the accuracy on the very clips that it is reported on, so these figures are too "
-            "high. They tell what others report who do so, and whether training went on for too long."
+            "The step was selected by the accuracy on the same clips that it is reported on, so these figures are too "
+            "high. They allow comparison with results that are reported this way, and show whether training was too "
+            "long."
         ),
         page.table(["fold", "best accuracy:n", "at step:n"], rows, foot=foot, css="narrow apart"),
     ]
@@ -136,7 +137,7 @@ def _data(runs: Sequence[Run]) -> list[Markup]:
         if run.metrics
     ]
     head = ["run", "", "clips:n", "listed:n", "share:n", "hash of the list"]
-    hint = page.soft("Two evaluations were on the same clips if they show the same hash of the list.")
+    hint = page.soft("Two evaluations used the same clips if they show the same hash of the list.")
     return [page.section("Data", page.table(head, rows), hint)] if rows else []
 
 
@@ -154,7 +155,7 @@ def _machines(runs: Sequence[Run]) -> list[Markup]:
         if run.events("Started") and run.events("Step")
     ]
     head = ["run", "hardware", "clips/s:n", "waiting for data:n", "goodput:n", "incidents:n"]
-    return [page.section("Time and machine", page.table(head, rows))] if rows else []
+    return [page.section("Time and hardware", page.table(head, rows))] if rows else []
 
 
 def _grid(study: Study) -> list[Markup]:

@@ -1,1 +1,1 @@
-"""The runs in a folder, by their logs."""
+"""The runs in a folder, as recorded in their logs."""

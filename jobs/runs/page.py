@@ -12,7 +12,7 @@ from jobs.terminal.show import console
 
 
 def runs_page(result: dict[str, Any]) -> None:
-    """A line for each run, that of the last sign of life last."""
+    """A line for each run, the most recently active last."""
     runs = sorted(result["runs"], key=lambda run: run["last_event"] or 0)
     columns = {name: [cell(run) for run in runs] for name, cell in _COLUMNS.items()}
     widths = {name: max(map(len, [name, *cells])) + 2 for name, cells in columns.items()}
@@ -21,8 +21,8 @@ def runs_page(result: dict[str, Any]) -> None:
         if sum(widths[each] for each in columns) + min(longest, _NAME_WIDTH) > console.width:
             del columns[name]
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    room = console.width - sum(widths[each] for each in columns)
-    table.add_column("run", overflow="fold", min_width=min(longest, max(room, _NAME_LEAST)))
+    available = console.width - sum(widths[each] for each in columns)
+    table.add_column("run", overflow="fold", min_width=min(longest, max(available, _NAME_LEAST)))
     for name in columns:
         table.add_column(name, justify="left" if name in _WORDS else "right", no_wrap=True)
     for run, *cells in zip(runs, *columns.values(), strict=True):
@@ -33,7 +33,7 @@ def runs_page(result: dict[str, Any]) -> None:
 
 
 def run_page(result: dict[str, Any]) -> None:
-    """How the run stands, then its starts, incidents and evaluations."""
+    """The run's state, then its starts, incidents and evaluations."""
     steps = sum(line.get("steps_lost", 0) for line in result["incident_list"])
     seconds = sum(line.get("seconds_lost", 0.0) for line in result["incident_list"])
     console.print(f"run      {result['folder'].rstrip('/')}/{result['run']}")
@@ -53,7 +53,7 @@ def run_page(result: dict[str, Any]) -> None:
 
 def _print_skipped(run: dict[str, Any]) -> None:
     if run["skipped_lines"]:
-        console.print(f"{run['run']}: {run['skipped_lines']:,} damaged lines of {LOG} are left out")
+        console.print(f"{run['run']}: {run['skipped_lines']:,} damaged lines of {LOG} are skipped")
 
 
 def _print(title: str, table: Table) -> None:
@@ -100,7 +100,7 @@ _WORDS = ("run", "state", "time", "kind", "device", "hosts", "weights", "")
 
 
 def _table(*names: str) -> Table:
-    """Columns of words and of numbers; only the last one is ever broken into lines."""
+    """A table with columns of words and of numbers; only the last one is wrapped."""
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in names:
         last = name == names[-1]
@@ -116,8 +116,8 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "incidents": lambda run: str(run["incidents"]),
     "last event": lambda run: _ago(run),
 }
-_LESS_IMPORTANT = ("incidents", "goodput", "last event")  # what a narrow terminal does not show, in this order
-_NAME_WIDTH = 20  # what a run's name needs, for all columns to be shown
+_LESS_IMPORTANT = ("incidents", "goodput", "last event")  # Columns dropped on a narrow terminal, in this order.
+_NAME_WIDTH = 20  # Minimum width of a run's name before columns are dropped.
 _NAME_LEAST = 8
 
 

@@ -28,12 +28,12 @@ KINDS: dict[IncidentKind, str] = {
     "bad_clip": "#b08968",
 }
 _DASHES = (0, (4, 3))
-_SMOOTH = 60  # points from which on a running mean is drawn over them
-_POINTS = 1000  # that are drawn at most, or a little more
+_SMOOTH = 60  # From this number of points on, a running mean is drawn over them.
+_POINTS = 1000  # Approximate maximum number of points drawn.
 
 
 def draw_run(lines: Sequence[Line], title: str, path: Path) -> None:
-    """Write the image; its name's ending says of which kind. Raises UsageError for an unknown one, OSError."""
+    """Write the image, in the format of the path's suffix. Raises UsageError for an unknown format, OSError."""
     figure = new_figure(path, 11, 11.5)
     axes = figure.subplots(4, 1, sharex=True, gridspec_kw={"height_ratios": [3, 1.3, 2.4, 2.4]})
     loss, rate, evaluation, speed = axes
@@ -67,7 +67,7 @@ def draw_run(lines: Sequence[Line], title: str, path: Path) -> None:
 
 
 def draw_curve(axes: Axes, steps: Sequence[Line], key: str, color: str = FILL, *, alone: bool = True) -> None:
-    """A value of the Step lines: what was logged; of many points a running mean, over them if the curve is alone."""
+    """Draw a value of the Step lines; with many points, their running mean (on top of them if the curve is alone)."""
     points = [(line["step"], line[key]) for line in steps if line[key] is not None]
     if not points:
         return
@@ -75,11 +75,11 @@ def draw_curve(axes: Axes, steps: Sequence[Line], key: str, color: str = FILL, *
     curve, some = y, slice(None, None, len(x) // _POINTS + 1)
     if len(x) >= _SMOOTH and key != "lr":
         width = len(x) // 60 + 1
-        # At the ends the mean is over what there is.
+        # At the ends the mean is over fewer points.
         curve = np.convolve(y, np.ones(width), "same") / np.convolve(np.ones(len(y)), np.ones(width), "same")
         if alone:
             axes.plot(x[some], y[some], color=PALE, linewidth=1.0)
-            # A few wild values, as at the start of a run, must not flatten the rest.
+            # A few outliers, as at the start of a run, must not flatten the rest.
             low, high = np.quantile(y, [0.001, 0.995])
             axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
     marker = "o" if len(x) == 1 else None
@@ -87,19 +87,19 @@ def draw_curve(axes: Axes, steps: Sequence[Line], key: str, color: str = FILL, *
 
 
 def metric_name(evaluations: Sequence[Line]) -> str | None:
-    """The first metric, by which the best is told."""
+    """The first metric, by which the best evaluation is chosen."""
     return next((name for line in evaluations for name in line["metrics"]), None)
 
 
 def metric_points(evaluations: Sequence[Line], *, averaged: bool = False) -> list[tuple[int, float]]:
-    """Steps and the first metric, of the run's own weights or of averaged ones."""
+    """Steps and values of the first metric, for the run's own weights or for averaged ones."""
     name = metric_name(evaluations)
     own = [line for line in evaluations if bool(line.get("averaged")) == averaged]
     return [(line["step"], line["metrics"][name]) for line in own if line["metrics"].get(name) is not None]
 
 
 def draw_evaluations(axes: Axes, evaluations: Sequence[Line]) -> None:
-    """The first metric of the Evaluated lines, the best one with its value."""
+    """Draw the first metric of the Evaluated lines; the best one is labelled with its value."""
     for averaged, color, label, above in (
         (False, FILL, "the run's weights", -15),
         (True, _AVERAGED, "mean of the last checkpoints' weights", 8),
@@ -121,12 +121,12 @@ def draw_evaluations(axes: Axes, evaluations: Sequence[Line]) -> None:
     if any(line.get("averaged") for line in evaluations):
         axes.legend(loc="lower right", frameon=False, labelcolor=INK)
     if not evaluations:
-        axes.text(0.5, 0.5, "no evaluation so far", transform=axes.transAxes, ha="center", color=SOFT)
+        axes.text(0.5, 0.5, "no evaluation yet", transform=axes.transAxes, ha="center", color=SOFT)
         axes.set_yticks([])
 
 
 def mark_incidents(axes: Axes, incidents: Sequence[Line]) -> None:
-    """A dashed line at each, and a shade over the steps that were computed twice."""
+    """Draw a dashed line at each incident, and shade the steps that were computed twice."""
     for line in incidents:
         color, step = KINDS[line["kind"]], line["step"]
         axes.axvline(step, color=color, linewidth=1.1, linestyle=_DASHES, zorder=1)
@@ -135,11 +135,11 @@ def mark_incidents(axes: Axes, incidents: Sequence[Line]) -> None:
 
 
 def _draw_wait(axes: Axes, lines: Sequence[Line]) -> None:
-    """On an axis of its own on the right."""
+    """Draw the share of time spent waiting for data, on a separate axis on the right."""
     wait = axes.twinx()
     x, y = [line["step"] for line in lines], [line["data_wait"] for line in lines]
     wait.fill_between(x, y, color=_WAIT, alpha=0.35, linewidth=0)
-    wait.set_ylim(0, max(0.05, *y, 0.0) * 2)  # in the lower half
+    wait.set_ylim(0, max(0.05, *y, 0.0) * 2)  # It fills at most the lower half.
     wait.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     wait.yaxis.set_major_locator(MaxNLocator(4))
     wait.set_ylabel("waiting for data", color=_WAIT)
@@ -149,7 +149,7 @@ def _draw_wait(axes: Axes, lines: Sequence[Line]) -> None:
 
 
 def _explain(axes: Axes, incidents: Sequence[Line]) -> None:
-    """What the vertical lines are, above the first curve."""
+    """Add a legend of the vertical lines above the first curve."""
     counts = Counter(line["kind"] for line in incidents)
     handles = [
         Line2D([], [], color=color, linestyle=_DASHES, label=f"{counts[kind]} × {kind.replace('_', ' ')}")

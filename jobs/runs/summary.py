@@ -1,4 +1,4 @@
-"""The runs below a folder, by their logs: how they stand, what happened to them, and their curves."""
+"""The runs in a folder, from their logs: their state, starts, incidents, evaluations and curves."""
 
 import difflib
 import time
@@ -11,13 +11,13 @@ from erann_dist.errors import UsageError, UserError
 from erann_dist.log.run_log import LOG, Line, goodput, read_damaged_log
 from erann_dist.storage.folder import Folder, LocalFolder, open_folder
 
-# A run is taken to be running while it is silent for no longer than this, or than so many times its longest silence:
-# it says nothing while it evaluates.
+# A run counts as running until it has logged nothing for _SILENCE_S, or for _SILENCES times its longest silence so far:
+# it logs nothing during an evaluation.
 _SILENCE_S, _SILENCES = 120.0, 2.0
 
 
 def list_runs(url: str, endpoint: str | None) -> dict[str, Any]:
-    """How each run below a folder stands. Raises UsageError when there is no such folder or no run in it."""
+    """The state of each run in a folder. Raises UsageError if there is no such folder or no run in it."""
     now = time.time()
     names = _names(open_folder(url, endpoint))
     runs = []
@@ -28,14 +28,14 @@ def list_runs(url: str, endpoint: str | None) -> dict[str, Any]:
 
 
 def show_run(url: str, name: str, endpoint: str | None, plot: Path | None) -> dict[str, Any]:
-    """How a run stands, its starts, incidents and evaluations; its curves in an image if wanted. Raises UserError."""
+    """A run's state, starts, incidents and evaluations. plot: the image for its curves, if any. Raises UserError."""
     lines, skipped = _log(url, name, endpoint)
     log = f"{_run_url(url, name)}/{LOG}"
     if not lines:
-        raise UserError(f"{log}: no event in it; the run's workers have not begun, or it is damaged")
+        raise UserError(f"{log}: contains no event; the run's workers have not started, or it is damaged")
     if plot:
         if not any(line["event"] in ("Step", "Evaluated") for line in lines):
-            raise UserError(f"{log}: no step in it so far, nothing to draw")
+            raise UserError(f"{log}: contains no steps yet, so there is nothing to plot")
         from jobs.runs.plot import draw_run  # slow to import
 
         draw_run(lines, _run_url(url, name), plot)
@@ -48,9 +48,9 @@ def show_run(url: str, name: str, endpoint: str | None, plot: Path | None) -> di
 
 
 def find_run(url: str, name: str | None, endpoint: str | None) -> tuple[str, str] | None:
-    """The folder and the name of the run that is meant; None when a folder of runs is. Raises UsageError.
+    """The folder and the name of the requested run; None if the URL is a folder of runs. Raises UsageError.
 
-    A run's own folder may be given too.
+    url: a folder of runs, or a run's own folder.
     """
     names = _names(open_folder(url, endpoint))
     if name is None and "." in names:
@@ -63,7 +63,7 @@ def find_run(url: str, name: str | None, endpoint: str | None) -> tuple[str, str
 
 
 def evaluations(lines: Sequence[Line]) -> list[Line]:
-    """The run's evaluations. One that a restart did again counts once."""
+    """The run's evaluations. One that was repeated after a restart counts once."""
     return list({(line["step"], line.get("averaged")): line for line in _events(lines, "Evaluated")}.values())
 
 
@@ -72,7 +72,7 @@ def _names(folder: Folder) -> list[str]:
         raise UsageError(f"{folder}: no such folder")
     names = [name.rpartition("/")[0] or "." for name in folder.sizes() if Path(name).name == LOG]
     if not names:
-        raise UsageError(f"{folder}: no run in it, no {LOG} below it; a recipe's run.dir is the folder of its runs")
+        raise UsageError(f"{folder}: contains no run (no {LOG}); give the folder that a recipe's run.dir names")
     return names
 
 
@@ -91,14 +91,14 @@ def _events(lines: Sequence[Line], kind: str) -> list[Line]:
 def _standing(url: str, name: str, lines: Sequence[Line], now: float, endpoint: str | None) -> dict[str, Any]:
     found = standing(name, lines, now)
     if found["state"] != "finished" and open_folder(_run_url(url, name), endpoint).exists("model/config.json"):
-        found |= {"state": "finished", "why": None}  # the model is there; what the log would say of it was lost
+        found |= {"state": "finished", "why": None}  # The model exists; the last lines of the log were lost.
     return found
 
 
 def standing(name: str, lines: Sequence[Line], now: float) -> dict[str, Any]:
-    """How a run stands by its log: state, step, best evaluation, goodput; None for what is not known yet.
+    """A run's state according to its log: state, step, best evaluation, goodput; None for what is unknown yet.
 
-    why: what ended the command of a run that is not finished.
+    The key why is what ended the command of an unfinished run.
     """
     names = ("step", "steps", "workers", "best", "goodput", "last_event", "silent_s", "why")
     found: dict[str, Any] = dict.fromkeys(names)
@@ -128,13 +128,13 @@ def _state(lines: Sequence[Line], now: float) -> str:
         return "finished"
     if lines[-1]["event"] == "Ended":
         return "stopped"
-    # A pause before a command's start is not a silence of the run.
+    # The time between two commands is not a silence of the run.
     silences = [b["time"] - a["time"] for a, b in pairwise(lines) if b["event"] != "Started"]
     return "running" if now - lines[-1]["time"] <= max(_SILENCE_S, _SILENCES * max(silences, default=0)) else "stopped"
 
 
 def _best(lines: Sequence[Line]) -> dict[str, Any] | None:
-    """By the first metric, of all evaluations."""
+    """The best of all evaluations, by the first metric."""
     scores = [(next(iter(line["metrics"].items())), line) for line in evaluations(lines) if line["metrics"]]
     scores = [((name, value), line) for (name, value), line in scores if value is not None]
     if not scores:

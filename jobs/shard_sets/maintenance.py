@@ -1,4 +1,4 @@
-"""Verifying, repairing, indexing and copying shard sets, with progress."""
+"""Verify, repair, index and copy shard sets, showing progress."""
 
 import time
 from typing import Any
@@ -18,17 +18,17 @@ from shards.verify import verify as verify_shards
 
 
 def verify(folder: Folder, quick: bool = False) -> dict[str, Any]:
-    """Check a shard set. Raises UserError when anything is wrong, after a line for each problem."""
+    """Check a shard set, printing a line for each problem. Raises UserError if there is any."""
     clips = len(read_table(folder, MANIFEST, ["key"]))
     problems = _problems(folder, clips, quick)
     if problems:
-        advice = "erann repair rebuilds the shards concerned" if all(p.shard is not None for p in problems) else ""
+        advice = "erann repair rebuilds the affected shards" if all(p.shard is not None for p in problems) else ""
         raise UserError(f"{folder}: {_count(problems)}; {advice or 'pack the set again or restore it'}")
     return {"shards": str(folder), "clips": clips, "tars": len(read_table(folder, SHARDS, ["name"])), "quick": quick}
 
 
 def repair(folder: Folder, source: Source, quick: bool = False, address: str | None = None) -> dict[str, Any]:
-    """Find the shards that are not as the manifest says and rebuild them. Raises UserError when one can't be."""
+    """Find the shards that don't match the manifest and rebuild them. Raises UserError when one can't be rebuilt."""
     problems = _problems(folder, len(read_table(folder, MANIFEST, ["key"])), quick)
     concerned = sorted({problem.shard for problem in problems if problem.shard is not None})
     tasks = repair_tasks(folder, source, concerned)
@@ -43,12 +43,12 @@ def repair(folder: Folder, source: Source, quick: bool = False, address: str | N
         console.print(line, markup=False)
     left = [problem for problem in problems if problem.shard is None]
     if failed or left:
-        raise UserError(f"{folder}: {len(failed)} shards and {len(left)} other problems are as they were")
+        raise UserError(f"{folder}: {len(failed)} shards and {len(left)} other problems could not be repaired")
     return {"shards": str(folder), "rebuilt": [task.name for task in tasks]}
 
 
 def index(folder: Folder, classes: tuple[list[str], list[str]] | None) -> dict[str, Any]:
-    """Write the manifest of tars that are there. Raises UserError."""
+    """Write a manifest for existing tars. Raises UserError."""
     with console.status("indexing") as status:
         for number, _ in enumerate(index_tars(folder, classes)):
             status.update(f"indexing tar {number}")
@@ -56,11 +56,11 @@ def index(folder: Folder, classes: tuple[list[str], list[str]] | None) -> dict[s
 
 
 def stage(source: Folder, folder: LocalFolder) -> dict[str, Any]:
-    """Copy a shard set to a folder on a disk, or go on with that. Raises UserError as staging and copy do."""
+    """Copy a shard set to a local folder, resuming an interrupted copy. Raises UserError as staging and copy do."""
     with staging(source, folder) as plan:
         began = time.monotonic()
         if plan.is_finished:
-            console.print(f"{folder}: everything is there already", markup=False)
+            console.print(f"{folder}: already complete", markup=False)
         else:
             _copy(plan)
         return {
@@ -75,9 +75,9 @@ def stage(source: Folder, folder: LocalFolder) -> dict[str, Any]:
 
 
 def _copy(plan: Staging) -> None:
-    """Copy what is missing, and show how it goes."""
+    """Copy what is missing, showing progress."""
     if there := len(plan.tars) - len(plan.missing):
-        console.print(f"{plan.target}: going on, {there} of {len(plan.tars)} tars are there", markup=False)
+        console.print(f"{plan.target}: resuming, {there} of {len(plan.tars)} tars are complete", markup=False)
     began = time.monotonic()
     with bar("stage, MB", plan.bytes // 10**6) as progress:
 
@@ -88,7 +88,7 @@ def _copy(plan: Staging) -> None:
 
 
 def _problems(folder: Folder, clips: int, quick: bool) -> list[Problem]:
-    """All problems, shown a line each."""
+    """All problems; each is printed on a line."""
     problems: list[Problem] = []
     with bar("verify", clips) as progress:
         done = 0

@@ -1,4 +1,4 @@
-"""Packing on a Ray cluster: one shard a task."""
+"""Packing on a Ray cluster, one task per shard."""
 
 import os
 import time
@@ -25,9 +25,9 @@ _REFRESH_SECONDS = 0.5
 
 
 def pack(source: Source, folder: Folder, packing: Packing, address: str | None = None) -> dict[str, Any]:
-    """Pack a source into the folder, or go on with that. Returns what is in it now.
+    """Pack a source into the folder, resuming interrupted packing. Returns the set's summary.
 
-    Raises UserError when the folder holds something else or can't be written.
+    Raises UserError if the folder holds something else or can't be written.
     """
     for note in source.notes:
         console.print(note, markup=False)
@@ -36,23 +36,25 @@ def pack(source: Source, folder: Folder, packing: Packing, address: str | None =
         if build.start(plan):
             there = build.finished(plan)
             if there:
-                console.print(f"{folder}: resuming, {len(there)} of {plan.num_shards} shards are there", markup=False)
+                console.print(
+                    f"{folder}: resuming, {len(there)} of {plan.num_shards} shards are complete", markup=False
+                )
             if len(there) < plan.num_shards:
                 console.print(opening(address), markup=False)
                 with ray_cluster(address):
                     _build_missing(plan, there)
             build.finish(plan)
         else:
-            console.print(f"{folder}: these rows are packed already", markup=False)
+            console.print(f"{folder}: these rows are already packed", markup=False)
         return summary(folder)
 
 
 def require_coverage(packed: dict[str, Any], max_missing: float) -> None:
-    """Raise UserError when a larger share of the listed clips than max_missing is not in the set."""
+    """Raise UserError if more than max_missing of the listed clips, as a fraction, are not in the set."""
     if packed["missing_share"] > max_missing:
         raise UserError(
             f"{packed['shards']}: {packed['missing_share']:.1%} of the listed clips are not in it, more than "
-            f"--max-missing {max_missing:g}; the set is finished and can be used, {REPORT} says why each is not"
+            f"--max-missing {max_missing:g}; the set is complete and usable, and {REPORT} lists why each is missing"
         )
 
 
@@ -62,7 +64,7 @@ def summary(folder: Folder) -> dict[str, Any]:
     samples = clips["samples"]
     tars = read_table(folder, SHARDS)
     reasons = Counter(read_table(folder, REPORT)["reason"].to_pylist())
-    absent = reasons.total() - reasons["duplicate"]  # a duplicate is not one more clip
+    absent = reasons.total() - reasons["duplicate"]  # A duplicate is not a missing clip.
     return {
         "shards": str(folder),
         "tars": len(tars),
@@ -76,7 +78,7 @@ def summary(folder: Folder) -> dict[str, Any]:
 
 
 def _build_missing(plan: Plan, there: set[int]) -> None:
-    """Build the shards that are not there, and show how it goes."""
+    """Build the missing shards, showing progress."""
     before = _total(map(build.progress_of, build.kept(plan, there)))
     began = time.monotonic()
     with bar(f"pack {plan.source.name}", plan.num_rows) as progress:
@@ -94,10 +96,11 @@ def _build_missing(plan: Plan, there: set[int]) -> None:
 def build_all(
     tasks: Iterator[ShardTask], show: Callable[[Progress], None], *, keep: bool
 ) -> Iterator[tuple[ShardTask, pa.Table | None]]:
-    """Build shards on the cluster, one a task: each one that is done, with its outcomes if it was not what was wanted.
+    """Build shards on the cluster, one task each. Yields each finished task, with the clips' outcomes if they differ
+    from what was expected.
 
-    No more tasks are under way than the cluster works on at once. With `keep` each result is noted in the folder.
-    Raises UserError when one fails.
+    At most one task more is submitted than the cluster can run at once. With `keep`, each result is recorded in the
+    folder. Raises UserError when a task fails.
     """
     import ray
 
@@ -107,7 +110,7 @@ def build_all(
     finished = Progress()
     task = next(tasks, None)
     while task is not None or running:
-        slots = int(ray.cluster_resources().get("CPU", 1)) + 1  # nodes come and go
+        slots = int(ray.cluster_resources().get("CPU", 1)) + 1  # Read again each time, as nodes join and leave.
         while task is not None and len(running) < slots:
             absolute = replace(task, folder=_absolute(task.folder))
             running[remote.remote(absolute, keep, tally)] = task
@@ -125,7 +128,7 @@ def build_all(
 
 
 def _cause(error: Exception) -> Exception:
-    """What went wrong in a task, for the user."""
+    """The error of a task, as an error for the user."""
     cause = getattr(error, "cause", None) or error
     if isinstance(cause, UserError | OSError):
         return cause
@@ -133,12 +136,12 @@ def _cause(error: Exception) -> Exception:
 
 
 def _absolute(folder: Folder) -> Folder:
-    """The cluster's workers start in folders of their own."""
+    """The folder with an absolute path: the cluster's workers have other working directories."""
     return LocalFolder(os.path.abspath(folder.url)) if isinstance(folder, LocalFolder) else folder
 
 
 def _build(task: ShardTask, keep: bool, tally: Any) -> tuple[Progress, pa.Table | None]:
-    """What a worker does. It notes the result in the folder itself, so that nothing is lost with the driver."""
+    """Build one shard, in a worker. The worker itself records the result, so that none is lost with the driver."""
     shown = time.monotonic()
 
     def show(progress: Progress) -> None:
@@ -157,7 +160,7 @@ def _build(task: ShardTask, keep: bool, tally: Any) -> tuple[Progress, pa.Table 
 
 
 class _Tally:
-    """An actor that knows how far each shard is; a task that Ray starts again overwrites what it said before."""
+    """An actor that holds each shard's progress. A task that Ray restarts overwrites its earlier progress."""
 
     def __init__(self) -> None:
         self._shards: dict[int, Progress] = {}

@@ -1,4 +1,4 @@
-"""The statistics of a shard set: computed, on the terminal, and as an HTML page."""
+"""The statistics of a shard set, as JSON, on the terminal, and as an HTML page."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ _FEW = 6
 
 
 def stats(folder: Folder, examples: int, html: Path | None) -> dict[str, Any]:
-    """The statistics of a shard set; also as a page at `html`. Raises UserError when there is no set in the folder."""
+    """The statistics of a shard set, also written as a page to `html`. Raises UserError if the folder has no set."""
     if html:
         check_output(html)
     result = statistics(folder, examples)
@@ -44,7 +44,7 @@ def stats_page(result: dict[str, Any]) -> None:
         parts.append(_recordings(**result["recordings"]))
     parts.append(_balanced(result["balanced"]))
     if "html" in result:
-        parts.append(f"the page: {result['html']}")
+        parts.append(f"page: {result['html']}")
     for i, part in enumerate(parts):
         if i:
             console.print()
@@ -62,7 +62,7 @@ def _facts(result: dict[str, Any]) -> Table:
         f"{result['clips']:,}, {hours(result['hours'])} h, {size(result['bytes'])} in {tars}",
     )
     if result["indexed"]:
-        table.add_row("coverage", "not known: the set was indexed from tars, without an official list")
+        table.add_row("coverage", "unknown: the set was indexed from tars, without an official list")
     else:
         text = f"{coverage['packed']:,} of {coverage['listed']:,} listed clips ({percent(coverage['share'])})"
         if coverage["duplicates"]:
@@ -77,7 +77,7 @@ def _facts(result: dict[str, Any]) -> Table:
     if peaks:
         table.add_row("peaks", f"{peaks['overloaded']:,} overloaded, {peaks['near_silence']:,} near silence")
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    table.add_row("versions", versions or "not known")
+    table.add_row("versions", versions or "unknown")
     for name in ("list", "content", "source"):
         table.add_row(f"{name} hash", result[f"{name}_hash"])
     return table
@@ -112,7 +112,7 @@ def _formats(formats: list[dict[str, Any]]) -> Table:
 
 
 def _reasons(reasons: list[dict[str, Any]]) -> Table:
-    table = _table("not packed", "rows", "share", "the first of them")
+    table = _table("not packed", "rows", "share", "first example")
     for r in reasons:
         example = ": ".join(filter(None, (r["example"]["key"], r["example"]["source"], r["example"]["detail"])))
         table.add_row(r["reason"], f"{r['count']:,}", percent(r["share"]), example)
@@ -123,7 +123,7 @@ def _recordings(kind: str, count: int, shared: dict[str, list[int]]) -> str:
     if not shared:
         return f"each of the {count:,} {kind}s is in one fold only"
     lines = (f"  {name}: folds {', '.join(map(str, folds))}" for name, folds in shared.items())
-    return "\n".join([f"{len(shared):,} of {count:,} {kind}s stand in more than one fold:", *lines])
+    return "\n".join([f"{len(shared):,} of {count:,} {kind}s are in more than one fold:", *lines])
 
 
 def _balanced(balanced: dict[str, Any]) -> str:
@@ -132,18 +132,18 @@ def _balanced(balanced: dict[str, Any]) -> str:
     return (
         f"balanced sampling of {balanced['examples']:,} examples{origin}:\n"
         f"  {times(balanced['draws_per_class'])} draws for each of {balanced['classes']:,} classes; "
-        "repeats is how often a class's own list is gone through\n"
-        "  a clip with several labels is drawn through each of its classes; "
-        f"in all a clip is drawn at least {least}, in the median {median}, at most {most} times\n"
-        "  mixup with a fresh partner draws two clips for an example: then every figure doubles"
+        "repeats is the number of passes over a class's own list\n"
+        "  a clip with several labels is drawn for each of its classes; "
+        f"in total a clip is drawn at least {least}, in the median {median}, at most {most} times\n"
+        "  mixup with a fresh partner draws two clips per example, which doubles every figure"
     )
 
 
 def _table(*columns: str) -> Table:
-    """Numbers in all columns between the first and one for text."""
+    """A table whose columns hold numbers, except the first and those that hold text."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for i, column in enumerate(columns):
-        text = i == 0 or column in ("list hash", "the first of them")
+        text = i == 0 or column in ("list hash", "first example")
         table.add_column(column, justify="left" if text else "right")
     return table
 

@@ -1,4 +1,4 @@
-"""The statistics of a shard set as one HTML page that needs nothing but itself."""
+"""The statistics of a shard set as one self-contained HTML page."""
 
 from typing import Any
 
@@ -10,15 +10,15 @@ from jobs.html.page import percent
 from jobs.terminal.show import size
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN
 
-_FORMATS = 20  # rows of the table of formats
-_LONG = 40  # rows of the table of classes, from which on it scrolls, so that the rest of the page is near
-_BAR_LABELS = 26  # bars of the histogram that have room for a number
-_WIDE = 20  # from the least to the most: what is wider is drawn on a logarithmic scale
-_WIDTH = 9.2  # inches of a drawing
+_FORMATS = 20  # Rows of the table of formats.
+_LONG = 40  # With more rows, the table of classes scrolls, to keep the rest of the page within reach.
+_BAR_LABELS = 26  # With more bars, the histogram has no space for numbers on them.
+_WIDE = 20  # With a larger ratio of maximum to minimum, the scale is logarithmic.
+_WIDTH = 9.2  # Width of a figure in inches.
 
 
 def html_page(result: dict[str, Any]) -> str:
-    """The page for what shards.statistics.statistics gives."""
+    """The page for the result of shards.statistics.statistics."""
     sections = (
         _head(result),
         _coverage(result),
@@ -33,13 +33,13 @@ def html_page(result: dict[str, Any]) -> str:
 
 
 def hours(value: float) -> str:
-    """Hours with as many decimals as say something."""
+    """Hours, with fewer decimals the larger the value."""
     decimals = next((d for d, least in enumerate((1000, 10, 1)) if value >= least), 3)
     return f"{value:,.{decimals}f}"
 
 
 def times(value: float) -> str:
-    """How often, in three digits or more."""
+    """A number of times, with three digits or more."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -48,7 +48,7 @@ def _head(result: dict[str, Any]) -> Markup:
     figures = [
         (f"{result['clips']:,}", "clips"),
         (hours(result["hours"]), "hours"),
-        ("–", "coverage: no list known")
+        ("–", "coverage: no list")
         if result["indexed"]
         else (percent(coverage["share"]), f"of {coverage['listed']:,} listed clips"),
         (f"{result['balanced']['classes']:,}", f"of {classes:,} classes have clips"),
@@ -57,7 +57,7 @@ def _head(result: dict[str, Any]) -> Markup:
     facts = [
         ("folder", result["shards"]),
         ("audio", f"{result['sample_rate']:,} Hz, {result['codec']}"),
-        ("versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items()) or "not known"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in result["versions"].items()) or "unknown"),
     ]
     hashes = [
         ("packed clips", result["list_hash"]),
@@ -67,7 +67,7 @@ def _head(result: dict[str, Any]) -> Markup:
     rows: list[tuple[str, str | Markup]] = list(facts)
     rows += [(f"hash of the {name}", page.element("code", value)) for name, value in hashes]
     origin = "indexed from existing tars" if result["indexed"] else "packed"
-    hint = page.soft("Two evaluations were on the same clips if they show the same hash of the packed clips.")
+    hint = page.soft("Two evaluations used the same clips if they show the same hash of the packed clips.")
     return Markup("\n").join(
         [
             page.element("heading", result["name"], f"a shard set for {result['task']}, {origin}"),
@@ -82,8 +82,8 @@ def _coverage(result: dict[str, Any]) -> Markup:
     if result["indexed"]:
         parts = [
             page.paragraph(
-                "The set was indexed from tars that were there. No official list is known, so there is no share of it; "
-                "what follows counts the clips that are in the tars."
+                "The set was indexed from existing tars. Without an official list its coverage is unknown; the "
+                "following counts the clips in the tars."
             )
         ]
     else:
@@ -95,7 +95,7 @@ def _coverage(result: dict[str, Any]) -> Markup:
         if coverage["duplicates"]:
             notes.append(f"{coverage['duplicates']:,} duplicate rows do not count as listed clips.")
         if coverage["absent_without_class"]:
-            notes.append(f"{coverage['absent_without_class']:,} listed clips have no known class and stand in none.")
+            notes.append(f"{coverage['absent_without_class']:,} listed clips have no known class and count in none.")
         if notes:
             parts.append(page.soft(" ".join(notes)))
     for column in ("split", "fold"):
@@ -124,13 +124,13 @@ def _coverage_table(column: str, groups: list[dict[str, Any]]) -> Markup:
 def _classes(result: dict[str, Any]) -> Markup:
     ranked = sorted(result["per_class"], key=lambda c: (-c["packed"], c["name"]))
     most = max(c["listed"] or c["packed"] for c in ranked) or 1
-    notes: list[str | Markup] = ["The commonest class first."]
+    notes: list[str | Markup] = ["The most common class comes first."]
     if len(ranked) > _LONG:
         notes.append(page.element("on_screen", f"All {len(ranked):,} are in the table, which scrolls."))
     if result["task"] == "tagging":
         notes.append("A clip with several labels counts in each of its classes.")
     if not result["indexed"]:
-        notes.append("The pale part of a bar is listed and not in the set.")
+        notes.append("The pale part of a bar is listed but not in the set.")
     parts = [page.paragraph(Markup(" ").join(notes))]
     if absent := result["without_clips"]:
         names = "; ".join(absent)  # many of AudioSet's have commas
@@ -162,7 +162,7 @@ def _durations(result: dict[str, Any]) -> Markup:
 def _formats(result: dict[str, Any]) -> Markup:
     formats, peaks = result["formats"], result["peaks"]
     if formats is None:
-        unknown = "Not known of an indexed set: its clips were encoded elsewhere."
+        unknown = "Unknown for an indexed set: its clips were encoded elsewhere."
         return page.section("Formats and peaks", page.paragraph(unknown))
     rows = [
         [
@@ -181,7 +181,7 @@ def _formats(result: dict[str, Any]) -> Markup:
     loud, quiet = peaks["overloaded"], peaks["near_silence"]
     return page.section(
         "Formats and peaks",
-        page.paragraph("What the clips were before they were packed: codec, rate, channels."),
+        page.paragraph("The clips' format before they were packed: codec, sample rate, channels."),
         page.table(["format", "", "clips:n", "share:n"], rows),
         page.element(
             "peaks", f"{loud:,}", percent(loud / result["clips"]), f"{quiet:,}", percent(quiet / result["clips"])
@@ -191,15 +191,13 @@ def _formats(result: dict[str, Any]) -> Markup:
 
 def _reasons(result: dict[str, Any]) -> Markup:
     if not result["reasons"]:
-        return page.section("What did not get in", page.paragraph("Nothing: every row is in the set."))
+        return page.section("Not packed", page.paragraph("Nothing: every row is in the set."))
     rows = []
     for r in result["reasons"]:
         example = ": ".join(filter(None, (r["example"]["source"], r["example"]["detail"])))
         cell = page.element("example", r["example"]["key"], example)
         rows.append([page.text(r["reason"]), page.number(f"{r['count']:,}"), page.number(percent(r["share"])), cell])
-    return page.section(
-        "What did not get in", page.table(["reason", "rows:n", "share of all rows:n", "the first of them"], rows)
-    )
+    return page.section("Not packed", page.table(["reason", "rows:n", "share of all rows:n", "first example"], rows))
 
 
 def _balanced(result: dict[str, Any]) -> Markup:
@@ -213,13 +211,13 @@ def _balanced(result: dict[str, Any]) -> Markup:
     origin = f" ({EXAMPLES_ORIGIN})" if balanced["examples"] == EXAMPLES else ""
     text = page.element("balanced", f"{balanced['classes']:,}")
     more = page.soft(
-        f"Over all clips of the set, one clip for each example{origin}. Mixup with a fresh partner draws two: then "
-        "every figure doubles."
+        f"Figures are for all clips of the set and one clip per example{origin}. Mixup with a fresh partner draws two "
+        "clips per example, which doubles every figure."
     )
     return page.section("Balanced sampling", page.figures(figures), text, more, _repeats_plot(result["per_class"]))
 
 
-_VISITS = {"min": "the least drawn", "median": "the median", "max": "the most drawn"}
+_VISITS = {"min": "least drawn", "median": "median", "max": "most drawn"}
 
 
 def _recordings(result: dict[str, Any]) -> Markup:
@@ -250,7 +248,7 @@ def _listed_cells(coverage: dict[str, Any]) -> list[Markup]:
 
 
 def _bar(packed: int, listed: int | None, most: int) -> tuple[float, float]:
-    """A bar as long as what is listed is of the most that is, and filled as far as it is packed."""
+    """The fill and the length of a bar: packed of listed, and listed of the maximum."""
     whole = packed if listed is None else listed
     return packed / whole if whole else 0, whole / most
 
@@ -295,7 +293,7 @@ def _repeats_plot(per_class: list[dict[str, Any]]) -> Markup:
     axes.step(classes, repeats, color=FILL, linewidth=1.6, where="mid")
     axes.set_ylim(bottom=floor)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g} ×")
-    axes.set_xlabel("classes, from the commonest to the rarest", color=INK)
+    axes.set_xlabel("classes, from the most common to the rarest", color=INK)
     axes.set_ylabel("repeats of the class's list", color=INK)
     axes.margins(x=0.01)
     return page.svg(figure, "repeats", "How often balanced sampling goes through each class's list")

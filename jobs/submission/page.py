@@ -11,7 +11,7 @@ from jobs.terminal.show import console
 
 
 def job_facts(job: Any, run: str | None) -> dict[str, Any]:
-    """What there is to say of a job (Ray's JobDetails). Times in seconds since 1970."""
+    """The facts of a job (Ray's JobDetails). Times are in seconds since 1970."""
     lines = (job.message or "").strip().splitlines()
     return {
         "job": job.submission_id,
@@ -27,16 +27,16 @@ def job_facts(job: Any, run: str | None) -> dict[str, Any]:
 
 def jobs_page(result: dict[str, Any]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("job", "status", "began", "took", "run"):
+    for name in ("job", "status", "started", "took", "run"):
         table.add_column(name)
     for job in result["jobs"]:
-        table.add_row(job["job"], job["status"].lower(), _began(job), _took(job), job["run"] or job["entrypoint"])
+        table.add_row(job["job"], job["status"].lower(), _started(job), _took(job), job["run"] or job["entrypoint"])
     console.print(table)
 
 
 def job_page(job: dict[str, Any]) -> None:
     console.print(f"job      {job['job']}")
-    console.print(f"status   {job['status'].lower()}, began {_began(job)}, took {_took(job)}")
+    console.print(f"status   {job['status'].lower()}, started {_started(job)}, took {_took(job)}")
     if job["run"]:
         console.print(f"run      {job['run']}")
     console.print(f"command  {job['entrypoint']}")
@@ -51,17 +51,17 @@ def submitted_page(result: dict[str, Any]) -> None:
 
 
 def package_page(plan: dict[str, Any]) -> None:
-    """What would be sent: all files of the user's and the largest of the source."""
+    """What would be sent: all of the user's files, and the largest of the source."""
     console.print(f"run           {plan['run']}")
     console.print(f"would run     {plan['entrypoint']}")
     needs = plan["runtime_env"].get("pip", {}).get("packages")
-    console.print(f"dependencies  {'those of the nodes' if needs is None else 'by pip: ' + ' '.join(needs)}")
+    console.print(f"dependencies  {'as installed on the nodes' if needs is None else 'by pip: ' + ' '.join(needs)}")
     for name, value in plan["runtime_env"]["env_vars"].items():
         console.print(f"environment   {name}={value}")
     if plan["not_sent"]:
         console.print(f"not sent      {', '.join(plan['not_sent'])}: the nodes need credentials of their own")
     sizes = plan["files"]
-    console.print(f"package       {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; the largest:")
+    console.print(f"package       {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB; largest:")
     for name, size in list(sizes.items())[:10]:
         console.print(f"              {size / 1e3:7,.0f} kB  {name}")
     source = ("erann_dist/", "shards/", "cluster/", "jobs/")
@@ -70,7 +70,7 @@ def package_page(plan: dict[str, Any]) -> None:
             console.print(f"              {sizes[name] / 1e3:7,.0f} kB  {name}")
 
 
-def _began(job: dict[str, Any]) -> str:
+def _started(job: dict[str, Any]) -> str:
     return datetime.fromtimestamp(job["started"]).strftime("%m-%d %H:%M:%S") if job["started"] else "not yet"
 
 

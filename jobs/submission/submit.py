@@ -1,4 +1,4 @@
-"""Make a typed command ready for a cluster: which run it is, which files go along, what it would not find there."""
+"""Prepares a command for submission: finds its run, collects its files, and rejects paths that the cluster lacks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,39 +22,40 @@ COMMANDS = ("pretrain", "finetune", "study", "pipeline", "preflight")
 
 @dataclass(frozen=True)
 class _Part:
-    """A recipe of the command, with what is set in it."""
+    """A recipe of the command, with the keys that are set in it."""
 
     path: Path
     settings: list[str]
-    in_pipeline: bool = False  # its runs go to the pipeline's folder
+    in_pipeline: bool = False  # Then its runs are written to the pipeline's folder.
 
 
 def prepare(context: typer.Context, arguments: list[str], dependencies: Dependencies) -> Submission:
-    """context: a command's of erann. arguments: of erann, the name of the command first.
+    """The submission for a command of erann.
 
-    Raises Typer's errors for what the command itself would not take, UsageError and UserError.
+    context: of any command of erann. arguments: those of erann, beginning with the command's name. Raises Typer's
+    errors for arguments that the command itself rejects, UsageError and UserError.
     """
     name, *rest = arguments
     if name not in COMMANDS:
-        raise UsageError(f"{name}: is not submitted; what is: {', '.join(COMMANDS)}")
+        raise UsageError(f"{name}: can't be submitted; these can: {', '.join(COMMANDS)}")
     typed = _typed(context, arguments)
     if typed.get("launcher") not in (None, "ray"):
-        raise UsageError(f"--launcher {typed['launcher']}: a cluster's runs are launched by ray")
+        raise UsageError(f"--launcher {typed['launcher']}: runs on a cluster are launched by ray")
     recipes = _recipes(typed)
     if not recipes:
-        raise UsageError(f"{name}: names no recipe")
+        raise UsageError(f"{name}: no recipe given")
     if typed.get("init") not in (None, "none"):
         _refuse_relative("--from", typed["init"])
     parts, run = _parts(name, typed, recipes)
     if name == "pipeline":
         _refuse_relative(f"{recipes[0]}: run.dir", run.rpartition("/")[0])
     files: dict[str, Path] = {}
-    sent: dict[str, str] = {}  # typed recipes that have another name there
+    sent: dict[str, str] = {}  # New names of recipes that have another path in the package.
     for path in recipes:
         if path.exists():
             packed = _name_below_here(path) or f"recipes/{path.name}"
             if files.setdefault(packed, path) != path:
-                raise UsageError(f"{path}: {files[packed]} has this name too; rename one of them")
+                raise UsageError(f"{path}: {files[packed]} has the same name; rename one of them")
             sent[str(path)] = packed
     for part in parts:
         tree = read_tree(find_recipe(part.path), part.settings)
@@ -70,9 +71,9 @@ def prepare(context: typer.Context, arguments: list[str], dependencies: Dependen
 
 
 def check_command(context: typer.Context, arguments: list[str]) -> None:
-    """Check a command of erann that is to run elsewhere: its options, and its recipes as far as they are here.
+    """Check a command of erann that will run elsewhere: its options, and those of its recipes that are here.
 
-    context: a command's of erann. arguments: as of prepare. Raises Typer's errors, UsageError and UserError.
+    context, arguments: as for `prepare`. Raises Typer's errors, UsageError and UserError.
     """
     name = arguments[0] if arguments else ""
     typed = _typed(context, arguments)
@@ -95,7 +96,7 @@ def _recipes(typed: dict[str, Any]) -> list[Path]:
 
 
 def _typed(context: typer.Context, arguments: list[str]) -> dict[str, Any]:
-    """The parameters of a command of erann. Raises Typer's errors for what it would not take, UsageError."""
+    """The parsed parameters of a command of erann. Raises Typer's errors for wrong arguments, UsageError."""
     name, *rest = arguments or [""]
     group = context.find_root().command
     assert isinstance(group, TyperGroup)
@@ -105,7 +106,7 @@ def _typed(context: typer.Context, arguments: list[str]) -> dict[str, Any]:
 
 
 def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[_Part], str]:
-    """The recipes by which runs are trained, and the folder of the run or of all of them."""
+    """The recipes of the command's runs, and the folder of the run or of all runs."""
     overrides = [each for each in typed.get("recipes") or typed.get("overrides") or [] if "=" in each]
     if name == "pipeline":
         pipeline = check(Pipeline, read_tree(find_recipe(recipes[0]), overrides), str(recipes[0]))
@@ -130,11 +131,11 @@ def _parts(name: str, typed: dict[str, Any], recipes: list[Path]) -> tuple[list[
 
 def _require_ray(recipe: str | Path, run: RunSection) -> None:
     if run.launcher != "ray":
-        raise UsageError(f"{recipe}: run.launcher {run.launcher}: a cluster's runs are launched by ray")
+        raise UsageError(f"{recipe}: run.launcher {run.launcher}: runs on a cluster are launched by ray")
 
 
 def _places(tree: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The keys that say where things are, and their values."""
+    """The keys whose values are paths or URLs, and these values."""
     sections = {name: read_section(tree, name, "recipe") for name in ("data", "protocol", "model", "run")}
     for key in ("train", "eval"):
         for source in _sources(sections["data"], key):
@@ -153,7 +154,7 @@ def _sources(data: dict[str, Any], key: str) -> list[Any]:
 
 
 def _lists_of_keys(tree: dict[str, Any]) -> Iterator[Path]:
-    """The files of keys that its data name by a relative path: they go along. Others lie where all nodes see them."""
+    """The lists of clip keys given by relative paths, which are sent along; absolute ones must be on shared storage."""
     data = read_section(tree, "data", "recipe")
     for source in [*_sources(data, "train"), *_sources(data, "eval")]:
         for key in ("keys", "without"):
@@ -164,8 +165,8 @@ def _lists_of_keys(tree: dict[str, Any]) -> Iterator[Path]:
 def _refuse_relative(key: str, place: str) -> None:
     if "://" not in place and not Path(place).is_absolute():
         raise UsageError(
-            f"{key}: {place} is a folder of this machine's; give a path that all of the cluster's nodes share, or "
-            "s3://bucket/prefix"
+            f"{key}: {place} is a relative path, which the cluster does not have; give a path that all of its nodes "
+            "share, or s3://bucket/prefix"
         )
 
 
@@ -176,7 +177,7 @@ def _name_below_here(path: Path) -> str | None:
 def _needed_below_here(path: Path) -> str:
     name = _name_below_here(path)
     if name is None:
-        raise UsageError(f"{path}: is named within a recipe, so it goes along only from below the present folder")
+        raise UsageError(f"{path}: a file named in a recipe is sent only from below the current folder; move it there")
     if not path.is_file():
         raise UsageError(f"{path}: no such file")
     return name

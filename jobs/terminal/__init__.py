@@ -1,1 +1,1 @@
-"""How things are shown on a terminal or in a log."""
+"""Output on a terminal or in a log."""

@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: a live line on a terminal, now and then a line in a log. All on stderr."""
+"""Progress on stderr: a live display on a terminal, a line now and then in a log."""
 
 import re
 import time
@@ -29,11 +29,11 @@ from erann_dist.log.events import (
 from erann_dist.log.run_log import CommandGoodput
 from erann_dist.words import count
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line feed
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # All control characters but tab and line feed.
 
 
 class PlainConsole(Console):
-    """Shows control characters as \\x1b, for a terminal would obey them: names of files and keys are others' choice."""
+    """Escapes control characters (as \\x1b), which a terminal would execute: file names and keys are untrusted."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(_CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text), **options)
@@ -41,11 +41,11 @@ class PlainConsole(Console):
 
 console = PlainConsole(stderr=True, highlight=False, soft_wrap=True)
 _PLAIN_SECONDS = 10.0
-_FLEET_SECONDS = 30.0  # of each of several runs
+_FLEET_SECONDS = 30.0  # Seconds between two lines of a run, when several run at once.
 
 
 class Bar:
-    """One running task: how much is done, and a few words on how it goes."""
+    """The progress of one task, with a short note."""
 
     def __init__(self, title: str, total: int, progress: Progress | None) -> None:
         self._title = title
@@ -53,14 +53,14 @@ class Bar:
         self._progress = progress
         self._task = progress.add_task(title, total=total, note="") if progress else TaskID(0)
         self._last_line = time.monotonic() - _PLAIN_SECONDS
-        self._first: tuple[int, float] | None = None  # how much was done at the first update, and when that was
+        self._first: tuple[int, float] | None = None  # How much was done at the first update, and its time.
 
     def update(self, done: int, note: str = "") -> None:
         if self._progress:
             self._progress.update(self._task, completed=done, note=note)
         elif done == self._total or time.monotonic() - self._last_line >= _PLAIN_SECONDS:
             self._last_line = time.monotonic()
-            _say(f"{self._title}  {done}/{self._total}  {note}  {self._left(done)}".rstrip())
+            _print(f"{self._title}  {done}/{self._total}  {note}  {self._left(done)}".rstrip())
 
     def _left(self, done: int) -> str:
         """The time left, at the speed since the first update; the live bar has a column of its own for it."""
@@ -71,7 +71,7 @@ class Bar:
 
 @contextmanager
 def bar(title: str, total: int) -> Iterator[Bar]:
-    """A progress bar for the length of the context."""
+    """A progress bar, shown while the context is open."""
     if not console.is_terminal:
         yield Bar(title, total, None)
         return
@@ -89,9 +89,9 @@ def bar(title: str, total: int) -> Iterator[Bar]:
 
 
 class RunView:
-    """Shows a run's events: what happened in lines, and below them, on a terminal, how things stand.
+    """Shows a run's events as lines and, on a terminal, the run's current state below them.
 
-    Use as a context, and give it each event.
+    Use it as a context and pass each event to `event`.
     """
 
     def __init__(self) -> None:
@@ -110,18 +110,18 @@ class RunView:
 
     def event(self, event: Event) -> None:
         self._status.update(event)
-        step = f"step {event.step}: " if self._steps or event.step else ""  # no training, no steps
+        step = f"step {event.step}: " if self._steps or event.step else ""  # An evaluation alone has no steps.
         if isinstance(event, Phase):
-            _say(f"{step}{event.text}")
+            _print(f"{step}{event.text}")
         elif isinstance(event, Started):
             self._start(event)
         elif isinstance(event, Incident):
-            _say(f"{step}{event.text}{losses(event.steps_lost, event.seconds_lost)}")
+            _print(f"{step}{event.text}{losses(event.steps_lost, event.seconds_lost)}")
         elif isinstance(event, Evaluated):
             self._close_bar()
-            _say(f"{_evaluation(event, step)}  on {count(event.clips, 'clip')}")
+            _print(f"{_evaluation(event, step)}  on {count(event.clips, 'clip')}")
         elif isinstance(event, Finished):
-            _say(f"training finished after {duration(event.seconds)}, goodput of the whole run {event.goodput:.1%}")
+            _print(f"training finished after {duration(event.seconds)}, goodput of the whole run {event.goodput:.1%}")
         elif not self._is_live:
             self._show_bar(event)
 
@@ -129,9 +129,9 @@ class RunView:
         where = f"{count(event.workers, 'worker')} on {event.device}"
         if (hosts := len(set(event.hosts))) > 1:
             where += f", {hosts} hosts"
-        _say(f"training on {count(event.train_clips, 'clip')}, evaluating on {event.eval_clips:,}, {where}")
+        _print(f"training on {count(event.train_clips, 'clip')}, evaluating on {event.eval_clips:,}, {where}")
         if event.resumed_from:
-            _say(f"resuming from step {event.step} of {event.steps} ({event.resumed_from})")
+            _print(f"resuming from step {event.step} of {event.steps} ({event.resumed_from})")
         self._steps = event.steps
         self._close_bar()
         if console.is_terminal and not self._is_live:
@@ -159,14 +159,14 @@ class RunView:
 
 
 class FleetView:
-    """Shows the events of several runs: what happened in lines that begin with the run's name, how it goes in others.
+    """Shows the events of several runs, each line prefixed with the run's name, and the state of each run.
 
-    Use as a context, and call it with a run's name and each event.
+    Use it as a context and call it with a run's name and each event.
     """
 
     def __init__(self) -> None:
         self._runs: dict[str, _Status] = {}
-        self._told: dict[str, float] = {}  # when a line of a run's steps was last printed
+        self._last_line: dict[str, float] = {}  # When a line on a run's steps was last printed.
         self._open = ExitStack()
 
     def __enter__(self) -> "FleetView":
@@ -181,17 +181,17 @@ class FleetView:
         status = self._runs.setdefault(name, _Status())
         status.update(event)
         if isinstance(event, Started):
-            begins = f"resuming from step {event.step}" if event.resumed_from else "begins"
-            _say(f"{name}: {begins}, {count(event.steps, 'step')} on {count(event.train_clips, 'clip')}")
+            start = f"resuming from step {event.step}" if event.resumed_from else "starting"
+            _print(f"{name}: {start}, {count(event.steps, 'step')} on {count(event.train_clips, 'clip')}")
         elif isinstance(event, Incident):
-            _say(f"{name}: step {event.step}: {event.text}{losses(event.steps_lost, event.seconds_lost)}")
+            _print(f"{name}: step {event.step}: {event.text}{losses(event.steps_lost, event.seconds_lost)}")
         elif isinstance(event, Finished):
-            _say(f"{name}: finished after {duration(event.seconds)}  {status.line()}")
+            _print(f"{name}: finished after {duration(event.seconds)}  {status.line()}")
         elif isinstance(event, Step) and not console.is_terminal:
             now = time.monotonic()
-            if now - self._told.get(name, -_FLEET_SECONDS) >= _FLEET_SECONDS:
-                self._told[name] = now
-                _say(f"{name}: {status.line()}")
+            if now - self._last_line.get(name, -_FLEET_SECONDS) >= _FLEET_SECONDS:
+                self._last_line[name] = now
+                _print(f"{name}: {status.line()}")
 
     def _page(self) -> Table:
         page = Table.grid(padding=(0, 2, 0, 0))
@@ -201,17 +201,17 @@ class FleetView:
 
 
 class _Status:
-    """How a run stands, as a page once it has started."""
+    """The current state of a run, as a line or, once it has started, as a page."""
 
     def __init__(self) -> None:
         self._started: Started | None = None
-        self._first: tuple[int, float] | None = None  # step of these workers that was told of, and when that was
+        self._first: tuple[int, float] | None = None  # The first step reported by these workers, and its time.
         self._step: tuple[Step, float] | None = None
         self._scoring: EvaluationProgress | None = None
         self._goodput = CommandGoodput()
         self._incidents = 0
-        self._checkpoint: tuple[CheckpointSaved, float] | None = None  # the last, and when it was told
-        self._evaluations: list[Evaluated] = []  # of the run's own weights
+        self._checkpoint: tuple[CheckpointSaved, float] | None = None  # The last one, and when it was reported.
+        self._evaluations: list[Evaluated] = []  # Those of the run's own weights, not of averaged ones.
 
     def update(self, event: Event) -> None:
         now = steady_time()
@@ -234,9 +234,9 @@ class _Status:
             self._incidents += 1
 
     def line(self) -> str:
-        """In a few words."""
+        """The state in a few words."""
         if self._started is None:
-            return "begins"
+            return "starting"
         latest, scoring, evaluations = self._step, self._scoring, self._evaluations
         steps, done = self._started.steps, latest[0].step if latest else self._started.step
         words = [f"step {done:,} of {steps:,}"]
@@ -252,7 +252,7 @@ class _Status:
 
     def page(self) -> Table:
         assert self._started
-        latest, scoring = self._step, self._scoring  # the terminal is painted by a thread, while events come
+        latest, scoring = self._step, self._scoring  # Another thread draws the page while events arrive.
         now = steady_time()
         page = Table.grid(padding=(0, 2, 0, 0))
         page.add_column(style="dim", min_width=len("checkpoint"))
@@ -261,11 +261,11 @@ class _Status:
         left = _time_left(done, steps, self._first, now)
         page.add_row("step", _with_bar(done, steps, f", {left}" if left else ""))
         if latest:
-            step, told = latest
+            step, reported = latest
             page.add_row(
                 "loss",
                 f"{step.loss:.4f}  learning rate {step.lr:.2e}  gradient norm {step.grad_norm:.3g}  "
-                f"({duration(now - told)} ago)",
+                f"({duration(now - reported)} ago)",
             )
             page.add_row(
                 "speed",
@@ -282,19 +282,19 @@ class _Status:
                 f"{name} {score(last):.4f} at step {last.step}, best {score(best):.4f} at step {best.step}",
             )
         if self._checkpoint:
-            saved, told = self._checkpoint
-            page.add_row("checkpoint", f"step {saved.step}  ({duration(now - told)} ago)")
+            saved, reported = self._checkpoint
+            page.add_row("checkpoint", f"step {saved.step}  ({duration(now - reported)} ago)")
         incidents = count(self._incidents, "incident") if self._incidents else "no incidents"
         page.add_row("goodput", f"{self._goodput.at(now):.1%} since this command was started, {incidents}")
         return page
 
 
 def note(line: str) -> None:
-    """What a user should know before the work begins."""
+    """Print what the user should know before the work starts."""
     console.print(f"note: {line}", markup=False)
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     console.print(line, markup=False)
 
 
@@ -305,7 +305,7 @@ def _with_bar(done: int, total: int, words: str) -> Table:
 
 
 def _time_left(done: int, total: int, first: tuple[int, float] | None, now: float) -> str:
-    """At the speed since the first of what is done that was told of, and when that was."""
+    """The time left, at the speed since the first update. first: how much was done then, and its time."""
     if first is None or done <= first[0] or done >= total:
         return ""
     return f"{duration((total - done) * (now - first[1]) / (done - first[0]))} left"
@@ -316,18 +316,18 @@ def duration(seconds: float) -> str:
 
 
 def _evaluation(event: Evaluated, step: str) -> str:
-    """step: "step 4: ", or nothing when there was no training."""
+    """step: "step 4: ", or empty without training."""
     if event.averaged:
         step = f"{step.removesuffix(': ')} (mean weights of {event.averaged} checkpoints): "
     return step + "  ".join(f"{name} {value:.4f}" for name, value in event.metrics.items())
 
 
 def score(event: Evaluated) -> float:
-    """By the first metric the best evaluation is found."""
+    """The evaluation's first metric, by which the best evaluation is chosen."""
     return next(iter(event.metrics.values()))
 
 
 def losses(steps: int, seconds: float) -> str:
-    """What an incident cost, to be put behind it."""
+    """What an incident cost, to be appended to its text."""
     parts = [count(steps, "step")] * bool(steps) + [duration(seconds)] * (seconds >= 0.5)
     return f"; lost: {', '.join(parts)}" if parts else ""

@@ -1,4 +1,4 @@
-"""Results on stdout: for a person, or as one JSON object."""
+"""Results on stdout: as a readable page, or as one JSON object."""
 
 import json
 import os
@@ -12,18 +12,18 @@ from rich.table import Table
 from erann_dist.words import count
 from jobs.terminal.progress import PlainConsole, duration
 
-# In a pipe or a file no table is cut to a terminal's width.
+# In a pipe or a file, tables are not cut to a terminal's width.
 _width = None if sys.stdout.isatty() else 10_000
 console = PlainConsole(width=_width, highlight=False, soft_wrap=True, markup=False)
 
 
 def console_on(file: TextIO) -> PlainConsole:
-    """The same for a file: stdout's own, say, while what libraries write there is sent elsewhere."""
+    """The same console for a file, such as the real stdout while libraries' output to stdout is redirected."""
     return PlainConsole(file=file, width=_width, highlight=False, soft_wrap=True, markup=False)
 
 
 def show(result: Any, as_json: bool, page: Callable[[Any], None]) -> None:
-    """A command's result on stdout, as a page for a person or as JSON."""
+    """Print a command's result on stdout, as a page or as JSON."""
     if as_json:
         print(json.dumps(result))
     else:
@@ -37,7 +37,7 @@ def size(value: float) -> str:
 
 
 def facts_page(result: dict[str, Any]) -> None:
-    """The plain facts of a result, a line each."""
+    """The result's scalar values, one line each."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in result.items():
         if not isinstance(value, list | dict):
@@ -48,7 +48,7 @@ def facts_page(result: dict[str, Any]) -> None:
 def run_result_page(result: dict[str, Any]) -> None:
     """The result of a run, and what to do with it next."""
     facts_page(result)
-    console.print(f"curves, classes and clips on one page: erann report {shlex.quote(result['run'])}")
+    console.print(f"for curves, classes and clips on one page: erann report {shlex.quote(result['run'])}")
 
 
 def packed_page(result: dict[str, Any]) -> None:
@@ -58,12 +58,12 @@ def packed_page(result: dict[str, Any]) -> None:
     console.print(
         f"{result['shards']}: {count(result['clips'], 'clip')}, {result['hours']:.2f} h, in "
         f"{count(result['tars'], 'tar')} of "
-        f"{result['bytes'] / 1e6:.1f} MB together; not packed: {reasons or 'none'}"
+        f"{result['bytes'] / 1e6:.1f} MB in total; not packed: {reasons or 'none'}"
     )
 
 
 def verified_page(result: dict[str, Any]) -> None:
-    what = "sizes and tables agree" if result["quick"] else "every tar and every clip is as the manifest says"
+    what = "sizes and tables match" if result["quick"] else "every tar and every clip matches the manifest"
     found = f"{count(result['clips'], 'clip')} in {count(result['tars'], 'tar')}"
     console.print(f"{result['shards']}: {found}, {what}")
 
@@ -74,14 +74,14 @@ def repaired_page(result: dict[str, Any]) -> None:
 
 
 def folds_page(result: dict[str, Any]) -> None:
-    """The folds, their mean beside the paper's, then the classes that went worst."""
+    """The folds, their mean next to the paper's, then the classes with the lowest accuracy."""
     how = "from scratch" if result["init"] == "none" else f"from {result['init']}"
     console.print(f"{result['variant']} on {result['data_set']}, {how}")
     table = Table(box=None, padding=(0, 2, 0, 0))
     for title in ("fold", "accuracy", "best step's *", "clips", "trained on", "took"):
         table.add_column(title, justify="left" if title == "fold" else "right")
     for fold in result["folds"]:
-        is_logged = fold["seconds"] is not None and fold["best_step"] is not None  # else its log is lost
+        is_logged = fold["seconds"] is not None and fold["best_step"] is not None  # Otherwise its log is lost.
         best = f"{fold['best_accuracy']:.4f} at {fold['best_step']:,}" if is_logged else "–"
         trained_on, took = (f"{fold['train_clips']:,}", duration(fold["seconds"])) if is_logged else ("–", "–")
         table.add_row(str(fold["fold"]), f"{fold['accuracy']:.4f}", best, f"{fold['clips']:,}", trained_on, took)
@@ -105,7 +105,7 @@ def folds_page(result: dict[str, Any]) -> None:
 
 
 def study_page(result: dict[str, Any]) -> None:
-    """The table, the paper's figure beside ours."""
+    """The table, with the paper's figure next to ours."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in result["columns"]:
         justify: Literal["left", "right"] = "left" if column in ("data_set", "variant", "init") else "right"
@@ -134,7 +134,7 @@ def pipeline_page(result: dict[str, Any]) -> None:
     for each in result["finetuned"]:
         console.print()
         folds_page(each)
-    console.print(f"\nthe report: {result['report']}")
+    console.print(f"\nreport: {result['report']}")
 
 
 def tags_page(result: dict[str, list[dict[str, Any]]]) -> None:
@@ -149,7 +149,7 @@ def tagged_page(result: dict[str, Any]) -> None:
 
 
 def evaluation_page(metrics: dict[str, Any]) -> None:
-    """The facts, then the classes that went best and worst, those left out, and the hash of the list."""
+    """The metrics, then the best and worst classes, those left out, and the hash of the list."""
     facts_page({name: value for name, value in metrics.items() if name != "list_hash"})
     column = "ap" if metrics["task"] == "tagging" else "accuracy"
     ranked = sorted((c for c in metrics["per_class"] if c[column] is not None), key=lambda c: -c[column])
@@ -161,7 +161,7 @@ def evaluation_page(metrics: dict[str, Any]) -> None:
         table.add_row(c["name"], f"{c[column]:.3f}", str(c["positives"]))
     console.print(table)
     if metrics.get("left_out"):
-        console.print(f"left out of the means, without positives: {', '.join(metrics['left_out'])}")
+        console.print(f"left out of the means, as they have no positives: {', '.join(metrics['left_out'])}")
     if "list_hash" in metrics:
         console.print(f"hash of the list of clips: {metrics['list_hash']}")
 
@@ -173,7 +173,7 @@ def report_page(result: dict[str, Any]) -> None:
 
 
 def demo_page(result: dict[str, Any]) -> None:
-    """The demo's last page: what was done, where it is, what to run next."""
+    """The demo's result: what was done, where it is, what to run next."""
     folder, erann = result["folder"], os.path.relpath(sys.argv[0])
     for packed in result["packed"].values():
         packed_page(packed)
@@ -181,12 +181,12 @@ def demo_page(result: dict[str, Any]) -> None:
         f"mAP {result['mAP']:.3f} on {result['clips']} held-out clips (chance: {result['chance_mAP']:.3f}), "
         f"mAUC {result['mAUC']:.3f}"
     )
-    console.print(f"\ntagged, a clip that is labelled {' + '.join(result['clip_labels'])}:")
+    console.print(f"\ntags of a clip labelled {' + '.join(result['clip_labels'])}:")
     tags_page({result["clip"]: result["tags"]})
     console.print(
         f"""
 took {result["minutes"]:.1f} minutes; everything is in {folder}/
-  {folder}/audioset        clips and segment lists, as AudioSet's lie on disk
+  {folder}/audioset        clips and segment lists, in AudioSet's layout
   {folder}/shards          the shard sets: tars, manifest.parquet, report.parquet
   {result["run"]}       recipe, checkpoints, metrics.jsonl, TensorBoard, predictions.parquet
   {result["model"]} the model: weights, config, metrics, card

@@ -1,1 +1,1 @@
-"""Training runs: one, a cross-validation, the grids of a study; and what follows from a trained model."""
+"""Training runs: single runs, cross-validations and studies; evaluation and tagging with a trained model."""

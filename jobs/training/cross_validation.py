@@ -1,7 +1,7 @@
-"""A cross-validation by a recipe: one run for each fold of a shard set, and what they come to together.
+"""Cross-validation by a recipe: one run for each fold of a shard set, and their combined result.
 
-The recipe has the sections of any other, and `protocol` in place of `data.train` and `data.eval`. Each fold is a run of
-its own, below the folder of the whole, trained on the other folds and evaluated on its own.
+The recipe has the sections of any other recipe, and `protocol` in place of `data.train` and `data.eval`. Each fold is a
+separate run in a subfolder of the cross-validation's, trained on the other folds and evaluated on its own.
 """
 
 import statistics
@@ -28,7 +28,7 @@ from jobs.training import paper
 from jobs.training.pretrain import metrics_of
 from shards.sources.data_sets import DATA_SETS, ShardSetFacts, find_data_set
 
-_ENOUGH = 0.99  # of a data set's clips: some can't be had or decoded any more
+_ENOUGH = 0.99  # Share of a data set's clips that suffices: some are no longer available or can't be decoded.
 Folds = Literal["official", "present", "actors"]
 
 
@@ -43,24 +43,24 @@ class Protocol(Section):
     """How a data set is divided and trained on."""
 
     shards: PathText  # the shard set
-    # official: all folds of the data set, else refused. present: those that the set has. actors: RAVDESS's by actor,
-    # (actor − 1) // 2 mod 4 + 1, those that the set has.
+    # official: all folds of the data set; an error if one is missing. present: those that the set has. actors: RAVDESS
+    # by actor, (actor − 1) // 2 mod 4 + 1, those that the set has.
     folds: Folds = "official"
-    lr: Rates  # which of them optim.lr is, unless that is given
+    lr: Rates  # The defaults of optim.lr.
 
 
 @dataclass(frozen=True)
 class Division:
-    """How a shard set is divided, and what it lacks of the data set."""
+    """How a shard set is divided into folds, and what it lacks of the data set."""
 
     folds: list[int]
     missing_clips: int
-    not_comparable: str | None  # why the result can't be held against the paper's
+    not_comparable: str | None  # Why the result can't be compared with the paper's.
 
 
 @dataclass(frozen=True)
 class CrossValidation:
-    """The runs, and what is known of them before they begin."""
+    """A cross-validation's data and the recipes of its runs."""
 
     name: str
     folder: Folder
@@ -83,30 +83,30 @@ class CrossValidation:
 
     @property
     def any_recipe(self) -> Recipe:
-        """They differ in their folds alone."""
+        """The recipe of one fold; the others differ only in their folds."""
         return next(iter(self.recipes.values()))
 
 
 @dataclass(frozen=True)
 class Design:
-    """What a cross-validation's recipe says, before its data is looked at."""
+    """A cross-validation's recipe, before its data is read."""
 
     protocol: Protocol
     run: RunSection
-    recipe: Callable[[int, list[int]], Recipe]  # of the run on a fold, trained on others
+    recipe: Callable[[int, list[int]], Recipe]  # The run's recipe for a fold and the folds to train on.
 
 
 def read_design(path: Path, overrides: list[str], init: str | None) -> Design:
-    """Read a cross-validation's recipe. init: in place of its model.init. Raises UsageError for what is wrong in it."""
+    """Read a cross-validation's recipe. init: overrides its model.init. Raises UsageError for errors in the recipe."""
     tree = read_tree(path, overrides)
     if "protocol" not in tree:
-        raise UsageError(f"{path}: no cross-validation: it has no section protocol; erann pretrain runs it as it is")
+        raise UsageError(f"{path}: not a cross-validation: it has no section protocol; use erann pretrain to run it")
     protocol = check(Protocol, tree.pop("protocol"), f"{path}: protocol")
     model, data, optim = (read_section(tree, name, str(path)) for name in ("model", "data", "optim"))
     for key in ("train", "eval"):
         if key in data:
             raise UsageError(
-                f"{path}: data.{key}: a cross-validation's clips are those of protocol.shards; remove this key"
+                f"{path}: data.{key}: a cross-validation takes its clips from protocol.shards; remove this key"
             )
     run = check(RunSection, tree["run"], f"{path}: run")
     if init is not None:
@@ -120,14 +120,14 @@ def read_design(path: Path, overrides: list[str], init: str | None) -> Design:
         sections = {"model": model, "data": data | sources, "optim": optim, "run": tree["run"] | of_fold}
         return parse_recipe(tree | sections, str(path))
 
-    recipe(1, [2])  # what is wrong in it shows here
+    recipe(1, [2])  # Errors in the recipe are raised here.
     return Design(protocol, run, recipe)
 
 
 def load_cross_validation(path: Path, overrides: list[str], init: str | None) -> CrossValidation:
-    """Read its recipe and divide its shard set. init: in place of the recipe's model.init.
+    """Read its recipe and divide its shard set into folds. init: overrides the recipe's model.init.
 
-    Raises UsageError and UserError for all that is wrong, but for the pretrained model, which need not be there yet.
+    Raises UsageError and UserError for any error, except in the pretrained model, which need not exist yet.
     """
     design = read_design(path, overrides, init)
     protocol, run = design.protocol, design.run
@@ -143,13 +143,13 @@ def load_cross_validation(path: Path, overrides: list[str], init: str | None) ->
 
 
 def untrained(validation: CrossValidation) -> AudioModel:
-    """Its model, without weights."""
+    """The cross-validation's model, without weights."""
     with torch.device("meta"):
         return build_model(validation.variant, validation.clips.num_classes)
 
 
 def begin_with(validation: CrossValidation) -> str | None:
-    """The sha256 of the weights that its runs begin with; None from scratch. Raises as initialise."""
+    """The sha256 of the weights that its runs start from; None if from scratch. Raises as initialise."""
     if validation.init == "none":
         return None
     model = build_model(validation.variant, validation.clips.num_classes)
@@ -157,39 +157,39 @@ def begin_with(validation: CrossValidation) -> str | None:
 
 
 def _divide(clips: Manifest, protocol: Protocol) -> Division:
-    """Raises UsageError, UserError for a set that can't be divided, or not as it is asked for."""
+    """Divide a set into folds. Raises UsageError, UserError if that is impossible, or impossible as requested."""
     url, info = protocol.shards, clips.info
     if info.task != "classification":
-        raise UserError(f"{url}: is for {info.task}; a cross-validation needs clips of one label each")
+        raise UserError(f"{url}: is for {info.task}; a cross-validation needs clips with one label each")
     folded: dict[str, str] = {}
     for name in info.label_names:
         if (other := folded.setdefault(name.casefold(), name)) != name:
-            raise UserError(f"{url}: the labels {other} and {name} differ only in case; pack it with one of them")
+            raise UserError(f"{url}: the labels {other} and {name} differ only in case; pack the set with one of them")
     in_fold = clips.folds >= 0
     folds, size = sorted(set(clips.folds[in_fold].tolist())), int(in_fold.sum())
     if len(folds) < 2:
         raise UserError(
-            f"{url}: has {len(folds)} folds, and a cross-validation needs two; its list of clips names them"
+            f"{url}: has {len(folds)} folds, but a cross-validation needs two; set them in its list of clips"
         )
-    # A set of the user's own has the folds and clips that it has.
+    # For a data set that is not registered, whatever folds and clips it has are complete.
     known = find_data_set(info.name)
     facts = known[1] if known else ShardSetFacts()
     number, full_size = facts.folds, facts.clips or size
     missing = sorted(set(range(1, number + 1)) - set(folds)) if number else []
     if protocol.folds == "actors" and not (known and known[0].folds_by_actor):
         names = ", ".join(name for name, each in DATA_SETS.items() if each.folds_by_actor)
-        raise UsageError(f"protocol.folds is actors, which is for {names}; {url} is {info.name}")
+        raise UsageError(f"protocol.folds=actors is only for {names}; {url} is {info.name}")
     if protocol.folds == "official" and missing:
         raise UserError(
-            f"{url}: without {info.name}'s fold {', '.join(map(str, missing))}; protocol.folds=present runs those that "
-            "are there"
+            f"{url}: lacks {info.name}'s fold {', '.join(map(str, missing))}; protocol.folds=present runs the folds "
+            "that it has"
         )
     labels = clips.targets(np.arange(len(clips))) > 0
     for fold in folds:
         counts = labels[in_fold & (clips.folds != fold)].sum(axis=0)
         if not counts.all():
             without = info.label_names[int(np.argmin(counts))]
-            raise UserError(f"{url}: no clip of {without} outside fold {fold}, to train on when that is held out")
+            raise UserError(f"{url}: no clip of {without} outside fold {fold}, so none to train on when it is held out")
     why = None
     if missing:
         why = f"folds {', '.join(map(str, folds))} of {number}, {size} clips of {full_size}"
@@ -199,9 +199,9 @@ def _divide(clips: Manifest, protocol: Protocol) -> Division:
 
 
 def results(validation: CrossValidation, failed: dict[int, str]) -> dict[str, Any]:
-    """What the finished runs come to. failed: why those that are not did not.
+    """The combined result of the finished runs. failed: by fold, why the others failed.
 
-    One whose metrics can't be read counts as failed.
+    A run whose metrics can't be read counts as failed.
     """
     failed, metrics = dict(failed), dict[int, dict[str, Any]]()
     for fold in [fold for fold in validation.recipes if fold not in failed]:
@@ -247,7 +247,7 @@ def _run(validation: CrossValidation, fold: int) -> Folder:
 
 
 def _fold(fold: int, metrics: dict[str, Any], lines: list[Line]) -> dict[str, Any]:
-    """What its log tells is None when that is lost."""
+    """The result of a fold. The values taken from the run's log are None if the log is lost."""
     scored = [
         line
         for line in evaluations(lines)
@@ -259,7 +259,7 @@ def _fold(fold: int, metrics: dict[str, Any], lines: list[Line]) -> dict[str, An
         "fold": fold,
         "run": f"fold-{fold}",
         "accuracy": metrics["accuracy"],
-        # Of the evaluations on the way: chosen on the fold that it is measured on.
+        # The best of the evaluations during training: chosen on the same fold that it is measured on.
         "best_accuracy": best and best["metrics"]["accuracy"],
         "best_step": best and best["step"],
         "clips": metrics["clips"],

@@ -1,4 +1,4 @@
-"""Evaluating a model folder on a shard set, and tagging a shard set or single files with it."""
+"""Evaluate a model folder on a shard set; tag a shard set or single files with it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +28,9 @@ _TAG_WINDOW_SECONDS = 10
 def evaluate(
     model: str, source: DataSource, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
 ) -> dict[str, Any]:
-    """Score each clip of the source once; write metrics.json and predictions.parquet to `out`. Raises UserError.
+    """Score each clip of the source once, and write metrics.json and predictions.parquet to `out`. Raises UserError.
 
-    model: the URL of a model folder or a run, as in all functions here.
+    model: the URL of a model folder or a run, as in all functions of this module.
     """
     check_output(out / "metrics.json")
     folder = find_model(model)
@@ -43,7 +43,7 @@ def evaluate(
 
 
 def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
-    """What each worker does."""
+    """The function that each worker runs for `evaluate`."""
     torch.set_num_threads(1)  # see run.threads of the recipe: the result must not depend on the machine
     model, info = load_model(find_model(config["model"]))
     source = DataSource(**config["source"])
@@ -74,7 +74,7 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
 def tag_set(
     model: str, url: str, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
 ) -> dict[str, Any]:
-    """Score each clip of a shard set once, whatever its labels; write key and scores to `out`. Raises UserError."""
+    """Score each clip of a shard set once, ignoring its labels; write keys and scores to `out`. Raises UserError."""
     check_output(out)
     folder = find_model(model)
     _, info = load_model(folder)
@@ -87,7 +87,7 @@ def tag_set(
 
 
 def tag_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
-    """What each worker does."""
+    """The function that each worker runs for `tag_set`."""
     torch.set_num_threads(1)  # as in evaluate_worker
     model, info = load_model(find_model(config["model"]))
     clips = load_source(DataSource(url=config["url"]))
@@ -104,7 +104,7 @@ def tag_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
 
 
 def _progress(workers: Workers, emit: Emit) -> Callable[[int, int], None]:
-    """What tells of the clips that are done, on the first worker."""
+    """A callback that reports the number of clips done, on the first worker."""
 
     def progress(done: int, total: int) -> None:
         if workers.is_rank_zero:
@@ -115,7 +115,7 @@ def _progress(workers: Workers, emit: Emit) -> Callable[[int, int], None]:
 
 @torch.inference_mode()
 def tag(model_url: str, files: list[Path], top: int) -> dict[str, list[dict[str, Any]]]:
-    """The `top` likeliest labels of sound files: path -> [{id, name, score}, ...]. Raises UserError.
+    """The `top` most likely labels of audio files: path -> [{id, name, score}, ...]. Raises UserError.
 
     A file much longer than 10 s is scored in equal windows of about 10 s, and the scores are averaged.
     """

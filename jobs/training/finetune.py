@@ -1,4 +1,4 @@
-"""Fine-tuning on data sets with folds, or training on them from scratch: the paper's protocol."""
+"""Fine-tuning, or training from scratch, on data sets with folds, by the paper's protocol."""
 
 from contextlib import ExitStack
 from typing import Any
@@ -16,16 +16,16 @@ from jobs.training.study_manifest import StudyManifest, require_own, require_unc
 
 
 def finetune(validations: list[CrossValidation], address: str | None, on_event: Tell) -> list[dict[str, Any]]:
-    """Run all folds; what they come to, which is written to each folder's results.json too. Raises UserError.
+    """Run all folds; returns the results, which are also written to each folder's results.json. Raises UserError.
 
-    Folds that are finished are not run again. One that fails leaves its place empty.
+    Finished folds are not run again. A fold that fails is listed as failed; the others still run.
     """
-    marks = check_all(validations, address)
+    manifests = check_all(validations, address)
     recipes = _runs(validations)
-    with ExitStack() as held:
-        for validation, mark in zip(validations, marks, strict=True):
-            held.enter_context(only_one(validation.folder))
-            write_mark(validation.folder, mark)
+    with ExitStack() as locks:
+        for validation, manifest in zip(validations, manifests, strict=True):
+            locks.enter_context(only_one(validation.folder))
+            write_mark(validation.folder, manifest)
         ended = run_all(recipes, address, on_event)
         outcomes = []
         for validation in validations:
@@ -37,35 +37,35 @@ def finetune(validations: list[CrossValidation], address: str | None, on_event: 
 
 
 def check_all(validations: list[CrossValidation], address: str | None) -> list[StudyManifest]:
-    """The marks of their folders. Raises UserError for what keeps the folds from running."""
+    """The manifests of their folders. Raises UserError for anything that keeps the folds from running."""
     check_folds(validations, address)
-    marks = [_mark(validation, begin_with(validation)) for validation in validations]
-    for validation, mark in zip(validations, marks, strict=True):
+    manifests = [_manifest(validation, begin_with(validation)) for validation in validations]
+    for validation, manifest in zip(validations, manifests, strict=True):
         if has_begun(validation.folder):
-            require_unchanged(validation.folder, mark)
-    return marks
+            require_unchanged(validation.folder, manifest)
+    return manifests
 
 
 def check_folds(validations: list[CrossValidation], address: str | None) -> None:
-    """Raise UserError for what keeps the folds from running, but for the pretrained model, which may be yet to come."""
+    """Raise UserError for anything that keeps the folds from running, except a pretrained model not yet trained."""
     names = set[str]()
     for validation in validations:
         if validation.name in names:
-            raise UsageError(f"two cross-validations are called {validation.name}; give each a run.name of its own")
+            raise UsageError(f"two cross-validations are named {validation.name}; give each its own run.name")
         names.add(validation.name)
-        require_own(validation.folder, _mark(validation, None))
+        require_own(validation.folder, _manifest(validation, None))
     check_runs(_runs(validations), address)
 
 
 def has_begun(study: Folder) -> bool:
-    """Whether any run below the study's folder has. Until then it may begin with other clips or weights."""
+    """Whether any run of the study has started. Until then it may start with other clips or weights."""
     names = {name.partition("/")[0] for name in study.sizes() if "/" in name}
     runs = [open_folder(f"{study}/{name}") for name in names]
     return any(is_finished(run) or checkpoint.committed(run) for run in runs)
 
 
 def run_name(validation: CrossValidation, fold: int) -> str:
-    """How a fold is called among all runs."""
+    """The name of a fold's run."""
     return f"{validation.name}/fold-{fold}"
 
 
@@ -73,5 +73,5 @@ def _runs(validations: list[CrossValidation]) -> dict[str, Recipe]:
     return {run_name(v, fold): recipe for v in validations for fold, recipe in v.recipes.items()}
 
 
-def _mark(validation: CrossValidation, weights: str | None) -> StudyManifest:
+def _manifest(validation: CrossValidation, weights: str | None) -> StudyManifest:
     return StudyManifest("folds", validation.data_set, {"protocol.shards": validation.clips.info.content_hash}, weights)

@@ -1,11 +1,11 @@
-"""The paper's results, to stand beside ours: Verbitskiy et al., arXiv 2106.01621, tables of the experiments."""
+"""The paper's results, shown next to ours: Verbitskiy et al., arXiv 2106.01621, tables of the experiments."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Accuracies:
-    """Of one variant; none: not in the paper."""
+    """The accuracies of one variant; None if not in the paper."""
 
     scratch: float | None
     finetuned: float | None
@@ -48,7 +48,7 @@ ACCURACY = {
 }
 
 
-# RAVDESS's, from scratch; the figures above are with pitch shift.
+# RAVDESS from scratch without pitch shift; the figures above are with it.
 WITHOUT_PITCH_SHIFT = {"ERANN-1-3": 0.669, "ERANN-0-4": 0.705}
 
 
@@ -85,7 +85,7 @@ AUGMENTATION = [
 ]
 
 
-# mAP on AudioSet, by the variant.
+# mAP on AudioSet by variant.
 HYPERPARAMETERS = {
     "ERANN-2-4": 0.430,
     "ERANN-2-5": 0.446,

@@ -1,4 +1,4 @@
-"""A training run: check that it can be started or resumed, launch its workers, say what came of it."""
+"""A training run: check that it can be started or resumed, launch its workers, return its result."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -32,24 +32,24 @@ _RECIPE, _PREDICTIONS = "recipe.yaml", "predictions.parquet"
 
 
 def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit) -> dict[str, Any]:
-    """Train by a recipe, from the last checkpoint if there is one. A run that is finished is not run again.
+    """Train by a recipe, from the last checkpoint if there is one. A finished run is not run again.
 
-    resume: never refuses to touch a run that exists, must refuses to start one. Raises UserError.
+    resume: `never` fails if the run exists, `must` fails if there is no checkpoint. Raises UserError.
     """
     run = open_folder(recipe.run_url)
     if is_first_process():
         check_run(recipe, run, resume)
     finished = is_finished(run)
-    # Under a torchrun of the user's, each process finds out by itself, and all come to the same answer.
+    # Under a torchrun started by the user, each process checks this itself, and all get the same answer.
     problem = _results_problem(run) if finished else None
     if problem and not checkpoint.committed(run):
-        raise UserError(f"{problem}; no checkpoint is left to make it from: remove {run} to run it again")
+        raise UserError(f"{problem}; no checkpoint is left to recreate it from: remove {run} to run it again")
     if problem and is_first_process():
         unfinish(open_folder(f"{run}/model"))
     if finished and not problem and is_first_process():
-        on_event(Phase(0, f"{run}: is finished already, this is its result"))
+        on_event(Phase(0, f"{run}: already finished, this is its result"))
     if problem or not finished:
-        incident = f"{problem}; the results are made again from the last checkpoint" if problem else None
+        incident = f"{problem}; the results are recreated from the last checkpoint" if problem else None
         with _prepared(recipe, run, on_event) if is_first_process() else nullcontext(), _end_is_logged(run):
             config = {"recipe": recipe.model_dump(mode="json"), "incident": incident}
             spec = launch_spec(recipe, train_worker, config, address)
@@ -60,7 +60,7 @@ def pretrain(recipe: Recipe, resume: Resume, address: str | None, on_event: Emit
 def launch_spec(
     recipe: Recipe, function: WorkerFunction, config: dict[str, Any], address: str | None = None
 ) -> LaunchSpec:
-    """How a recipe's workers are started, for a function that stops on request."""
+    """How to start a recipe's workers, for a function that handles stop requests."""
     run = recipe.run
     return LaunchSpec(
         function,
@@ -78,7 +78,7 @@ def launch_spec(
 
 
 def _results_problem(run: Folder) -> str | None:
-    """What is wrong with the results of a finished run, one line, if anything is."""
+    """What is wrong with the results of a finished run, in one line; None if nothing is."""
     for name in ("model", *(["model-averaged"] if run.exists("model-averaged/config.json") else [])):
         if problem := weights_problem(open_folder(f"{run}/{name}")):
             return problem
@@ -88,7 +88,7 @@ def _results_problem(run: Folder) -> str | None:
         return f"{run}/model/metrics.json: is missing"
     except ValueError as error:
         return f"{run}/model/metrics.json: is damaged ({error})"
-    # Without a checkpoint they can't be made again; the model of a run that was cleaned up to save space is whole.
+    # Without a checkpoint they can't be recreated; the model of a run that was cleaned up to save space is intact.
     if not run.exists(_PREDICTIONS) and checkpoint.committed(run):
         return f"{run}/{_PREDICTIONS}: is missing"
     return None
@@ -96,24 +96,24 @@ def _results_problem(run: Folder) -> str | None:
 
 @contextmanager
 def _prepared(recipe: Recipe, run: Folder, on_event: Emit) -> Iterator[None]:
-    """The run's folder, with its recipe, held for this command."""
+    """Lock the run's folder for this command, and write the recipe to it."""
     on_event(Phase(0, "reading the manifests of the shard sets"))
-    load_train_and_eval(recipe.data)  # what is wrong shows here, before a cluster is started or a folder made
+    load_train_and_eval(recipe.data)  # Errors are raised here, before a cluster is started or a folder created.
     with only_one(run):
         settings = recipe.model_dump(mode="json", exclude_none=True)
         run.write(_RECIPE, strict_yaml.dump(settings).encode())
         try:
             yield
-        finally:  # workers that are killed leave files
+        finally:  # Killed workers leave files.
             watchdog.remove_empty(recipe.run_url)
             remove_unused(recipe.data.train)
 
 
 @contextmanager
 def only_one(run: Folder) -> Iterator[None]:
-    """Hold the local folder of a run or a study for this command.
+    """Lock the local folder of a run or a study for this command.
 
-    Elsewhere, only the fencing of the checkpoints keeps two apart.
+    In S3, only the fencing of the checkpoints protects against a second command.
     """
     if not isinstance(run, LocalFolder):
         yield
@@ -125,23 +125,23 @@ def only_one(run: Folder) -> Iterator[None]:
 
 @contextmanager
 def _end_is_logged(run: Folder) -> Iterator[None]:
-    """Why the command gives up a run, or was told to stop, is in the run's log."""
+    """Record in the run's log why the command failed or was stopped."""
     launched = steady_time()
     try:
         yield
     except BaseException as error:
-        if is_first_process() and not isinstance(error, Superseded):  # then the log is another's
-            told = isinstance(error, Stopped | KeyboardInterrupt)
+        if is_first_process() and not isinstance(error, Superseded):  # Otherwise the log belongs to another command.
+            requested = isinstance(error, Stopped | KeyboardInterrupt)
             text = "interrupted by Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error)
             if not isinstance(error, UserError | KeyboardInterrupt | OSError):
                 text = f"{type(error).__name__}: {text}"
-            with suppress(UserError, OSError):  # the disk may be full, or S3 away
-                run_log.end(run, Ended(run_log.last_step(run), text, told, launched))
+            with suppress(UserError, OSError):  # The disk may be full, or S3 unreachable.
+                run_log.end(run, Ended(run_log.last_step(run), text, requested, launched))
         raise
 
 
 def _device(recipe: Recipe, run: Folder) -> str:
-    """A run that began on GPUs does not go on without because a cluster is only half there."""
+    """The run's device. A run that started on GPUs does not resume on CPUs because a cluster is incomplete."""
     started = [line for line in run_log.read_log(run) if line["event"] == "Started"]
     if recipe.run.device == "auto" and started and started[-1]["device"].startswith("cuda"):
         return "cuda"
@@ -149,12 +149,12 @@ def _device(recipe: Recipe, run: Folder) -> str:
 
 
 def train_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
-    """What each worker does."""
+    """The function that each worker runs."""
     train(parse_recipe(config["recipe"], "recipe"), workers, emit, config["incident"])
 
 
 def outcome(run: Folder) -> dict[str, Any]:
-    """What a finished run came to. Raises as metrics_of."""
+    """The result of a finished run. Raises as metrics_of."""
     metrics = metrics_of(run)
     names = ("mAP", "mAUC", "d_prime", "chance_mAP", "accuracy", "chance_accuracy", "clips", "listed", "coverage")
     return {"run": str(run), "model": f"{run}/model"} | {k: metrics[k] for k in names if k in metrics}
@@ -175,19 +175,19 @@ def is_finished(run: Folder) -> bool:
 
 
 def check_run(recipe: Recipe, run: Folder, resume: Resume) -> None:
-    """Raise UserError unless the run may begin, or go on, in this folder by this recipe."""
+    """Raise UserError unless the run may start or resume in this folder with this recipe."""
     if run.exists(STUDY_MANIFEST):
         raise UsageError(f"{run}: is the folder of a study; give this run another run.name")
     # A start that failed before its first checkpoint does not claim the name.
     begun = bool(checkpoint.committed(run))
     exists = begun or is_finished(run)
     if exists and resume == "never":
-        raise UsageError(f"{run}: this run exists, and --resume never was asked for; give another run.name")
+        raise UsageError(f"{run}: this run exists, but --resume never was given; give another run.name")
     if resume == "must" and not begun:
-        raise UsageError(f"{run}: no checkpoint to resume from, and --resume must was asked for")
+        raise UsageError(f"{run}: no checkpoint to resume from, but --resume must was given; omit it to start the run")
     if exists and (changes := differences(_recipe_of(run), recipe)):
         raise UsageError(
-            f"{run}: made with another recipe ({'; '.join(changes)}); give another run.name or the old recipe"
+            f"{run}: started with a different recipe ({'; '.join(changes)}); give another run.name or the old recipe"
         )
 
 
@@ -197,5 +197,5 @@ def _recipe_of(run: Folder) -> Recipe:
         tree = strict_yaml.load_dumped(run.read(_RECIPE))
     except (FileNotFoundError, ValueError) as error:
         state = "missing" if isinstance(error, FileNotFoundError) else "damaged"
-        raise UserError(f"{path}: {state}, so it is not known what the run is; give another run.name") from error
+        raise UserError(f"{path}: {state}, so the run's recipe is unknown; give another run.name") from error
     return parse_recipe(tree, path)

@@ -1,4 +1,4 @@
-"""A few real steps of a run, by its recipe but for where it ends."""
+"""Takes a few real training steps of a run, to measure its speed."""
 
 import statistics
 from contextlib import suppress
@@ -16,32 +16,32 @@ from erann_dist.recipe import Recipe, parse_recipe
 from erann_dist.train.distributed import Workers
 from erann_dist.train.trainer import train
 
-_WARM_UP = 2  # steps that are not counted; one if that took so many seconds:
+_WARM_UP = 2  # Steps that are not counted; only one if it took longer than _SLOW_S.
 _SLOW_S = 20.0
-_LEAST, _LEAST_S = 3, 5.0  # steps that are counted, and seconds that they are to take together
-_ENOUGH_S, _MOST = 30.0, 100  # either is enough
-_CAPACITY_S = 30.0  # until what was held before is free
+_LEAST, _LEAST_S = 3, 5.0  # Minimum number of counted steps, and of seconds that they take in total.
+_ENOUGH_S, _MOST = 30.0, 100  # Counted seconds or steps after which to stop in any case.
+_CAPACITY_S = 30.0  # Time for resources that were held before to be freed.
 _HANG_S = 180.0
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What some steps on the run's workers came to."""
+    """The measurements of some steps on the run's workers."""
 
-    step_s: float  # seconds of a step, in the median
-    steps: int  # that were counted
-    data_wait: float  # share of their time that the first worker waited for data
+    step_s: float  # median seconds of a step
+    steps: int  # number of counted steps
+    data_wait: float  # share of the counted time that the first worker waited for data
     workers: int
     device: str
     hosts: list[str]  # by rank
-    checkpoint_s: float  # that a checkpoint took
-    stall_s: float  # that training would have been held up by it
+    checkpoint_s: float  # seconds to write a checkpoint
+    stall_s: float  # seconds for which it would have blocked training
     peak_gpu_bytes: list[int] = field(default_factory=list)  # by rank; none on CPUs
     incidents: list[str] = field(default_factory=list)
 
 
 def take_steps(recipe: Recipe, folder: str, workers: int, address: str | None) -> ProbeResult:
-    """Train by the recipe on Ray for some steps and a checkpoint, into `folder`, which is left there.
+    """Train by the recipe on Ray for some steps and a checkpoint, writing to `folder`; the caller removes it.
 
     Raises UserError as training does.
     """
@@ -72,7 +72,7 @@ def _result(events: list[Event]) -> ProbeResult:
     started = next(event for event in events if isinstance(event, Started))
     saved = [event for event in events if isinstance(event, CheckpointSaved)]
     if not steps or not saved:
-        raise UserError("the workers were told to stop before enough steps were done; try again")
+        raise UserError("the workers were stopped before enough steps were done; try again")
     seconds = sum(step.seconds for step in steps)
     finished = next(event for event in events if isinstance(event, Finished))
     return ProbeResult(
@@ -90,10 +90,12 @@ def _result(events: list[Event]) -> ProbeResult:
 
 
 def _probe_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
-    """What each worker does. The first one notices when enough steps are done: all then save a checkpoint and stop."""
+    """The function that each worker runs. When the first worker has counted enough steps, all save a checkpoint and
+    stop.
+    """
     steps: list[Step] = []
 
-    def tell(event: Event) -> None:
+    def count_steps(event: Event) -> None:
         emit(event)
         if isinstance(event, Step):
             steps.append(event)
@@ -101,7 +103,7 @@ def _probe_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
     enough = Interruption("stop", "enough steps are done")
     stop_request = first_of(workers.stop_request, lambda: enough if are_enough(steps) else None)
     with suppress(Stopped):
-        train(parse_recipe(config["recipe"], "recipe"), replace(workers, stop_request=stop_request), tell)
+        train(parse_recipe(config["recipe"], "recipe"), replace(workers, stop_request=stop_request), count_steps)
     is_cuda = workers.device.type == "cuda"
     peaks = workers.all_gather(torch.cuda.max_memory_reserved(workers.device) if is_cuda else 0)
     if workers.is_rank_zero:
@@ -110,19 +112,19 @@ def _probe_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> None:
 
 
 def counted(steps: list[Step]) -> list[Step]:
-    """Those behind the warm-up."""
+    """The steps after the warm-up."""
     return steps[1 if steps and steps[0].seconds > _SLOW_S else _WARM_UP :]
 
 
 def are_enough(steps: list[Step]) -> bool:
-    """Whether the steps that are done tell how long one takes."""
-    behind = counted(steps)
-    seconds = sum(step.seconds for step in behind)
-    return len(behind) >= _MOST or seconds >= _ENOUGH_S or (len(behind) >= _LEAST and seconds >= _LEAST_S)
+    """Whether the steps that are done suffice to measure how long one takes."""
+    measured = counted(steps)
+    seconds = sum(step.seconds for step in measured)
+    return len(measured) >= _MOST or seconds >= _ENOUGH_S or (len(measured) >= _LEAST and seconds >= _LEAST_S)
 
 
 def endless(recipe: Recipe, log_every: int) -> Recipe:
-    """Without an end, checkpoints and evaluations."""
+    """The recipe without an end, checkpoints or evaluations."""
     return changed(
         recipe,
         optim={"examples": 10**12, "epochs": None},
@@ -133,7 +135,7 @@ def endless(recipe: Recipe, log_every: int) -> Recipe:
 
 
 def changed(recipe: Recipe, **sections: dict[str, Any]) -> Recipe:
-    """The recipe with other keys in these sections."""
+    """The recipe with these keys changed, by section."""
     tree = recipe.model_dump(mode="json")
     for section, keys in sections.items():
         tree[section] |= keys

@@ -1,4 +1,4 @@
-"""What a study came to, as its results.json says: the folds of a cross-validation, or a table of runs."""
+"""The results of a study, as stored in its results.json: the folds of a cross-validation, or a table of runs."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,7 +8,7 @@ from erann_dist.formats import strict_json
 from erann_dist.formats.strict_json import Count, Name, Number, Scalar, Seconds
 from erann_dist.storage.folder import Folder
 
-RESULTS = "results.json"  # in the folder of a study, when it has been run
+RESULTS = "results.json"  # In the folder of a study that has been run.
 
 
 class _Fold(strict_json.Record):
@@ -96,7 +96,7 @@ _Results = RootModel[Annotated[_Folds | _Table, Field(discriminator="kind")]]
 
 
 def read_results(folder: Folder) -> dict[str, Any]:
-    """What a study came to. Raises UserError when that can't be read."""
-    advice = "run the study again to write it again"
+    """The results of a study. Raises UserError if they can't be read."""
+    advice = "run the study again to rewrite it"
     found: dict[str, Any] = strict_json.read(_Results, folder.read(RESULTS), f"{folder}/{RESULTS}", advice).model_dump()
     return found

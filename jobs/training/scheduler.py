@@ -1,8 +1,8 @@
-"""Several runs at once, as many as the cluster has capacity for; the others wait for their turn.
+"""Schedules several runs on one cluster: as many at once as it has capacity for, the others wait.
 
-Each run has a process of its own, which does what `erann pretrain` does, on one cluster for all. A run that fails does
-not take the others along; one whose process is lost is started again and goes on from its checkpoint; one that is
-finished is not run again.
+Each run has its own process, which does what `erann pretrain` does, on a shared cluster. A run that fails does not
+affect the others; one whose process is lost is restarted and resumes from its checkpoint; a finished run is not run
+again.
 """
 
 import multiprocessing
@@ -32,51 +32,51 @@ from erann_dist.storage.folder import open_folder
 from jobs.terminal.progress import console
 from jobs.training.pretrain import check_run, is_finished, outcome, pretrain
 
-_ATTEMPTS = 3  # of a run whose process is lost, or that fails by a fault of the program or the machine
+_ATTEMPTS = 3  # Starts of a run whose process is lost, or that fails because of the program or the machine.
 _POLL_S = 1.0
-_PATIENCE = 10  # polls without capacity for any run, after which a person is told; what a run held comes back in less
+_PATIENCE = 10  # Polls without capacity for any run before that is reported; a run's resources are freed sooner.
 
-_Helps = Literal["", "again", "wait"]  # to start it again, or when there is capacity
-_HELPS: dict[type[UserError], _Helps] = {NoCapacity: "wait", Unavailable: "again"}
+_Retry = Literal["", "again", "wait"]  # Whether to restart a run that failed: at once, or when there is capacity.
+_RETRIES: dict[type[UserError], _Retry] = {NoCapacity: "wait", Unavailable: "again"}
 
-Tell = Callable[[str, Event], None]  # is told a run's name and each of its events
+Tell = Callable[[str, Event], None]  # Called with a run's name and each of its events.
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: what it came to, or why it failed."""
+    """How a run ended: its result, or why it failed."""
 
     outcome: dict[str, Any] | None = None
     why: str | None = None
-    then: _Helps = ""
+    then: _Retry = ""
 
 
 @dataclass
 class _RunProcess:
-    """A run in its process."""
+    """A run and its process."""
 
     run: RunSection
     process: ForkServerProcess
     pipe: Connection
-    has_begun: bool = False  # its workers have, and the capacity that they need is theirs
+    has_begun: bool = False  # Its workers have started, so their resources are allocated.
     ended: Ended | None = None
 
 
 @dataclass(frozen=True)
 class _Capacity:
-    """For how many of a run's workers a cluster has capacity."""
+    """A cluster's capacity, in workers of a run."""
 
-    free: Callable[[RunSection], int]  # now
-    most: Callable[[RunSection], int]  # with nobody else on it
+    free: Callable[[RunSection], int]  # Now.
+    most: Callable[[RunSection], int]  # If nobody else used the cluster.
 
 
 def check_runs(recipes: dict[str, Recipe], address: str | None) -> None:
-    """Raise UserError for what keeps these runs from beginning, or all of them from training on this machine."""
+    """Raise UserError for anything that keeps these runs from starting, as far as this machine can tell."""
     launchers = {recipe.run.launcher for recipe in recipes.values()}
     if "torchrun" in launchers:
-        raise UsageError("run.launcher torchrun trains one run; several take ray, or none for one after the other")
+        raise UsageError("run.launcher torchrun trains one run; use ray, or none to train several one after the other")
     if len(launchers) > 1:
-        raise UsageError("run.launcher is ray for some runs and none for others; those that share a command share it")
+        raise UsageError("run.launcher is ray for some runs and none for others; runs of one command must share it")
     elsewhere = launchers == {"ray"} and (address or os.environ.get("RAY_ADDRESS"))
     for recipe in recipes.values():
         check_run(recipe, open_folder(recipe.run_url), "auto")
@@ -90,10 +90,10 @@ def check_runs(recipes: dict[str, Recipe], address: str | None) -> None:
 
 
 def run_all(recipes: dict[str, Recipe], address: str | None, on_event: Tell) -> dict[str, Ended]:
-    """Train by each recipe; how each run ended, by its name. `check_runs` has nothing against them.
+    """Train by each recipe; returns by name how each run ended. The recipes must pass `check_runs`.
 
-    Raises Stopped when a signal of cluster.stop_request tells it to stop, and not all are finished: each that ran has
-    saved a checkpoint then.
+    Raises Stopped if a signal requests a stop (cluster.stop_request) before all runs are finished; each one that was
+    running has then saved a checkpoint.
     """
     ended: dict[str, Ended] = {}
     for name, recipe in recipes.items():
@@ -105,7 +105,7 @@ def run_all(recipes: dict[str, Recipe], address: str | None, on_event: Tell) -> 
                 ended[name] = Ended(why=str(error))
     if waiting := {name: recipe for name, recipe in recipes.items() if name not in ended}:
         with signals_as_stop_request() as stop_request, _cluster(waiting, address) as (found, capacity):
-            _ready_to_fork()
+            _start_forkserver()
             ended |= _run(waiting, found, capacity, on_event, stop_request)
             if (reason := stop_request()) and not all(name in ended and ended[name].outcome for name in waiting):
                 raise Stopped(f"{reason.text}: the checkpoint of each run is saved")
@@ -117,41 +117,41 @@ def _run(
 ) -> dict[str, Ended]:
     waiting = deque(recipes)
     starts = Counter[str]()
-    going: dict[str, _RunProcess] = {}
+    running: dict[str, _RunProcess] = {}
     ended: dict[str, Ended] = {}
-    polls_without_room = 0
+    polls_without_capacity = 0
     try:
-        while waiting or going:
+        while waiting or running:
             if stop_request():
                 waiting.clear()
-                for each in going.values():
-                    each.process.terminate()  # which requests a stop; it saves a checkpoint
-            while waiting and _fits(recipes[waiting[0]].run, list(going.values()), capacity):
+                for each in running.values():
+                    each.process.terminate()  # This requests a stop; the run saves a checkpoint.
+            while waiting and _fits(recipes[waiting[0]].run, list(running.values()), capacity):
                 name = waiting.popleft()
                 starts[name] += 1
-                going[name] = _start(recipes[name], address)
-            polls_without_room = 0 if going else polls_without_room + 1
-            if waiting and polls_without_room == _PATIENCE:
-                on_event(waiting[0], Incident(0, "resize", "waits until the cluster has room; others work on it"))
-            wait([end for each in going.values() for end in (each.pipe, each.process.sentinel)], _POLL_S)
-            for name, each in list(going.items()):
-                alive = each.process.is_alive()  # before its last words are heard
-                _hear(name, each, on_event)
+                running[name] = _start(recipes[name], address)
+            polls_without_capacity = 0 if running else polls_without_capacity + 1
+            if waiting and polls_without_capacity == _PATIENCE:
+                on_event(waiting[0], Incident(0, "resize", "waiting for the cluster to have capacity; others use it"))
+            wait([end for each in running.values() for end in (each.pipe, each.process.sentinel)], _POLL_S)
+            for name, each in list(running.items()):
+                alive = each.process.is_alive()  # Checked before its last messages are read.
+                _process_messages(name, each, on_event)
                 if alive:
                     continue
-                del going[name]
+                del running[name]
                 end = each.ended or Ended(why=f"its process was lost (exit code {each.process.exitcode})", then="again")
                 if end.then == "wait" and not stop_request() and capacity.most(each.run) >= each.run.min_workers:
-                    starts[name] -= 1  # there would be capacity, were others not there
+                    starts[name] -= 1  # There would be capacity if others did not use it.
                     waiting.append(name)
                 elif end.then == "again" and not stop_request() and starts[name] < _ATTEMPTS:
                     waiting.appendleft(name)
                 elif end.then == "again":
-                    ended[name] = Ended(why=f"{end.why}, at the last of {starts[name]} starts")
+                    ended[name] = Ended(why=f"{end.why}, in the last of {starts[name]} starts")
                 else:
                     ended[name] = end
     finally:
-        for each in going.values():  # after Ctrl-C, which their processes have got too, or an error of this one
+        for each in running.values():  # After Ctrl-C, which their processes also received, or an error in this process.
             each.process.join(timeout=20)
             each.process.kill()
             each.process.join()
@@ -159,12 +159,12 @@ def _run(
 
 
 def _fits(run: RunSection, others: list[_RunProcess], capacity: _Capacity) -> bool:
-    """Whether a run may be started beside the others."""
-    # Those that have not begun are about to take of what is free.
+    """Whether a run may be started alongside the others."""
+    # Runs that have not begun will take some of the free capacity.
     free = capacity.free(run) - sum(other.run.max_workers for other in others if not other.has_begun)
     if others:
         return free >= run.max_workers
-    # Where there is never capacity enough, the run itself waits for the cluster to grow, and says so.
+    # If the cluster never has enough capacity, the run itself waits for it to grow, and reports that.
     return free >= run.min_workers or capacity.most(run) < run.min_workers
 
 
@@ -173,7 +173,7 @@ def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[
     """The address of the cluster for all runs, and its capacity for their workers."""
     runs = [recipe.run for recipe in recipes.values()]
     if runs[0].launcher == "none":
-        yield None, _Capacity(free=lambda run: 0, most=lambda run: 0)  # none beside another
+        yield None, _Capacity(free=lambda run: 0, most=lambda run: 0)  # One run at a time.
         return
     from cluster.embedded import opening, ray_cluster  # before Ray, whose environment it sets
 
@@ -191,11 +191,11 @@ def _cluster(recipes: dict[str, Recipe], address: str | None) -> Iterator[tuple[
         yield found, _Capacity(lambda run: free_capacity(bundle(run)), lambda run: total_capacity(bundle(run)))
 
 
-def _ready_to_fork() -> None:
-    """Start the process that the runs' own are forked from, deaf to signals.
+def _start_forkserver() -> None:
+    """Start the process that the runs' processes are forked from, ignoring signals.
 
-    Whoever stops a job, as Ray does, sends them to all of its processes. This one is the parent of the runs, which
-    would be killed with it before they have saved their checkpoints; they listen themselves (cluster/stop_request.py).
+    Stopping a job, as Ray does it, sends signals to all of its processes. If this parent died, the runs would be killed
+    with it before they have saved their checkpoints; they handle the signals themselves (cluster/stop_request.py).
     """
     multiprocessing.set_forkserver_preload(["jobs.training.scheduler"])
     before = {number: signal.signal(number, signal.SIG_IGN) for number in STOPPING}
@@ -209,20 +209,23 @@ def _ready_to_fork() -> None:
 def _start(recipe: Recipe, address: str | None) -> _RunProcess:
     context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
-    heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-    process = context.Process(target=_train, args=(recipe.model_dump(mode="json"), address, theirs, heard))
+    handled = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    process = context.Process(target=_train, args=(recipe.model_dump(mode="json"), address, theirs, handled))
     process.start()
     theirs.close()
     return _RunProcess(recipe.run, process, ours)
 
 
-def _train(tree: dict[str, Any], address: str | None, pipe: Connection, heard: list[int]) -> None:
-    """A run's process: its events and its end go into the pipe. heard: the signals that the command does not ignore."""
+def _train(tree: dict[str, Any], address: str | None, pipe: Connection, handled: list[int]) -> None:
+    """A run's process, which sends its events and its end through the pipe.
+
+    handled: the signals that the command does not ignore.
+    """
     end_with_parent()
-    for number in heard:  # which the process that this one was forked from does ignore
+    for number in handled:  # The process that this one was forked from ignores them.
         signal.signal(number, signal.SIG_DFL)
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # only the command's result belongs there
-    # To the end of this process: it is told to stop more than once, by the command and by what stops the command.
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # Stdout is only for the command's result.
+    # Until this process ends: it is asked to stop more than once, by the command and by what stops the command.
     with signals_as_stop_request(announces=False):
         pipe.send(_outcome(tree, address, pipe))
 
@@ -233,8 +236,8 @@ def _outcome(tree: dict[str, Any], address: str | None, pipe: Connection) -> End
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as error:
-        helps: _Helps = next((what for kind, what in _HELPS.items() if isinstance(error, kind)), "")
-        return Ended(why=str(error), then=helps)
+        retry: _Retry = next((how for kind, how in _RETRIES.items() if isinstance(error, kind)), "")
+        return Ended(why=str(error), then=retry)
     except OSError as error:
         return Ended(why=in_one_line(error), then="again")
     except Exception as error:
@@ -242,13 +245,13 @@ def _outcome(tree: dict[str, Any], address: str | None, pipe: Connection) -> End
         return Ended(why=f"{type(error).__name__}: {error}", then="again")
 
 
-def _hear(name: str, each: _RunProcess, on_event: Tell) -> None:
-    """Pass on what the run has said."""
-    with suppress(EOFError, OSError):  # it has ended
+def _process_messages(name: str, each: _RunProcess, on_event: Tell) -> None:
+    """Pass on the events that the run has sent, and record its end."""
+    with suppress(EOFError, OSError):  # The process has ended.
         while each.pipe.poll():
-            said = each.pipe.recv()
-            if isinstance(said, Ended):
-                each.ended = said
+            message = each.pipe.recv()
+            if isinstance(message, Ended):
+                each.ended = message
             else:
-                each.has_begun |= isinstance(said, Started)
-                on_event(name, said)
+                each.has_begun |= isinstance(message, Started)
+                on_event(name, message)

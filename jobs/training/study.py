@@ -1,7 +1,7 @@
-"""The paper's tables: grids of runs on one cluster, each row beside the paper's own figure.
+"""The paper's tables: grids of runs on one cluster, each row next to the paper's figure.
 
-augmentation and hyperparameters take a recipe as `erann pretrain` does, transfer takes those of `erann finetune`. Keys
-of the command line hold for all rows, and none of them may be one that a row of the table is about.
+augmentation and hyperparameters take a recipe of `erann pretrain`, transfer takes recipes of `erann finetune`. Keys on
+the command line apply to all rows, and none of them may be one that the rows of the table set.
 """
 
 import csv
@@ -45,13 +45,13 @@ _MIXUP = {
     4: ["augment.mixup=modified", "augment.mixup_on=log_mel"],
 }
 _AUDIOSET_CLASSES = 527
-_BATCHES = (1, 32)  # at which the paper has speeds
-_SPEED_S = 3.0  # of forward passes, at least one
+_BATCHES = (1, 32)  # Batch sizes for which the paper gives speeds.
+_SPEED_S = 3.0  # Minimum seconds of forward passes for a measurement.
 
 
 @dataclass(frozen=True)
 class Row:
-    """One of the table: what is set in the recipe, what the columns say of it, and the paper's figure."""
+    """A row of the table: the keys that it sets in the recipe, its columns, and the paper's figure."""
 
     name: str
     settings: list[str]
@@ -82,7 +82,7 @@ def augmentation_rows() -> list[Row]:
 
 
 def hyperparameter_rows(variants: Iterable[str] | None = None) -> list[Row]:
-    """The paper's variants on AudioSet, or others."""
+    """A row for each of the paper's variants on AudioSet, or for these variants."""
     known = paper.HYPERPARAMETERS
     rows = []
     for variant in variants or known:
@@ -100,9 +100,9 @@ def run_grid(
     address: str | None,
     on_event: Tell,
 ) -> dict[str, Any]:
-    """Train each row with each seed; the table, which is written to the study's folder. Raises UserError.
+    """Train each row with each seed. Returns the table, which is also written to the study's folder. Raises UserError.
 
-    The folder is the recipe's, run.dir/run.name; its runs lie below it. Finished ones are not run again.
+    The folder is the recipe's run.dir/run.name, and its runs are in subfolders. Finished runs are not run again.
     """
     own = {"run.seed", *(setting.partition("=")[0] for row in rows for setting in row.settings)}
     _require_free(kind, overrides, own)
@@ -111,7 +111,7 @@ def run_grid(
     base = load_recipe(path, [*overrides, *rows[0].settings])
     own_variant = load_recipe(path, overrides).model.variant
     if own_variant not in (variants := dict.fromkeys(row.columns["variant"] for row in rows)):
-        note(f"{path}: its model.variant {own_variant} is no row of this table; its rows are {', '.join(variants)}")
+        note(f"{path}: its model.variant {own_variant} is not used; the table's rows are {', '.join(variants)}")
     folder = open_folder(base.run_url)
     recipes = {}
     for row in rows:
@@ -127,12 +127,12 @@ def run_grid(
             model = build_model(recipe.model.variant, clips.num_classes)
             weights = initialise(model, recipe.model.init, recipe.model.fresh).weights_sha256
     hashes = {"data.train": training_clips.info.content_hash, "data.eval": clips.info.content_hash}
-    mark = StudyManifest(kind, clips.info.name, hashes, weights)
-    require_own(folder, mark)
+    manifest = StudyManifest(kind, clips.info.name, hashes, weights)
+    require_own(folder, manifest)
     if has_begun(folder):
-        require_unchanged(folder, mark)
+        require_unchanged(folder, manifest)
     with only_one(folder):
-        write_mark(folder, mark)
+        write_mark(folder, manifest)
         measure = _Measure(folder)
         with bar("measure the models' speed", len(rows)) as progress:
             measured = {}
@@ -151,16 +151,16 @@ def run_grid(
 
 
 def _require_free(kind: str, overrides: list[str], own: set[str]) -> None:
-    """Raise UsageError when an override sets a key that the rows of the table do."""
-    ways = {"run.seed": "--seed is the way", "model.init": "--from is the way"}
+    """Raise UsageError if an override sets a key that the rows of the table set."""
+    fixes = {"run.seed": "use --seed", "model.init": "use --from"}
     if kind != "augmentation":
-        ways["model.variant"] = "--variant is the way"
+        fixes["model.variant"] = "use --variant"
     for override in overrides:
         key = override.partition("=")[0]
         for taken in sorted(own):
             if f"{key}.".startswith(f"{taken}.") or f"{taken}.".startswith(f"{key}."):
-                way = ways.get(taken, "leave it out")
-                raise UsageError(f"{override!r}: study {kind} sets {taken} for each of its rows; {way}")
+                fix = fixes.get(taken, "omit it")
+                raise UsageError(f"{override!r}: study {kind} sets {taken} for each of its rows; {fix}")
 
 
 def _require_distinct(what: str, values: Sequence[object]) -> None:
@@ -195,19 +195,19 @@ def _line(row: Row, measured: dict[str, Any], runs: list[Ended], clips: Manifest
 
 
 class _Measure:
-    """Size and speed of models on this machine; what a study's table has of this machine is not measured again."""
+    """Size and speed of models on this machine. Values in the study's earlier table from this hardware are reused."""
 
     def __init__(self, folder: Folder) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.on = device_name(self._device)
-        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}  # speeds by variant, parameters and MACs
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}  # Speeds by variant, parameters and MACs.
         last = _last_result(folder)
         for row in last.get("rows", []) if last.get("measured_on") == self.on else []:
             speeds = {column: row.get(column) for column in map(_speed_column, _BATCHES)}
             self._known[row.get("variant"), row.get("params_M"), row.get("GMACs")] = speeds
 
     def of(self, variant: str, clips: Manifest) -> dict[str, Any]:
-        """For the set's labels and its median clip."""
+        """The measurements for the set's number of labels and its median clip length."""
         samples = int(np.median(clips.samples))
         model = build_model(variant, clips.num_classes).eval()
         params = round(count_parameters(model) / 1e6, 3)
@@ -229,7 +229,7 @@ def _speed_column(batch: int) -> str:
 
 @torch.inference_mode()
 def _speed(model: AudioModel, batch: int, frames: int) -> float:
-    """Clips a second through the network; the median of some passes behind the first."""
+    """Clips per second through the network: the median of several passes after the first."""
     device = next(model.parameters()).device
     inputs = torch.randn(batch, 1, model.front_end.mel_bins, frames, device=device)
     took: list[float] = []
@@ -241,11 +241,11 @@ def _speed(model: AudioModel, batch: int, frames: int) -> float:
 
 
 def transfer_rows(variants: list[str] | None, pretrained: str) -> list[tuple[str, str]]:
-    """Variants with what they begin with, none or a pretrained model. Raises UsageError.
+    """Variants, each with what it starts from: none or a pretrained model. Raises UsageError.
 
-    variants: each from scratch and fine-tuned; if not given, those rows of which the paper has figures.
-    pretrained: a folder whose runs have the variants' names, such as a hyperparameter study's; {variant} in it is
-    replaced by the variant. none: from scratch alone.
+    variants: each from scratch and fine-tuned. Default: the rows for which the paper has figures.
+    pretrained: a model or a run, such as one of a hyperparameter study; {variant} in it is replaced by the variant.
+    none: only the rows from scratch.
     """
     figures = paper.ACCURACY["esc50"]
     _require_distinct("--variant", variants or [])
@@ -271,13 +271,13 @@ def run_transfer(
     address: str | None,
     on_event: Tell,
 ) -> dict[str, Any]:
-    """Each data set with each of `transfer_rows`; the table. Raises UserError."""
+    """Cross-validate each data set with each of `transfer_rows`. Returns the table. Raises UserError."""
     _require_free("transfer", overrides, {"model.variant", "model.init", "run.seed"})
     _require_distinct("--seed", seeds)
     _require_distinct("recipes of one name", [path.stem for path in paths])
     run = check(RunSection, read_tree(paths[0], ["run.name=transfer", *overrides])["run"], f"{paths[0]}: run")
     place = run.url
-    # A row of the table, by its name, is a cross-validation with each seed.
+    # Each row of the table, by its name, is one cross-validation per seed.
     repeated: dict[str, list[CrossValidation]] = {}
     for path in paths:
         for variant, init in rows:
@@ -289,11 +289,11 @@ def run_transfer(
                 repeated[row].append(load_cross_validation(path, settings, init))
     validations = [validation for row in repeated.values() for validation in row]
     folder = open_folder(place)
-    mark = StudyManifest("transfer", ", ".join(sorted({validation.data_set for validation in validations})))
-    require_own(folder, mark)
+    manifest = StudyManifest("transfer", ", ".join(sorted({validation.data_set for validation in validations})))
+    require_own(folder, manifest)
     check_all(validations, address)
     with only_one(folder):
-        write_mark(folder, mark)
+        write_mark(folder, manifest)
         measure = _Measure(folder)
         measured = {}
         with bar("measure the models' speed", len(repeated)) as progress:
@@ -303,12 +303,14 @@ def run_transfer(
         outcomes = {each["name"]: each for each in finetune(validations, address, on_event)}
         table = [_transfer_line(row, measured[row], [outcomes[v.name] for v in each]) for row, each in repeated.items()]
         failed = {f"{name}/fold-{f['fold']}": f["why"] for name, each in outcomes.items() for f in each["failed"]}
-        notes = [f"{name}: not counted, as folds of it failed" for name, each in outcomes.items() if each["failed"]]
+        notes = [
+            f"{name}: not counted, as some of its folds failed" for name, each in outcomes.items() if each["failed"]
+        ]
         return _write(folder, "transfer", run.name, table, failed, notes, measure.on)
 
 
 def _transfer_line(row: str, measured: dict[str, Any], outcomes: list[dict[str, Any]]) -> dict[str, Any]:
-    """outcomes: with each seed. Only those of all folds count."""
+    """outcomes: one per seed. Only those in which all folds finished count."""
     means = [each["mean"] for each in outcomes if not each["failed"]]
     first = outcomes[0]
     return {
@@ -327,7 +329,7 @@ def _transfer_line(row: str, measured: dict[str, Any], outcomes: list[dict[str, 
 
 
 def _last_result(folder: Folder) -> dict[str, Any]:
-    """What the study came to when it was run before; empty if that can't be told."""
+    """The study's previous results; empty if there are none or they can't be read."""
     try:
         return read_results(folder)
     except (FileNotFoundError, UserError):
@@ -343,11 +345,11 @@ def _write(
     notes: list[str],
     measured_on: str,
 ) -> dict[str, Any]:
-    """Write the table of what was asked for. Rows that the last one had besides are named in a note."""
-    asked = {run for row in table for run in row["runs"]} | failed.keys()
-    others = {run for row in _last_result(folder).get("rows", []) for run in row["runs"]} - asked
+    """Write the requested table. A note names the runs of the previous table that are not in it."""
+    requested = {run for row in table for run in row["runs"]} | failed.keys()
+    others = {run for row in _last_result(folder).get("rows", []) for run in row["runs"]} - requested
     if others:
-        notes = [*notes, f"not in this table, as they were not asked for this time: {', '.join(sorted(others))}"]
+        notes = [*notes, f"not in this table, as they were not requested this time: {', '.join(sorted(others))}"]
     columns = [column for column in table[0] if column not in ("run", "runs")]
     result = {
         "kind": "study",

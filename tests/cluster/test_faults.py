@@ -117,7 +117,7 @@ def test_a_failure_at_the_same_step_again_and_again_ends_the_run(two_nodes: Node
     # The first one came after a checkpoint, the second without one.
     assert [start[0]["from"] for start in starts] == [0, 10]
     line = command.log.read_text().splitlines()[-1]
-    assert line.startswith("erann: the workers failed 2 times in a row without a new checkpoint, at last: worker 1 on ")
+    assert line.startswith("erann: the workers failed 2 times in a row without a new checkpoint, last: worker 1 on ")
     assert "RuntimeError: no such device; run the same command again" in line
 
 
@@ -142,7 +142,7 @@ def test_the_command_is_told_to_stop(two_nodes: Nodes, tmp_path: Path) -> None:
         command.wait_for_step(15)
         command.process.terminate()
         assert len(command.end(143)) == 1
-    assert "told to stop by SIGTERM" in command.log.read_text().splitlines()[-1]
+    assert "stop requested by SIGTERM" in command.log.read_text().splitlines()[-1]
     assert int((tmp_path / "saved").read_text()) >= int((tmp_path / "step").read_text())
 
 
@@ -176,7 +176,7 @@ def test_more_workers_than_the_cluster_has(two_nodes: Nodes, tmp_path: Path) -> 
     with running(tmp_path, {}, **options) as command:
         assert command.end(1) == []
     text = command.log.read_text()
-    missing = "3 workers with 1 CPU each requested, but there is room for 2: the cluster has 3 nodes with 2 CPUs"
+    missing = "3 workers with 1 CPU each requested, but there is capacity for 2: the cluster has 3 nodes with 2 CPUs"
     assert f"{missing}; waiting up to 3 s for more" in text
     assert text.splitlines()[-1] == f"erann: {missing} after 3 s; start fewer (run.workers) or add nodes"
 
@@ -186,7 +186,9 @@ def test_more_workers_than_an_embedded_cluster_has(tmp_path: Path) -> None:
     with running(tmp_path, {}, device="cuda") as command:
         assert command.end(1) == []
     line = command.log.read_text().splitlines()[-1]
-    assert line.startswith("erann: 2 workers with 1 CPU and 1 GPU each requested, but there is room for 0: the cluster")
+    assert line.startswith(
+        "erann: 2 workers with 1 CPU and 1 GPU each requested, but there is capacity for 0: the cluster"
+    )
     assert line.endswith(" and 0 GPUs; start fewer (run.workers) or add nodes")
     assert "waiting" not in command.log.read_text()
 
@@ -217,7 +219,7 @@ def test_signals_without_ray(tmp_path: Path, launcher: str, workers: int, how: s
         command.process.send_signal(how)
         (start,) = command.end(143)
     assert len(start) == workers
-    assert f"told to stop by {how.name}" in command.log.read_text()
+    assert f"stop requested by {how.name}" in command.log.read_text()
     assert (tmp_path / "saved").read_text() == (tmp_path / "step").read_text()
 
 

@@ -207,7 +207,7 @@ def test_folds_wait_while_others_work_on_the_cluster(two_folds: Path, tmp_path: 
         with held(shared_cluster, 1):
             command = Running(tmp_path, "finetune", recipe, "--from", "none", "--address", shared_cluster)
             try:
-                command.wait_for_text("waits until the cluster has room")
+                command.wait_for_text("waiting for the cluster to have capacity")
                 assert not list(runs.glob("fold-*"))
             except BaseException:
                 command.process.kill()
@@ -231,7 +231,7 @@ def test_a_fold_that_loses_its_room_waits_for_it_again(two_folds: Path, tmp_path
         try:
             command.wait_for(runs / "fold-1" / ".lock")
             with held(shared_cluster, 1):
-                command.wait_for_text("waits until the cluster has room")
+                command.wait_for_text("waiting for the cluster to have capacity")
             assert command.process.wait(timeout=400) == 0, command.text()
         finally:
             command.process.kill()

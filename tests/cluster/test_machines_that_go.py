@@ -147,7 +147,7 @@ def test_a_spot_instance_that_is_taken_back_tells_ray(head: Cluster, tmp_path: P
         command = [sys.executable, "-m", "cluster.spot"]
         watch = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
-            wait_until(lambda: "no answer about the instance" in (tmp_path / "log").read_text(), "it goes on asking")
+            wait_until(lambda: "instance metadata can't be read" in (tmp_path / "log").read_text(), "it goes on asking")
             work = Work.remote()
             node = ray.get(work.node.remote())
             assert state.get_draining_nodes() == {}
@@ -158,7 +158,7 @@ def test_a_spot_instance_that_is_taken_back_tells_ray(head: Cluster, tmp_path: P
             watch.wait()
         until = wait_until(lambda: state.get_draining_nodes().get(node), "the node is about to go", seconds=30)
         assert 50 < until / 1000 - time.time() < 115
-        assert "this instance goes at " in (tmp_path / "log").read_text()
+        assert "this instance will be interrupted at " in (tmp_path / "log").read_text()
 
 
 def test_health_is_told_without_the_token(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_stopped_and_run_again(place: Path, killed: list[Running], how: signal.S
     assert not (place / out / "manifest.parquet").exists()
     if how == signal.SIGINT:
         assert code == 130
-        assert "run the same command again to go on" in running.text()
+        assert "run the same command again to resume" in running.text()
         assert "Traceback" not in running.text()
     erann(place, *PACK, "--out", out)
     assert digests(place / out) == digests(place / "expected")
@@ -141,7 +141,7 @@ def test_repair_by_the_command(place: Path) -> None:
     tar = place / "damaged" / "audioset-000003.tar"
     tar.write_bytes(tar.read_bytes()[:-5000])
     line = erann(place, "verify", "damaged", code=1)
-    assert line == "erann: damaged: 1 problem; erann repair rebuilds the shards concerned"
+    assert line == "erann: damaged: 1 problem; erann repair rebuilds the affected shards"
     assert erann(place, "repair", "damaged", *SOURCE) == {"shards": "damaged", "rebuilt": ["audioset-000003.tar"]}
     assert digests(place / "damaged") == digests(place / "expected")
     assert erann(place, "verify", "damaged")["clips"] == CLIPS
@@ -163,7 +163,7 @@ def test_repair_by_the_command(place: Path) -> None:
         line = erann(place, "repair", "damaged", *SOURCE, code=1)
     finally:
         sound.write_bytes(kept)
-    assert line == "erann: damaged: 1 shards and 0 other problems are as they were"
+    assert line == "erann: damaged: 1 shards and 0 other problems could not be repaired"
     assert not tar.exists()
 
 

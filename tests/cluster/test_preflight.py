@@ -178,7 +178,7 @@ def test_a_node_with_another_version_of_the_program(place: Path, nodes: Nodes) -
         result = preflight(place, nodes, "run.workers=3", code=1)
     assert states(result, "failed") == ["versions"]
     text = problem(result["versions"])
-    assert "another version of erann-dist: " in text
+    assert "a different version of erann-dist: " in text
     assert f"in {place}/copy, here " in text
     assert text.endswith("cluster/launch.py differs")
     assert states(result, "not checked") == ["all-reduce", "step", "supply", "estimate"]
@@ -216,7 +216,7 @@ def test_a_node_whose_cache_disk_is_full(place: Path, nodes: Nodes) -> None:
         result = preflight(place, nodes, cache, "run.workers=3", code=1)
     assert states(result, "failed") == ["cache"]
     text = problem(result["cache"])
-    assert text == f"{BAD} (stray): 1.0 MB free for data.cache in {place}/nvme/cache, 64.0 MB asked for"
+    assert text == f"{BAD} (stray): 1.0 MB free for data.cache in {place}/nvme/cache, 64.0 MB requested"
     assert states(result, "not checked") == []
     assert sorted(result["step"]["figures"]["hosts"])[0] == "stray"
 
@@ -245,7 +245,7 @@ def test_no_room_and_no_shards(place: Path, nodes: Nodes) -> None:
     assert states(result, "failed") == ["nodes", "shards"]
     (room,) = result["nodes"]["problems"]
     assert room["text"] == (
-        "4 workers with 1 CPU each requested, but there is room for 2: the cluster has 3 nodes with 2 CPUs"
+        "4 workers with 1 CPU each requested, but there is capacity for 2: the cluster has 3 nodes with 2 CPUs"
     )
     (shards,) = result["shards"]["problems"]
     assert shards["text"].endswith(

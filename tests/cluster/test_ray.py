@@ -114,7 +114,7 @@ def test_stopped_and_run_again(
     else:
         os.killpg(running.process.pid, how)
         assert running.process.wait(120) == 128 + how, running.text()
-        assert f"erann: told to stop by {how.name}: stopped at step" in running.text().splitlines()[-1]
+        assert f"erann: stop requested by {how.name}: stopped at step" in running.text().splitlines()[-1]
         run = LocalFolder(str(place / "runs" / name))
         (ended,) = [line for line in read_log(run) if line["event"] == "Ended"]
         assert checkpoint.step_of(checkpoint.committed(run)[-1]) == ended["step"]

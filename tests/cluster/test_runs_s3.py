@@ -188,7 +188,7 @@ def test_the_runs_below_a_prefix(server: Server, tmp_path: Path) -> None:
 
 def test_prefixes_without_the_run(server: Server) -> None:
     url = f"{server.bucket_url}/runs"
-    with pytest.raises(UsageError, match=f"^{url}: no run in it, no metrics.jsonl below it"):
+    with pytest.raises(UsageError, match=rf"^{url}: contains no run \(no metrics\.jsonl\)"):
         list_runs(url, server.endpoint)
     write_log(open_folder(f"{url}/one", server.endpoint), (1.0, started()))
     with pytest.raises(UsageError, match=f"^{url}: no run on; did you mean one\\?$"):

@@ -196,7 +196,7 @@ def test_notice_before_the_limit(cluster: Slurm, shards: Path, undisturbed: Path
         _, second = job.events("Started")
         (ended,) = job.events("Ended")
         assert ended["told"]
-        assert "told to stop by SIGUSR1" in ended["text"]
+        assert "stop requested by SIGUSR1" in ended["text"]
         assert second["step"] >= 13
         assert second["step"] == max(event["step"] for event in job.events("Step") if event["time"] < second["time"])
         assert "not finished: back into the queue" in job.log()

@@ -120,7 +120,7 @@ def test_stopped_and_run_again(server: Server, shards: Path, tmp_path: Path, how
     assert not (tmp_path / "copy" / "manifest.parquet").exists()
     if how == signal.SIGINT:
         assert code == 130
-        assert "stopped; run the same command again to go on" in running.text()
+        assert "stopped; run the same command again to resume" in running.text()
         assert "Traceback" not in running.text()
         assert left == []
     else:

@@ -135,7 +135,7 @@ def test_left_followed_and_stopped(place: Path, tone_shards: Path, ray: Nodes) -
     running = Running(place, *command)
     running.wait_for_text("train  ")
     assert running.end(signal.SIGINT) == 130
-    assert "detached; the job goes on" in running.text()
+    assert "detached; the job is still running" in running.text()
     assert "Traceback" not in running.text()
     (job,) = [job for job in erann(place, "jobs", "list", "--address", ray.address)["jobs"] if str(place) in job["run"]]
     assert job["status"] == "RUNNING"
@@ -248,7 +248,7 @@ def test_two_at_the_same_moment(place: Path, tone_shards: Path, ray: Nodes) -> N
     assert jobs[0]["job"] == jobs[1]["job"]
     assert {each["new"] for each in jobs} == {True, False}
     refused = erann(place, *command[:3], "optim.lr=0.1", "--address", ray.address, code=1)
-    assert f"job {jobs[0]['job']} trains it already, by another command: " in refused
+    assert f"job {jobs[0]['job']} already trains it, by another command: " in refused
     (place / recipe).write_text((place / recipe).read_text() + "# another\n")
     refused = erann(place, *command[:3], "--address", ray.address, code=1)
     assert "by the same command, but the recipes here have changed since" in refused
@@ -320,7 +320,7 @@ def test_a_job_that_the_cluster_no_longer_knows(ray: Nodes) -> None:
     """As after its head was replaced: nothing to wait for."""
     from cluster.submit import ray_jobs
 
-    with pytest.raises(UserError, match=f"pretrain-tones-9: gone from {ray.address}"):
+    with pytest.raises(UserError, match=f"pretrain-tones-9: unknown at {ray.address}"):
         ray_jobs.follow(ray_jobs.connect(ray.address), "pretrain-tones-9", print, print)
 
 
@@ -387,7 +387,7 @@ def test_a_lost_connection(place: Path, ray: Nodes) -> None:
     link.down()
     following.wait_for_text("lost")
     link.up()
-    following.wait_for_text("connected again")
+    following.wait_for_text("reconnected to")
     assert following.process.wait(timeout=120) == 0
     link.down()
     shown = [line for line in following.text().splitlines() if line.startswith("line ")]
@@ -420,7 +420,7 @@ def test_addresses(place: Path, ray: Nodes) -> None:
     status = ["jobs", "status", "x", "--address"]
     assert "no Ray dashboard answers there" in erann(place, *status, f"http://127.0.0.1:{free_port()}", code=1)
     assert "no Ray dashboard" in erann(place, *status, f"http://{ray.gcs}", code=1)
-    assert "is no cluster's address" in erann(place, *status, ray.gcs, code=2)
+    assert "not a cluster's address" in erann(place, *status, ray.gcs, code=2)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         other = f"http://127.0.0.1:{server.server_address[1]}"

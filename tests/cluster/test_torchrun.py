@@ -65,7 +65,7 @@ def test_a_signal_before_the_workers_have_begun(tmp_path: Path) -> None:
         command.wait_until(lambda: len(psutil.Process(command.process.pid).children()) == 2)
         command.process.terminate()
         command.end(143)
-    assert told(command.log) == ["erann: stopped at step 0: told to stop by SIGTERM"]
+    assert told(command.log) == ["erann: stopped at step 0: stop requested by SIGTERM"]
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def test_stopped_and_run_again(place: Path, undisturbed: Any, how: signal.Signal
     if how != signal.SIGKILL:
         resume, why = command.text().splitlines()[-2:]
         assert resume.startswith("run the same command again to resume from the last checkpoint")
-        assert re.match(rf"erann: told to stop by {how.name}: stopped at step \d+ of \d+, whose checkpoint is", why)
+        assert re.match(rf"erann: stop requested by {how.name}: stopped at step \d+ of \d+, whose checkpoint is", why)
     assert command.text().count("Ctrl-C again stops at once") == (how == signal.SIGINT)
     assert not (place / "runs" / name / "model").exists()
     again = Running(place, "pretrain", recipe, "--resume", "must")

@@ -64,7 +64,7 @@ def test_a_run_in_s3_is_the_run_on_a_disk(server: Server, tone_shards: Path, tmp
     again: list[Event] = []
     assert pretrain(recipe, "auto", None, again.append) == result  # a finished run is not run again
     assert [type(event) for event in again] == [Phase]  # which says that it is finished
-    with pytest.raises(UserError, match=r"s3://sounds/runs/run: made with another recipe \(optim.lr"):
+    with pytest.raises(UserError, match=r"s3://sounds/runs/run: started with a different recipe \(optim.lr"):
         pretrain(recipe.model_copy(update={"optim": recipe.optim.model_copy(update={"lr": 1e-5})}), "auto", None, print)
 
 

@@ -118,7 +118,7 @@ def test_files_that_are_no_recipe(tmp_path: Path, text: str, message: str) -> No
 def test_missing_file() -> None:
     with pytest.raises(UsageError, match=r"nowhere\.yaml: No such file"):
         load_recipe(Path("nowhere.yaml"))
-    with pytest.raises(UsageError, match=r"nowhere\.yaml: no such recipe; with the program come .*esc10\.yaml"):
+    with pytest.raises(UsageError, match=r"nowhere\.yaml: no such recipe; the built-in ones are .*esc10\.yaml"):
         find_recipe(Path("nowhere.yaml"))
 
 

@@ -225,7 +225,7 @@ def test_a_run_is_not_run_again_nor_with_another_recipe(erann, recipe: Path, tmp
     assert_refused(
         erann("pretrain", recipe, "optim.lr=0.01", "run.seed=4"),
         2,
-        r"mine: made with another recipe \(optim.lr: 0.001 -> 0.01; run.seed: 0 -> 4\)",
+        r"mine: started with a different recipe \(optim.lr: 0.001 -> 0.01; run.seed: 0 -> 4\)",
     )
     assert_refused(erann("pretrain", recipe, "--resume", "never"), 2, "this run exists")
     assert erann("pretrain", recipe, "run.threads=2", "checkpoint.every=7").code == 0
@@ -256,11 +256,11 @@ def test_what_ended_a_run_is_in_its_log(erann, recipe: Path, tmp_path: Path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "train_step", interrupted)
-        assert_refused(erann(*arguments), 143, "told to stop by SIGTERM: stopped at step 2 of")
+        assert_refused(erann(*arguments), 143, "stop requested by SIGTERM: stopped at step 2 of")
     assert [(line["step"], line["told"]) for line in ended()] == [(0, False), (2, True)]
     shown = erann("runs", tmp_path / "runs", "mine").out
     assert "stopped, step 2/" in shown
-    assert "told to stop by SIGTERM: stopped at step 2" in shown
+    assert "stop requested by SIGTERM: stopped at step 2" in shown
 
     assert erann(*arguments).code == 0
     found = [
@@ -273,9 +273,9 @@ def test_a_damaged_recipe_of_a_run_is_one_line(erann, recipe: Path, tmp_path: Pa
     assert erann("pretrain", recipe).code == 0
     kept = tmp_path / "runs" / "mine" / "recipe.yaml"
     kept.write_text("model: {")
-    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: damaged, so it is not known what the run is")
+    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: damaged, so the run's recipe is unknown")
     kept.unlink()
-    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: missing, so it is not known what the run is")
+    assert_refused(erann("pretrain", recipe), 1, "mine/recipe.yaml: missing, so the run's recipe is unknown")
 
 
 def test_a_run_that_began_on_gpus_does_not_go_on_without(erann, recipe: Path, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_evaluate_and_tag(erann, trained: Path, tone_shards: Path, tmp_path: Pat
     assert all(long[name] == pytest.approx(whole[name], abs=0.05) for name in whole)
 
     (tmp_path / "text.wav").write_text("no sound")
-    assert_refused(erann("tag", model, tmp_path / "text.wav"), 1, "text.wav: no sound could be decoded")
+    assert_refused(erann("tag", model, tmp_path / "text.wav"), 1, "text.wav: could not be decoded")
     assert_refused(erann("tag", model, tmp_path / "gone.wav"), 2, "gone.wav: no such file")
     assert_refused(erann("tag", tmp_path, clip), 2, "no model here")
 
@@ -353,11 +353,11 @@ def test_augment(erann, tmp_path: Path) -> None:
     assert all(image.shape[0] > 1500 < image.shape[1] * 2 and image.std() > 0.1 for image in images)
     assert not np.array_equal(images[0], images[1])
     assert not np.array_equal(images[0], images[2])
-    assert_refused(erann(*command, tmp_path / "a.foo"), 2, "a.foo: not a kind of image; give FILE.png")
+    assert_refused(erann(*command, tmp_path / "a.foo"), 2, "a.foo: not an image format; give FILE.png")
     assert_refused(erann(*command, tmp_path / "no" / "a.png"), 1, "no/a.png: No such file or directory")
     (tmp_path / "text.wav").write_text("no sound")
     other = ["--with", tmp_path / "text.wav"]
-    assert_refused(erann(*command, tmp_path / "d.png", *other), 1, "text.wav: no sound could be decoded")
+    assert_refused(erann(*command, tmp_path / "d.png", *other), 1, "text.wav: could not be decoded")
     assert_refused(erann("augment", tmp_path / "gone.wav", "--out", tmp_path / "d.png"), 2, "gone.wav: no such file")
     assert not (tmp_path / "d.png").exists()
 
@@ -386,7 +386,7 @@ def test_tagging_what_one_can_not(erann, trained: Path, tone_shards: Path, tmp_p
     for option in (out, ["--workers", 1], ["--launcher", "none"], ["--device", "cpu"]):
         assert_refused(erann("tag", model, clip, *option), 2, "a.wav: .* are for shard sets, not files")
     for sounds in ([clip, tone_shards], [tone_shards, tone_shards], [clip, "s3://bucket/set"]):
-        assert_refused(erann("tag", model, *sounds, *out), 2, "a shard set is tagged alone")
+        assert_refused(erann("tag", model, *sounds, *out), 2, "one command tags a single shard set")
     assert_refused(erann("tag", model, tone_shards), 2, f"{tone_shards}: .* needs --out FILE.parquet")
     assert_refused(erann("tag", model, tone_shards, "--top", 3, *out), 2, "takes no --top")
     assert_refused(erann("tag", model, "gs://bucket/set", *out), 2, "a folder is a path or s3://bucket/prefix")
@@ -463,7 +463,7 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
     assert_refused(pack(out="gs://bucket/x"), 2, "gs://bucket/x: a folder is a path or s3://bucket/prefix")
     assert_refused(pack(out="s3:///x"), 2, "the bucket is missing")
     assert_refused(pack(out=""), 2, "the path is empty")
-    assert_refused(pack(out=audio / "shards"), 2, "lies in .*audio, whose sound is packed")
+    assert_refused(pack(out=audio / "shards"), 2, "is inside .*audio, the source of the clips")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     assert_refused(pack(out=tmp_path / "full"), 1, "full: exists and is not a shard set")
@@ -507,18 +507,18 @@ def test_stage_by_the_command(erann, tone_shards: Path, tmp_path: Path) -> None:
     assert erann("verify", target).code == 0
     again = erann("stage", tone_shards, target)
     assert again.code == 0
-    assert again.line == f"{target}: everything is there already"
+    assert again.line == f"{target}: already complete"
     assert re.search(r"copied tars +0 *\n", again.out)
     (target / "audioset-000001.tar").unlink()
     outcome = erann("stage", tone_shards, target)
-    assert f"{target}: going on, 4 of 5 tars are there" in outcome.err
+    assert f"{target}: resuming, 4 of 5 tars are complete" in outcome.err
     assert re.search(r"copied tars +1 *\n", outcome.out)
 
 
 def test_staging_what_or_where_one_can_not(erann, tone_shards: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     target = tmp_path / "copy"
-    assert_refused(erann("stage", tone_shards, "s3://bucket/x"), 2, "a set is copied to a folder on a disk, not to S3")
+    assert_refused(erann("stage", tone_shards, "s3://bucket/x"), 2, "a set is copied to a local folder, not to S3")
     assert_refused(erann("stage", tone_shards, ""), 2, "the path is empty")
     assert_refused(erann("stage", tone_shards, tone_shards), 2, "is inside .*, which is to be copied")
     assert_refused(erann("stage", tmp_path / "nowhere", target), 2, "nowhere: no such folder")

@@ -42,4 +42,4 @@ def test_without_a_loopback_interface_there_is_one_line() -> None:
     if subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("no network namespaces here")
     done = subprocess.run([*namespace, sys.executable, "-c", script], capture_output=True, text=True)
-    assert "UserError: workers on one machine communicate over its loopback interface, and lo is down" in done.stderr
+    assert "UserError: workers on one machine communicate over its loopback interface, but lo is down" in done.stderr

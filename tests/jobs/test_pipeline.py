@@ -49,7 +49,7 @@ def test_settings_are_keys_of_sections() -> None:
         (["finetune.1.set.run.launcher=torchrun"], "run.launcher torchrun trains one run"),
         (["pretrain.set.run.launcher=torchrun"], "first.yaml: run.launcher torchrun trains one run"),
         (["finetune.1.set.run.launcher=ray"], "run.launcher is ray for some runs and none for others"),
-        (["finetune.1.set.run.name=one"], "two cross-validations are called one"),
+        (["finetune.1.set.run.name=one"], "two cross-validations are named one"),
         (["finetune.1.set.run.name=first"], "two stages are called first"),
         (["finetune.1.set.optim.precision=fp16"], "fp16 needs a GPU"),
         (["finetune.1.set=3"], "finetune.1.set: "),

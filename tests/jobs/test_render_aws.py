@@ -326,7 +326,7 @@ def run_scratch(folder: Path, disks: str, labels: str, mounted: list[str]) -> su
         ({"head_profile": "arn:aws:iam::1:instance-profile/x"}, "--head-profile .*: not the name of an IAM instance"),
         ({"subnet": "vpc-1"}, "--subnet"),
         ({"security_group": "default"}, "--security-group"),
-        ({"instance": "g5.metal"}, "--instance g5.metal: not among the types .* known: g5.4xlarge, "),
+        ({"instance": "g5.metal"}, "--instance g5.metal: not among the supported types; give one of g5.4xlarge, "),
         ({"min_workers": 2}, "--min-workers 2: more than --max-workers 1"),
         ({"image": None}, "give either --image, .* or --wheel"),
         ({"wheel": Path("erann_dist-1.whl")}, "give either --image, .* or --wheel"),

@@ -318,7 +318,7 @@ def test_a_job_that_fails_is_tried_again_and_cleaned_up() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "Erann"}, "--name 'Erann': not small letters, digits and hyphens"),
+        ({"name": "Erann"}, "--name 'Erann': not lower-case letters, digits and inner hyphens"),
         ({"name": "1st"}, "--name"),
         ({"name": "a-"}, "--name"),
         ({"name": "a\nb: c"}, "--name"),
@@ -332,12 +332,12 @@ def test_a_job_that_fails_is_tried_again_and_cleaned_up() -> None:
         ({"storage_class": "GP3"}, "--storage-class"),
         ({"s3_region": "us west"}, "--s3-region"),
         ({"s3_endpoint": "s3.example.com"}, "--s3-endpoint 's3.example.com': not a URL"),
-        ({"s3_endpoint": "https://key:secret@s3.example.com"}, "--s3-endpoint: has a password in it"),
-        ({"node_selector": ["gpu"]}, "--node-selector 'gpu': not a label, as key=value"),
+        ({"s3_endpoint": "https://key:secret@s3.example.com"}, "--s3-endpoint: contains a password"),
+        ({"node_selector": ["gpu"]}, "--node-selector 'gpu': not a label, such as key=value"),
         ({"node_selector": ["a=b c"]}, "--node-selector"),
         ({"tolerations": ["gpu:Never"]}, "--toleration 'gpu:Never': not a taint"),
         ({"tolerations": [""]}, "--toleration"),
-        ({"command": ["python", "x.py"]}, "the command of a RayJob is one of erann's"),
+        ({"command": ["python", "x.py"]}, "a RayJob runs an erann command"),
         ({"kind": "RayCluster", "command": ["erann", "demo"]}, "a RayCluster runs no command"),
     ],
 )

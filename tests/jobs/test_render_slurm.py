@@ -214,11 +214,11 @@ def test_no_gpus() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"command": ["python", "x.py"]}, "'python' is no command of erann"),
-        ({"name": "a\n#SBATCH --uid=0"}, r"--job-name 'a\n#SBATCH --uid=0': not of letters, digits"),
-        ({"name": "a b"}, "--job-name 'a b': not of letters"),
-        ({"name": "../a"}, "--job-name '../a': not of letters"),
-        ({"name": "%j"}, "--job-name '%j': not of letters"),
+        ({"command": ["python", "x.py"]}, "'python' is not erann"),
+        ({"name": "a\n#SBATCH --uid=0"}, r"--job-name 'a\n#SBATCH --uid=0': not only letters, digits"),
+        ({"name": "a b"}, "--job-name 'a b': not only letters"),
+        ({"name": "../a"}, "--job-name '../a': not only letters"),
+        ({"name": "%j"}, "--job-name '%j': not only letters"),
         ({"partition": "gpu --uid=0"}, "--partition 'gpu --uid=0': not the name"),
         ({"partition": ""}, "--partition '': not the name"),
         ({"account": "a;b"}, "--account 'a;b': not the name"),
@@ -228,13 +228,13 @@ def test_no_gpus() -> None:
         ({"time": "1-2:3:4:5"}, "--time '1-2:3:4:5': not MINUTES"),
         (
             {"time": "9:59"},
-            "--time 9:59: too short, as the run is to end 300 s before it (--notice); give at least 10 min",
+            "--time 9:59: too short, as the run stops 300 s before the limit (--notice); give at least 10 min",
         ),
         ({"time": "0"}, "--time 0: too short"),
         ({"scratch": "local"}, "--scratch 'local': not an absolute path"),
         (
             {"scratch": "/scratch/of/the/node1"},
-            "--scratch /scratch/of/the/node1: 21 bytes long, and the paths of Ray's",
+            "--scratch /scratch/of/the/node1: 21 bytes long, but the paths of Ray's",
         ),
         ({"container": "--writable"}, "--container '--writable': not printable, or begins with -"),
         ({"binds": ["/a\n/b"]}, r"--bind '/a\n/b': not printable"),

@@ -174,13 +174,13 @@ def test_gpus_without_work_and_limits_are_named(tone_shards: Path) -> None:
     recipe, remote = a_recipe(tone_shards), a_recipe(tone_shards, "s3://bucket/set")
     assert "12 of the 16 GPUs have nothing to do" in advice(recipe, nodes=8)
     assert "raise optim.global_batch to 32" in advice(recipe, nodes=8)
-    assert "2 of the 3 workers wait in each step" in advice(recipe, nodes=1, gpus_per_node=3)
+    assert "2 of the 3 workers idle for part of each step" in advice(recipe, nodes=1, gpus_per_node=3)
     assert "decoding is the limit: with" in advice(recipe, core_clips_per_s=0.1)
     assert "the disk is the limit" in advice(recipe, disk_mb_s=0.01)
     assert "the network is the limit" in advice(remote, network_gbit_s=1e-3, nodes=1, gpus_per_node=4)
     assert "the all-reduce takes" in advice(remote, network_gbit_s=1e-3)
-    assert "more GPUs than 1 stop helping" in advice(recipe, network_gbit_s=1e-3, gpus_per_node=1, nodes=4)
-    assert "GPUs help up to 4" in advice(recipe, nodes=1, gpus_per_node=4)
+    assert "more than 1 GPUs don't help" in advice(recipe, network_gbit_s=1e-3, gpus_per_node=1, nodes=4)
+    assert "up to 4 GPUs help" in advice(recipe, nodes=1, gpus_per_node=4)
 
 
 def test_a_list_stands_for_the_shards_that_it_would_give(tone_shards: Path, tmp_path: Path, real_data: Path) -> None:

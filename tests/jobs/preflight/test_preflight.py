@@ -113,7 +113,7 @@ def test_memory_of_a_gpu_that_another_process_holds() -> None:
     assert verdict.found.endswith(": H200, 60.0 to 140.0 GB free")
     assert verdict.figures["gpus"][2] == {"node": str(A), "name": "H200", "free": 60 * 10**9, "total": 141 * 10**9}
     assert texts(verdict) == [
-        "10.0.0.1 (gpu-1): 81.0 GB of the 141.0 GB of its H200 are in use already",
+        "10.0.0.1 (gpu-1): 81.0 GB of the 141.0 GB of its H200 are already in use",
         "10.0.0.1 (gpu-1): 4 workers with data.loader_threads=3 for 8 cores",
     ]
 
@@ -121,14 +121,14 @@ def test_memory_of_a_gpu_that_another_process_holds() -> None:
 def test_fewer_workers_than_a_run_can_have() -> None:
     recipe = a_recipe(run={"workers": {"min": 1, "max": 4}})
     verdict = nodes_verdict(recipe, {"CPU": 1.0}, [A, B], [A, B], None, {A: HERE, B: HERE}, {}, [])
-    assert (verdict.state, texts(verdict)) == ("warning", ["there is room for 2 of up to 4 workers"])
+    assert (verdict.state, texts(verdict)) == ("warning", ["there is capacity for 2 of up to 4 workers"])
 
 
 def test_what_a_cache_keeps_already_counts_as_room() -> None:
     cache = CacheSection.model_validate({"dir": "/nvme", "max_bytes": "100GB"})
     verdict = cache_verdict(cache, {A: Disk(10 * 10**9, 95 * 10**9), B: Disk(10 * 10**9, 85 * 10**9)}, {})
     assert verdict.state == "failed"
-    assert texts(verdict) == ["10.0.0.2 (gpu-2): 95.0 GB free for data.cache in /nvme, 100.0 GB asked for"]
+    assert texts(verdict) == ["10.0.0.2 (gpu-2): 95.0 GB free for data.cache in /nvme, 100.0 GB requested"]
 
 
 def test_bus_bandwidth() -> None:
@@ -146,10 +146,10 @@ def reading(clips_per_s: float, computing: float = 0.2) -> Reading:
     ("need", "computing", "hits", "state", "mend"),
     [
         (100, 0.2, None, "ok", ""),
-        (101, 0.2, None, "warning", "data.cache={dir: a disk of the node, max_bytes: 50.0 GB or less} reads each clip"),
+        (101, 0.2, None, "warning", "data.cache={dir: a disk of the node, max_bytes: 50.0 GB or less}"),
         (200, 0.2, 0.6, "ok", ""),  # once the cache has filled
-        (200, 0.2, 0.4, "warning", "a larger data.cache.max_bytes"),
-        (150, 0.9, None, "warning", "data.loader_threads=3, for which the node has the cores"),
+        (200, 0.2, 0.4, "warning", "raise data.cache.max_bytes"),
+        (150, 0.9, None, "warning", "data.loader_threads=3, for which the node has enough cores"),
         (150, 0.9, 0.6, "warning", "data.loader_threads=3"),  # FLAC of the cache is decoded too
     ],
 )
@@ -187,14 +187,14 @@ def test_the_estimate_is_of_the_steps_that_are_left() -> None:
     assert verdict.figures == {"steps": 72_000, "seconds": 36_000.0, "gpu_hours": 20.0}
     assert verdict.found.startswith("72,000 steps of 0.50 s: 10:00:00, 20 GPU-hours")
     verdict = estimate_verdict(replace(TRIAL, device="cpu"), steps=72_000, done=36_000)
-    assert verdict.found.startswith("36,000 steps that are left of 0.50 s: 5:00:00, 10 worker-hours")
+    assert verdict.found.startswith("36,000 remaining steps of 0.50 s: 5:00:00, 10 worker-hours")
 
 
 def test_a_step_that_waits_for_data() -> None:
     trial = replace(TRIAL, data_wait=0.3, peak_gpu_bytes=[10**9, 2 * 10**9], incidents=["the cache is full"])
     verdict = step_verdict(a_recipe(), trial, 0.05, [GPU])
     assert verdict.state == "warning"
-    assert texts(verdict) == ["the cache is full", "the first worker waits for data in 30% of a step"]
+    assert texts(verdict) == ["the cache is full", "the first worker waits for data during 30% of a step"]
     assert "32.0 examples/s; waiting for data 30.0%, all-reduce 10.0%; at most 2.0 GB of 141.0 GB" in verdict.found
 
 
@@ -209,7 +209,7 @@ def test_a_step_that_waits_for_data() -> None:
             {},
             0.01,
             4,
-            ["run.workers=4 uses all the room that there is: about 0.26 s"],
+            ["run.workers=4 uses the cluster's full capacity: about 0.26 s"],
         ),
         ({"optim": {"precision": "bf16"}}, {}, 0.48, 4, ["the all-reduce takes 96% of a step"]),
         (
@@ -217,9 +217,9 @@ def test_a_step_that_waits_for_data() -> None:
             {"workers": 4},
             0.01,
             9,
-            ["there is room for 9 workers, but a step has no work for more than 4"],
+            ["there is capacity for 9 workers, but a step has only 4 micro-batches"],
         ),
-        ({"optim": {"precision": "bf16"}}, {"workers": 3}, 0.01, 3, ["2 of the 3 workers wait in each step"]),
+        ({"optim": {"precision": "bf16"}}, {"workers": 3}, 0.01, 3, ["2 of the 3 workers idle for part of each step"]),
         ({"optim": {"precision": "bf16"}, "checkpoint": {"every": 3}}, {}, 0.01, 2, ["checkpoint.every=10 or more"]),
     ],
 )
@@ -317,7 +317,7 @@ def test_a_file_in_the_way_of_a_run_folder_or_a_cache(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/runs: can't be written to \(Not a directory\)"):
         storage.write_token(str(tmp_path / "file" / "runs"), "mine")
-    with pytest.raises(UserError, match="no cache can be kept there"):
+    with pytest.raises(UserError, match="can't hold the cache"):
         storage.cache_disk(str(tmp_path / "file"))
 
 

@@ -112,7 +112,7 @@ def test_the_page_of_a_classification_run(run: Path) -> None:
     assert ["1", HOSTILE, "", "1.0000", "2", ""] in page.cells
     assert ["3", "bark", "", "0.5000", "2", f"{HOSTILE} (1)"] in page.cells
     assert ["bark", "1", "1", ""] in page.cells  # of the confusion matrix
-    assert f"bark taken for {HOSTILE}: 1 of 2" in page.values("title")
+    assert f"bark predicted as {HOSTILE}: 1 of 2" in page.values("title")
     facts = {cells[0]: cells[1] for cells in page.cells if len(cells) == 2}
     assert facts["coverage"] == "6 of 8 listed clips (75.0%)"
     assert facts["hash of the list"] == "ab" * 32
@@ -120,13 +120,13 @@ def test_the_page_of_a_classification_run(run: Path) -> None:
     assert facts["versions"] == "torch 2.11.0"
     assert facts["evaluated on"] == "no/such/set"
     assert facts["throughput"].startswith("100.0 examples/s, 200.0 clips/s decoded, 1.0% waiting")
-    assert facts["goodput"] == "32.8% of the time went into steps that count; lost: 2 steps, 0:01:05"
+    assert facts["goodput"] == "32.8% of the time spent on steps that count; lost: 2 steps, 0:01:05"
     assert [f"worker 1 was lost {HOSTILE}", "2", "0:01:05"] in [cells[3:] for cells in page.cells]
     for text in (
         "0.8333",
         "accuracy; by chance 0.3333",
         "0.9500",
-        "best accuracy on the way, at step 4; selected on these clips",
+        "best accuracy during training, at step 4; selected on these clips",
     ):
         assert text in page.texts
     assert "variant: ERANN-3-1" in page.text
@@ -148,7 +148,7 @@ def test_the_worst_clips_come_first_with_their_labels(run: Path) -> None:
     ]
     assert page.texts[best + 1] == "sure-rain"
     assert "img" not in page.tags
-    assert "The pictures are left out: no/such/set: no such folder" in page.text
+    assert "The spectrograms are omitted: no/such/set: no such folder" in page.text
 
 
 def test_the_page_of_a_tagging_run(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_whatever_a_label_or_a_key_is_it_shows_as_text(text: str, key: str) -> N
     assert ["2", "b", "", "1.0000", "1", f"{text} (1)"] in found.cells
     assert ["", text, "b"] in found.cells
     assert [text, key] in found.cells
-    assert f"{text} taken for b: 1 of 1" in found.values("title")
+    assert f"{text} predicted as b: 1 of 1" in found.values("title")
     assert f"log-mel spectrogram of {key}" in found.values("alt")
     assert found.tags <= set(
         "html head meta title style body main section h2 h3 p div b span table thead tbody tr th td "
@@ -237,9 +237,9 @@ def test_several_runs_beside_each_other(run: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_has_not_finished(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "one", None))
-    assert "This run has not finished: it was stopped, or its machine went away, at step 4 of 10." in page.text
+    assert "This run has not finished: it was stopped or its machine lost at step 4 of 10." in page.text
     facts = {cells[0]: cells[1] for cells in page.cells if len(cells) == 2}
-    assert facts["hardware"] == "cpu; its name was not logged"
+    assert facts["hardware"] == "cpu, name not logged"
     assert facts["training clips"] == "40"
     assert "0.9500" in page.texts
     assert "Classes" not in page.texts
@@ -249,7 +249,7 @@ def test_a_run_in_which_nothing_happened_yet(tmp_path: Path) -> None:
     write_log(LocalFolder(f"{tmp_path}/one"))
     page = page_of(tmp_path / "one")
     assert "no event is logged" in page.text
-    assert "No step is logged so far." in page.texts
+    assert "No steps are logged yet." in page.texts
 
 
 @pytest.mark.parametrize(
@@ -272,9 +272,9 @@ def test_a_run_in_which_nothing_happened_yet(tmp_path: Path) -> None:
         ("predictions.parquet", None, "predictions.parquet is missing."),
         ("predictions.parquet", b"PAR1", "predictions.parquet: damaged"),
         ("recipe.yaml", None, "recipe.yaml is missing."),
-        ("recipe.yaml", b"model: {", "recipe.yaml is not one that this program knows"),
-        ("recipe.yaml", b"model: {depth: 3}", "recipe.yaml is not one that this program knows"),
-        ("recipe.yaml", b"\xff\xfe", "recipe.yaml is not one that this program knows"),
+        ("recipe.yaml", b"model: {", "recipe.yaml can't be parsed"),
+        ("recipe.yaml", b"model: {depth: 3}", "recipe.yaml can't be parsed"),
+        ("recipe.yaml", b"\xff\xfe", "recipe.yaml can't be parsed"),
     ],
 )
 def test_what_is_missing_or_damaged_is_a_note(run: Path, name: str, content: bytes | None, note: str) -> None:
@@ -451,7 +451,7 @@ def test_a_shard_set_that_can_no_longer_be_read(trained: tuple[Path, Path], tmp_
     page = page_of(copy)
     assert "img" not in page.tags
     told = {"other clips": "no longer the clips that were evaluated", "gone": "no such folder", "damaged": "is damaged"}
-    assert "The pictures are left out: " in page.text
+    assert "The spectrograms are omitted: " in page.text
     assert told[change] in page.text
     assert "worst" in page.texts
 
@@ -522,7 +522,7 @@ def test_a_run_in_the_folder_one_is_in(erann: Any, run: Path, monkeypatch: pytes
         (
             ["{root}"],
             2,
-            "{root}: no run (metrics.jsonl is missing) and no study; erann runs FOLDER lists the runs below it",
+            "{root}: no run (metrics.jsonl is missing) and no study; list the runs in it with erann runs FOLDER",
         ),
         (["{run}", "--out", "{root}"], 2, "{root}: is a folder; give the file to write"),
         (["{run}", "--out", "{root}/no/page.html"], 1, "{root}/no/page.html.part: No such file or directory"),
@@ -530,7 +530,7 @@ def test_a_run_in_the_folder_one_is_in(erann: Any, run: Path, monkeypatch: pytes
             ["{damaged}"],
             1,
             "{damaged}/results.json: damaged (missing study.columns, study.failed, study.name, study.rows); "
-            "run the study again to write it again",
+            "run the study again to rewrite it",
         ),
     ],
 )
@@ -554,7 +554,7 @@ def test_results_that_are_damaged_inside(erann: Any, tmp_path: Path, inside: dic
     code, _, line = erann(write_folds(tmp_path / "study", **inside))
     assert code == 1
     assert line.startswith(f"erann: {tmp_path}/study/results.json: ")
-    assert line.endswith("run the study again to write it again")
+    assert line.endswith("run the study again to rewrite it")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"kind": "other"}', "3"])

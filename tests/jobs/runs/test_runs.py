@@ -70,7 +70,7 @@ def test_how_the_runs_of_a_folder_stand(runs: Path) -> None:
 
 def test_why_a_run_was_stopped(tmp_path: Path) -> None:
     now = time.time()
-    ended = Ended(3, "told to stop by SIGTERM", told=True, launched=now - 50)
+    ended = Ended(3, "stop requested by SIGTERM", told=True, launched=now - 50)
     begun = [(now - 40, started(launched=now - 50)), (now - 5, step(2, seconds=25.0)), (now - 4, ended)]
     write_log(LocalFolder(f"{tmp_path}/told"), *begun)
     write_log(LocalFolder(f"{tmp_path}/again"), *begun, (now - 2, started(2, launched=now - 3)))
@@ -79,7 +79,7 @@ def test_why_a_run_was_stopped(tmp_path: Path) -> None:
     Path(tmp_path, "done/model/config.json").write_text("{}")
     found = {run["run"]: (run["state"], run["step"], run["why"]) for run in list_runs(str(tmp_path), None)["runs"]}
     assert found == {
-        "told": ("stopped", 3, "told to stop by SIGTERM"),
+        "told": ("stopped", 3, "stop requested by SIGTERM"),
         "again": ("running", 2, None),
         "done": ("finished", 3, None),  # it was killed before its log said so
     }
@@ -197,17 +197,17 @@ def test_long_curves_with_every_kind_of_incident_are_drawn(tmp_path: Path) -> No
         (
             ["{other}"],
             2,
-            "{other}: no run in it, no metrics.jsonl below it; a recipe's run.dir is the folder of its runs",
+            "{other}: contains no run (no metrics.jsonl); give the folder that a recipe's run.dir names",
         ),
         (["{runs}", "goin"], 2, "{runs}: no run goin; did you mean going?"),
         (["{runs}", "xyz"], 2, "{runs}: no run xyz; there are empty, going, stopped, study/done"),
-        (["{runs}", "--plot", "a.png"], 2, "{runs}: --plot draws one run; give its name too"),
-        (["{runs}", "going", "--plot", "a.foo"], 2, "a.foo: not a kind of image; give FILE.png"),
+        (["{runs}", "--plot", "a.png"], 2, "{runs}: --plot needs a single run; give its name too"),
+        (["{runs}", "going", "--plot", "a.foo"], 2, "a.foo: not an image format; give FILE.png"),
         (["{runs}", "going", "--plot", "{runs}/no/a.png"], 1, "{runs}/no/a.png: No such file or directory"),
         (
             ["{runs}", "empty"],
             1,
-            "{runs}/empty/metrics.jsonl: no event in it; the run's workers have not begun, or it is damaged",
+            "{runs}/empty/metrics.jsonl: contains no event; the run's workers have not started, or it is damaged",
         ),
         ([""], 2, "the path is empty; a folder is needed"),
     ],
@@ -223,4 +223,7 @@ def test_a_run_without_a_step_is_not_drawn(erann: Any, tmp_path: Path) -> None:
     write_log(LocalFolder(f"{tmp_path}/new"), (time.time(), started(launched=time.time())))
     assert erann(tmp_path, "new")[0] == 0
     code, _, line = erann(tmp_path, "new", "--plot", tmp_path / "a.png")
-    assert (code, line) == (1, f"erann: {tmp_path}/new/metrics.jsonl: no step in it so far, nothing to draw")
+    assert (code, line) == (
+        1,
+        f"erann: {tmp_path}/new/metrics.jsonl: contains no steps yet, so there is nothing to plot",
+    )

@@ -126,7 +126,7 @@ def test_the_terminal_page_shows_the_ends_of_many_classes(tmp_path: Path, capsys
 
 def test_the_terminal_page_of_an_indexed_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = terminal(capsys, tmp_path, clips=[{**CLIPS[0], "peak": None, "format": None}], report=[], packing={})
-    assert "not known: the set was indexed" in out
+    assert "unknown: the set was indexed" in out
     assert "100%" not in out
 
 

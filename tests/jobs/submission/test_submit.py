@@ -82,7 +82,7 @@ def test_the_environment_is_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "AWS_SECRET_ACCESS_KEY" in sent["not_sent"]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "https://user:hidden@s3.example.org")
     line = dry_run(tmp_path, "pretrain", "audioset.yaml", *PLACES, code=1)
-    assert line.startswith("erann: AWS_ENDPOINT_URL: holds a user or a password")
+    assert line.startswith("erann: AWS_ENDPOINT_URL: contains a user or a password")
     assert "hidden" not in line
 
 
@@ -120,15 +120,15 @@ def test_a_pipeline_takes_its_recipes_along(tmp_path: Path, dry_run: DryRun) -> 
     assert sent["run"] == "/s/runs/all"
     assert {"all.yaml", "own/fold.yaml"} < set(sent["files"])
     for setting, refusal in (
-        ("pretrain.set.run.launcher=none", "audioset.yaml: run.launcher none: a cluster's runs are launched by ray"),
-        ("finetune.0.set.run={launcher: none}", "own/fold.yaml: run.launcher none: a cluster's runs are launched by"),
+        ("pretrain.set.run.launcher=none", "audioset.yaml: run.launcher none: runs on a cluster are launched by ray"),
+        ("finetune.0.set.run={launcher: none}", "own/fold.yaml: run.launcher none: runs on a cluster are launched by"),
         ("pretrain.set.run.wrkers=8", "run.wrkers"),
-        ("pretrain.set.model={init: runs/one}", "model.init: runs/one is a folder of this machine's"),
+        ("pretrain.set.model={init: runs/one}", "model.init: runs/one is a relative path"),
     ):
         assert refusal in dry_run(tmp_path, "pipeline", "all.yaml", setting, code=2)
     tree["finetune"] = [{"recipe": str(tmp_path / "own" / "fold.yaml")}]
     (tmp_path / "all.yaml").write_text(yaml.safe_dump(tree))
-    assert "goes along only from below the present folder" in dry_run(tmp_path, "pipeline", "all.yaml", code=2)
+    assert "is sent only from below the current folder" in dry_run(tmp_path, "pipeline", "all.yaml", code=2)
 
 
 def test_lists_of_keys_go_along(tmp_path: Path, dry_run: DryRun) -> None:
@@ -142,15 +142,15 @@ def test_lists_of_keys_go_along(tmp_path: Path, dry_run: DryRun) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["evaluate", "x"], "evaluate: is not submitted; what is: pretrain,"),
-        (["pretrain", "audioset.yaml", *PLACES[1:]], "data.train: shard-sets/audioset/unbalanced_train is a folder of"),
-        (["pretrain", "audioset.yaml", *PLACES[:2]], "run.dir: runs is a folder of this machine's"),
+        (["evaluate", "x"], "evaluate: can't be submitted; these can: pretrain,"),
+        (["pretrain", "audioset.yaml", *PLACES[1:]], "data.train: shard-sets/audioset/unbalanced_train is a relative"),
+        (["pretrain", "audioset.yaml", *PLACES[:2]], "run.dir: runs is a relative path"),
         (["finetune", "esc50.yaml", "run.dir=/s", "protocol.shards=/s/e", "--from", "runs/a"], "--from: runs/a is a"),
-        (["pipeline", "pipeline.yaml"], "run.dir: runs is a folder of this machine's"),
+        (["pipeline", "pipeline.yaml"], "run.dir: runs is a relative path"),
         (["pretrain", "absent.yaml"], "absent.yaml: no such recipe"),
         (["pretrain", "audioset.yaml", *PLACES, "run.wrkers=2"], "run.wrkers: no such key; did you mean run.workers?"),
-        (["pretrain", "audioset.yaml", *PLACES, "--launcher", "torchrun"], "a cluster's runs are launched by ray"),
-        (["pretrain", "audioset.yaml", *PLACES, "run.launcher=none"], "a cluster's runs are launched by ray"),
+        (["pretrain", "audioset.yaml", *PLACES, "--launcher", "torchrun"], "runs on a cluster are launched by ray"),
+        (["pretrain", "audioset.yaml", *PLACES, "run.launcher=none"], "runs on a cluster are launched by ray"),
     ],
 )
 def test_refused(arguments: list[str], words: str, tmp_path: Path, dry_run: DryRun) -> None:
@@ -167,11 +167,11 @@ def test_a_package_that_is_too_large(tmp_path: Path, dry_run: DryRun) -> None:
     with (tmp_path / "keys.txt").open("wb") as file:
         file.truncate(101 * 2**20)
     with pytest.raises(
-        UserError, match=r"the package is 102 MiB, and Ray takes 100; the largest: keys.txt \(101 MiB\)"
+        UserError, match=r"the package is 102 MiB, but Ray's limit is 100; largest files: keys.txt \(101 MiB\)"
     ):
         make_package({"keys.txt": tmp_path / "keys.txt"})
     settings = ["data.train={url: /s/t, keys: keys.txt}", *PLACES[1:]]
-    assert "the largest: keys.txt (101 MiB)" in dry_run(tmp_path, "pretrain", "audioset.yaml", *settings, code=1)
+    assert "largest files: keys.txt (101 MiB)" in dry_run(tmp_path, "pretrain", "audioset.yaml", *settings, code=1)
 
 
 def test_the_package_is_what_is_written(tmp_path: Path) -> None:
@@ -192,10 +192,10 @@ def test_versions_that_differ() -> None:
     line = what_differs({"python": "3.11", "torch": "2.9.0", "deepspeed": "0.19.8"}, here)
     assert line is not None
     assert "torch 2.11.0 here, 2.9.0 there; deepspeed none here, 0.19.8 there (here is the cluster)" in line
-    assert line.endswith("install the same ones, or submit with --dependencies pip")
+    assert line.endswith("install the same versions, or submit with --dependencies pip")
     line = what_differs(here | {"python": "3.12"}, here)
     assert line is not None
-    assert line.endswith("install the same ones")  # pip brings no Python
+    assert line.endswith("install the same versions")  # pip brings no Python
 
 
 def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,7 +121,7 @@ def test_a_fold_that_fails_does_not_take_the_others_along(
     (failed,) = result["failed"]
     assert failed["fold"] == 2
     assert failed["why"].startswith(f"{tmp_path}/runs/t/fold-2/model")
-    assert failed["why"].endswith("Not a directory, at the last of 3 starts")
+    assert failed["why"].endswith("Not a directory, in the last of 3 starts")
     assert "Traceback" not in capfd.readouterr().err
     assert not result["comparable"]
     (tmp_path / "runs" / "t" / "fold-2" / "model").unlink()
@@ -221,7 +221,7 @@ def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil:
         (["protocol.fold=present"], "no such key; did you mean folds"),
         (["protocol.folds=some"], "protocol: folds"),
         (["protocol.folds=actors"], "actors, which is for ravdess"),
-        (["data.train=x"], "data.train: a cross-validation's clips are those of protocol.shards; remove this key"),
+        (["data.train=x"], "data.train: a cross-validation takes its clips from protocol.shards; remove this key"),
         (["data=x"], "data: input should be a section {key: value, ...}, not 'x'"),
         (["model=X"], "model: input should be a section {key: value, ...}, not 'X'"),
         (["model=null"], "model.variant: this key is required"),
@@ -251,7 +251,7 @@ def test_sets_that_do_not_fit(tone_shards: Path, tmp_path: Path) -> None:
     refused(tone_shards, "is for tagging")
     refused(write_folded_set(tmp_path / "one", [1]), "has 1 folds")
     part = write_folded_set(tmp_path / "part", [1, 2, 10], "urbansound8k")
-    refused(part, "without urbansound8k's fold 3, 4, 5, 6, 7, 8, 9; protocol.folds=present")
+    refused(part, "lacks urbansound8k's fold 3, 4, 5, 6, 7, 8, 9; protocol.folds=present")
     refused(
         write_folded_set(tmp_path / "case", [1, 2], labels=["Dog", "dog", "cat"]), "Dog and dog differ only in case"
     )
@@ -281,7 +281,7 @@ def test_clips_that_a_data_set_lacks_are_counted(shards: Path, tmp_path: Path, m
 
 def test_two_in_one_folder(shards: Path, tmp_path: Path) -> None:
     validation = load_cross_validation(write_protocol(tmp_path / "t.yaml", shards), [], None)
-    with pytest.raises(UserError, match="two cross-validations are called t; give each a run.name of its own"):
+    with pytest.raises(UserError, match="two cross-validations are named t; give each its own run.name"):
         finetune([validation, validation], None, lambda name, event: None)
     assert not (tmp_path / "runs").exists()
 
@@ -297,7 +297,7 @@ def test_told_to_stop_as_the_last_run_ends(
         return {name: scheduler.Ended({"accuracy": 1.0}) for name in waiting if all_finished or name != "2"}
 
     monkeypatch.setattr(scheduler, "_run", told)
-    with nullcontext() if all_finished else pytest.raises(Stopped, match="told to stop by SIGTERM"):
+    with nullcontext() if all_finished else pytest.raises(Stopped, match="stop requested by SIGTERM"):
         scheduler.run_all({str(fold): recipe for fold, recipe in recipes.items()}, None, lambda name, event: None)
 
 
@@ -312,7 +312,7 @@ def test_part_of_a_data_set_is_not_comparable(tmp_path: Path) -> None:
 def test_a_folder_that_holds_something_else(shards: Path, tmp_path: Path) -> None:
     path = write_protocol(tmp_path / "t.yaml", shards)
     run(load_cross_validation(path, ["optim.examples=16"], None))
-    with pytest.raises(UserError, match=r"made with another recipe \(optim.lr: 0.0002 -> 0.001\)"):
+    with pytest.raises(UserError, match=r"started with a different recipe \(optim.lr: 0.0002 -> 0.001\)"):
         run(load_cross_validation(path, ["optim.examples=16", "optim.lr=1e-3"], None))
     other = write_folded_set(tmp_path / "other", [1, 2], "others")
     with pytest.raises(UserError, match="holds a study of tones"):

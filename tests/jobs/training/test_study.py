@@ -115,7 +115,7 @@ def test_the_augmentation_study(
     kept = copy_tree(shards, tmp_path / "kept")
     try:
         copy_tables(repacked, shards)
-        with pytest.raises(UserError, match="runs/table: begun when data.train held other clips"):
+        with pytest.raises(UserError, match="runs/table: started when data.train held other clips"):
             run()
     finally:
         copy_tables(kept, shards)
@@ -148,12 +148,12 @@ def test_the_transfer_study(shards: Path, tmp_path: Path, speeds: list[tuple[str
     assert alone["rows"] == [scratch]
     (note,) = alone["notes"]
     assert note.startswith(
-        "not in this table, as they were not asked for this time: t-ERANN-3-1-finetuned-seed0/fold-1"
+        "not in this table, as they were not requested this time: t-ERANN-3-1-finetuned-seed0/fold-1"
     )
 
     # Another model at the same place; another data set under the same name.
     a_model(tmp_path / "m-ERANN-3-1", seed=2)
-    with pytest.raises(UserError, match="finetuned-seed0: begun with other weights than model.init now has"):
+    with pytest.raises(UserError, match="finetuned-seed0: started with other weights than model.init now has"):
         transfer(path, f"{tmp_path}/m-{{variant}}", "run.name=both")
     other = write_folded_set(tmp_path / "other", [1, 2], "others")
     with pytest.raises(UserError, match=r"runs/both: holds a study of tones \(transfer\)"):
@@ -212,14 +212,14 @@ def test_ravdess_without_pitch_shift_has_figures_of_its_own() -> None:
             ["augmentation", "{p}", "model.variant=ERANN-3-1"],
             "study augmentation sets model.variant for each of its rows",
         ),
-        (["augmentation", "{p}", "data.crop_s=0.5"], "sets data.crop_s for each of its rows; leave it out"),
+        (["augmentation", "{p}", "data.crop_s=0.5"], "sets data.crop_s for each of its rows; omit it"),
         (["augmentation", "{p}", "augment={{mixup: none}}"], "sets augment.mixup for each of its rows"),
-        (["augmentation", "{p}", "run.seed=1"], "sets run.seed for each of its rows; --seed is the way"),
+        (["augmentation", "{p}", "run.seed=1"], "sets run.seed for each of its rows; use --seed"),
         (["augmentation", "{p}", "--variant", "ERANN-3-1"], "study augmentation takes no --variant"),
-        (["hyperparameters", "{p}", "model.variant=ERANN-3-1"], "--variant is the way"),
+        (["hyperparameters", "{p}", "model.variant=ERANN-3-1"], "use --variant"),
         (["hyperparameters", "{p}", "--seed", "1", "--seed", "1"], "--seed: 1 is given twice"),
         (["hyperparameters", "{p}", *["--variant", "ERANN-3-1"] * 2], "--variant: ERANN-3-1 is given twice"),
-        (["transfer", "{t}", "--from", "none", "model.variant=ERANN-3-1"], "--variant is the way"),
+        (["transfer", "{t}", "--from", "none", "model.variant=ERANN-3-1"], "use --variant"),
         (["transfer", "{t}", "--from", "none", "run=foo"], "study transfer sets run.seed for each of its rows"),
         (["transfer", "{t}", "--from", "none", "--variant", "ERANN-9-1"], "model.variant: there is no ERANN-9-1"),
         (["transfer", "{t}", "{t}", "--from", "none"], "recipes of one name: t is given twice"),
