@@ -10,17 +10,24 @@ from cluster.environment import is_first_process
 from erann_dist.errors import UserError, in_one_line, without_credentials
 from erann_dist.versions import check_torchaudio, program_versions
 from jobs.cli import bench, cluster, shards, submit, training, watching
+from jobs.cli.options import examples
 from jobs.terminal.progress import console
 
 app = typer.Typer(
     name="erann",
-    help="Train ERANN audio taggers on AudioSet: from audio files to tar shards to an evaluated model.",
+    help="Train ERANN audio taggers on AudioSet: from audio files to tar shards to an evaluated model."
+    + examples(
+        "erann pack esc50 --root ESC-50 --esc10 --out shard-sets/esc10",
+        "erann pretrain esc10.yaml run.workers=2",
+        "erann evaluate runs/esc10 shard-sets/esc10 --fold 5",
+        "erann tag runs/esc10 sound.wav",
+    ),
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (shards, submit, training, watching, bench, cluster):
+for group in (shards, training, watching, submit, cluster, bench):
     group.add_to(app)
 
 

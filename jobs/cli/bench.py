@@ -133,7 +133,7 @@ def add_to(app: typer.Typer) -> None:
         help="Benchmark parts of the system against baselines in the same run.",
         rich_markup_mode="markdown",
     )
-    app.add_typer(bench, name="bench")
+    app.add_typer(bench, name="bench", rich_help_panel="Measurements")
     bench.command(
         "pack",
         help="Benchmark packing against bare decoding, resampling and FLAC encoding of the same clips on the same "

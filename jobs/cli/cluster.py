@@ -272,4 +272,4 @@ def render_slurm(
 
 def add_to(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    app.add_typer(cluster_app, name="cluster")
+    app.add_typer(cluster_app, name="cluster", rich_help_panel="Clusters")

@@ -195,37 +195,43 @@ def add_to(app: typer.Typer) -> None:
             "erann pack urbansound8k --root ../shared/data/urbansound8k --out shard-sets/urbansound8k",
             "erann pack ravdess --root ../shared/data/ravdess --out shard-sets/ravdess",
             "erann pack folder --root ../shared/data/formats --out shard-sets/formats",
-        )
+        ),
+        rich_help_panel="Shard sets",
     )(pack)
     app.command(
         help="Check a shard set against its manifest by reading every tar and decoding every clip."
         + examples(
             "erann verify shard-sets/esc10",
-        )
+        ),
+        rich_help_panel="Shard sets",
     )(verify)
     app.command(
         help="Verify a shard set, and rebuild damaged or missing shards from the source, byte for byte."
         + examples(
             "erann repair shard-sets/esc10 --root ../shared/data/esc10",
-        )
+        ),
+        rich_help_panel="Shard sets",
     )(repair)
     app.command(
         help="Write a manifest for existing WebDataset tars, without repacking them."
         + examples(
             "erann index shard-sets/theirs",
-        )
+        ),
+        rich_help_panel="Shard sets",
     )(index)
     app.command(
         help="Copy a whole shard set from S3 or a shared disk to a local disk, checking every tar.\n\nIf it is "
         "interrupted, run the same command again to resume."
         + examples(
             "erann stage s3://bucket/audioset/balanced_train /local/balanced_train",
-        )
+        ),
+        rich_help_panel="Shard sets",
     )(stage)
     app.command(
         help="Show the statistics of a shard set: coverage, classes, durations, formats, clips not packed, balanced "
         "sampling."
         + examples(
             "erann stats shard-sets/esc10 --html esc10.html",
-        )
+        ),
+        rich_help_panel="Shard sets",
     )(stats)

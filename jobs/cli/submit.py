@@ -36,8 +36,9 @@ def add_to(app: typer.Typer) -> None:
             "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265",
             "erann submit pipeline mine.yaml --detach",
         ),
+        rich_help_panel="Clusters",
     )(submit)
-    app.add_typer(jobs_app, name="jobs")
+    app.add_typer(jobs_app, name="jobs", rich_help_panel="Clusters")
 
 
 def submit(

@@ -317,6 +317,7 @@ def add_to(app: typer.Typer) -> None:
         + examples(
             "erann pretrain esc10.yaml run.name=esc10-short optim.epochs=2",
         ),
+        rich_help_panel="Training",
     )(pretrain)
     app.command(
         help="Check whether a cluster is ready for a recipe's run.\n\nChecks nodes, versions, clocks, shards, run "
@@ -327,6 +328,7 @@ def add_to(app: typer.Typer) -> None:
             "run.dir=s3://bucket/runs run.workers=8 --address http://HEAD:8265",
             "erann preflight audioset_fast.yaml run.workers=8 --address 10.0.0.1:6379",
         ),
+        rich_help_panel="Clusters",
     )(preflight)
     app.command(
         help="Cross-validate on a data set with folds, from a pretrained model or from scratch.\n\nEach fold is a run; "
@@ -336,6 +338,7 @@ def add_to(app: typer.Typer) -> None:
             "erann finetune esc50.yaml --from runs/audioset",
             "erann finetune ravdess.yaml --from none model.variant=ERANN-1-3 protocol.folds=actors",
         ),
+        rich_help_panel="Training",
     )(finetune)
     app.command(
         help="Reproduce the paper's tables: augmentation (mixup, SpecAugment, crop) and hyperparameters (s_m and W) "
@@ -348,6 +351,7 @@ def add_to(app: typer.Typer) -> None:
             "erann study hyperparameters audioset.yaml run.name=variants --variant ERANN-1-6 --variant ERANN-2-5",
             "erann study transfer esc50.yaml ravdess.yaml --variant ERANN-2-5 --from runs/variants/{variant}-seed0",
         ),
+        rich_help_panel="Training",
     )(study)
     app.command(
         help="Pretrain, evaluate, and fine-tune on several data sets in one job.\n\nIf it is interrupted, run the same "
@@ -355,6 +359,7 @@ def add_to(app: typer.Typer) -> None:
         + examples(
             "erann pipeline pipeline.yaml pretrain.recipe=audioset_fast.yaml pretrain.set.run.workers=8",
         ),
+        rich_help_panel="Training",
     )(pipeline)
     app.command(
         help="Evaluate a trained model on every clip of a shard set: mAP, mAUC and d′, or accuracy and confusion "
@@ -362,6 +367,7 @@ def add_to(app: typer.Typer) -> None:
         + examples(
             "erann evaluate runs/esc10 shard-sets/esc10 --fold 5",
         ),
+        rich_help_panel="A trained model",
     )(evaluate)
     app.command(
         help="Print the most likely labels of audio files in any format; or write the scores of every clip of a "
@@ -370,6 +376,7 @@ def add_to(app: typer.Typer) -> None:
             "erann tag runs/esc10 ../shared/data/esc10/audio/1-100032-A-0.ogg",
             "erann tag runs/esc10 s3://bucket/esc10 --out tags.parquet --workers 2",
         ),
+        rich_help_panel="A trained model",
     )(tag)
     app.command(
         help="Run the whole path on a small synthetic AudioSet: generate, pack, verify, pretrain on two workers, "
@@ -377,6 +384,7 @@ def add_to(app: typer.Typer) -> None:
         + examples(
             "erann demo",
         ),
+        rich_help_panel="Training",
     )(demo)
     app.command(
         "plan",
@@ -386,4 +394,5 @@ def add_to(app: typer.Typer) -> None:
             "erann plan audioset.yaml data.train=s3://bucket/train --segments unbalanced_train_segments.csv.gz "
             "--nodes 4 --gpus-per-node 8 --network 100",
         ),
+        rich_help_panel="Clusters",
     )(plan)

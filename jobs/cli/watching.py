@@ -74,6 +74,7 @@ def add_to(app: typer.Typer) -> None:
             "erann runs runs",
             "erann runs s3://bucket/runs audioset --plot audioset.png",
         ),
+        rich_help_panel="Runs and clips",
     )(runs)
     app.command(
         help="Write one HTML page about runs or studies: curves, classes, confusion matrix, best and worst clips, "
@@ -82,6 +83,7 @@ def add_to(app: typer.Typer) -> None:
             "erann report runs/esc10",
             "erann report runs/a runs/b s3://bucket/runs/c --out compared.html",
         ),
+        rich_help_panel="Runs and clips",
     )(report)
     app.command(
         help="Plot what augmentation does to a clip: waveform and log-mel before and after temporal crop, pitch "
@@ -91,4 +93,5 @@ def add_to(app: typer.Typer) -> None:
             "erann augment ../shared/data/esc10/audio/1-100032-A-0.ogg --out dog.png",
             "erann augment dog.wav --with rain.wav --seed 3 --out dog-in-the-rain.png",
         ),
+        rich_help_panel="Runs and clips",
     )(augment)
