@@ -11,6 +11,8 @@ from typing import Any
 # Before anything imports Ray or torch: quiet, private, and independent of the machine's number of cores.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# With a niceness of 15, which is the default of Ray for its workers, they would starve next to another test process.
+os.environ.setdefault("RAY_worker_niceness", "0")
 if "ERANN_TEST_GPU" not in os.environ:  # which `make test-gpu` sets: all other tests count on a machine without one
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ["DS_ACCELERATOR"] = "cpu"
