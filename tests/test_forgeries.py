@@ -271,7 +271,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     ]
     info = clips.info
     source = Source(info.name, info.task, info.label_ids, info.label_names, rows_table(rows), [])
-    plan = build.Plan(source, Packing(clips_per_shard=8), LocalFolder(str(root / "packing")))
+    plan = build.Plan(source, Packing(clips_per_shard=8, assign="all"), LocalFolder(str(root / "packing")))
     build.start(plan)
     for shard in range(plan.num_shards):
         build.keep(plan.task(shard), build.build_shard(plan.task(shard)))

@@ -331,7 +331,10 @@ def run_scratch(folder: Path, disks: str, labels: str, mounted: list[str]) -> su
         ({"image": None}, "give either --image, .* or --wheel"),
         ({"wheel": Path("erann_dist-1.whl")}, "give either --image, .* or --wheel"),
         ({"image": None, "wheel": Path("torch-2.11-x.whl")}, "--wheel torch-2.11-x.whl: not this program's"),
-        ({"image": None, "wheel": Path("erann_dist-9-py3-none-any.whl")}, "no such file; pip wheel --no-deps"),
+        (
+            {"image": None, "wheel": Path("erann_dist-9-py3-none-any.whl")},
+            "no such file; build it with pip wheel --no-deps",
+        ),
         ({"image": "erann"}, "--image erann: has no fixed tag"),
         ({"image": "host:5000/erann"}, "--image host:5000/erann: has no fixed tag"),
         ({"image": "me/erann:latest"}, "has no fixed tag"),

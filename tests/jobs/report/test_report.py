@@ -163,7 +163,7 @@ def test_the_page_of_a_tagging_run(tmp_path: Path) -> None:
     page = page_of(folder)
     assert ["1", "rain & wind", "", "0.5000", "0.5000", "2"] in page.cells
     assert ["3", HOSTILE, "", "–", "–", "2"] in page.cells
-    assert f"Left out of the means, without positives: {HOSTILE}." in page.texts
+    assert f"Left out of the means, as they have no positives: {HOSTILE}." in page.texts
     assert "mAP; by chance 0.3000" in page.texts
     assert "d′" not in page.texts
     worst = page.texts.index("worst")

@@ -68,7 +68,7 @@ def test_the_html_page_escapes_what_comes_from_data(tmp_path: Path) -> None:
 def test_the_html_page_of_an_indexed_set(tmp_path: Path) -> None:
     clips = [{**clip, "peak": None, "format": None} for clip in CLIPS]
     texts = " ".join(page_of(tmp_path, clips, [], packing={}).texts)
-    assert "No official list is known" in texts
+    assert "Without an official list its coverage is unknown" in texts
     assert "listed clips" not in texts
     assert "overloaded" not in texts
 

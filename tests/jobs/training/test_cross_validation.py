@@ -220,7 +220,7 @@ def test_a_model_that_can_not_be_begun_with(shards: Path, tmp_path: Path, spoil:
         (["model.fresh=[]"], "has 5 labels, the clips have 3; add fc2 to model.fresh"),
         (["protocol.fold=present"], "no such key; did you mean folds"),
         (["protocol.folds=some"], "protocol: folds"),
-        (["protocol.folds=actors"], "actors, which is for ravdess"),
+        (["protocol.folds=actors"], "protocol.folds=actors is only for ravdess"),
         (["data.train=x"], "data.train: a cross-validation takes its clips from protocol.shards; remove this key"),
         (["data=x"], "data: input should be a section {key: value, ...}, not 'x'"),
         (["model=X"], "model: input should be a section {key: value, ...}, not 'X'"),
