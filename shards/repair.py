@@ -19,16 +19,22 @@ def repair_tasks(folder: Folder, source: Source, shards: Sequence[int]) -> list[
     """The tasks that build these shards again. Raises UserError when they were packed from another source."""
     info, clips = read_manifest(folder, ["key", "shard"])
     listed = {shard["shard"]: shard for shard in read_table(folder, SHARDS).to_pylist()}
-    now = Plan(source, packing_of(folder, info), folder)
-    # A file that is gone since, or has come, must not change which shard the others are in.
-    for plan in (now, replace(now, assigned=_assigned(folder, clips["key"]))):
+    plan = Plan(source, packing_of(folder, info), folder)
+
+    def fitting(plan: Plan) -> list[ShardTask] | None:
+        """The tasks of this plan, if the set can be of it."""
         tasks = [replace(plan.task(number), sha256=listed[number]["sha256"]) for number in shards]
-        strange = [task for task in tasks if not _holds(task, clips)]
-        if info.name == source.name and len(listed) == plan.num_shards and not strange:
-            return tasks
-    named = listed[strange[0].shard if strange else next(iter(shards))]["name"]
+        fits = info.name == source.name and len(listed) == plan.num_shards
+        return tasks if fits and all(_holds(task, clips) for task in tasks) else None
+
+    # A file that has disappeared or appeared since must not change which shard the others are in.
+    tasks = fitting(plan)
+    if tasks is None:
+        tasks = fitting(replace(plan, assigned=_assigned(folder, clips["key"])))
+    if tasks is not None:
+        return tasks
     raise UserError(
-        f"{folder}: was packed from another source: {named} would contain other clips; "
+        f"{folder}: was packed from another source: {listed[shards[0]]['name']} would contain other clips; "
         "give the list, the folders and the classes that it was packed with"
     )
 

@@ -149,6 +149,8 @@ StopRequest = Callable[[], Interruption | None]  # why the workers have to stop,
 
 
 def both(first: Emit, second: Emit) -> Emit:
+    """A receiver of events that passes each to these two."""
+
     def emit(event: Event) -> None:
         first(event)
         second(event)

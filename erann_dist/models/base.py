@@ -2,9 +2,7 @@
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from erann_dist.models.log_mel import MelConfig
 
@@ -33,11 +31,3 @@ class AudioModel(nn.Module):
 def count_parameters(model: nn.Module) -> int:
     """Trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def count_macs(model: AudioModel, frames: int) -> int:
-    """Multiply-accumulate operations of the convolutions and FC layers for one clip. model: on torch's meta device."""
-    model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 1, model.front_end.mel_bins, frames, device="meta"))
-    return counter.get_total_flops() // 2

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from erann_dist.models.base import AudioModel, Initialisation, count_macs
+from erann_dist.models.base import AudioModel, Initialisation
 from erann_dist.models.cnn14 import CNN14, PANNS_MEL
 from erann_dist.models.erann import ERANN, Variant
 from erann_dist.models.log_mel import ERANN_MEL
@@ -78,7 +79,10 @@ def build_model(name: str, num_classes: int, initialisation: Initialisation = "h
 
 
 def macs_of(name: str, num_classes: int, samples: int) -> int:
-    """Multiply-accumulate operations of a model for one clip of this many samples at 44.1 kHz."""
+    """Multiply-accumulate operations of the convolutions and FC layers for a clip of this many samples (44.1 kHz)."""
     with torch.device("meta"):
-        model = build_model(name, num_classes)
-    return count_macs(model, model.front_end.frames(samples))
+        model = build_model(name, num_classes).eval()
+        log_mel = torch.empty(1, 1, model.front_end.mel_bins, model.front_end.frames(samples))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(log_mel)
+    return counter.get_total_flops() // 2

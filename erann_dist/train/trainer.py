@@ -76,7 +76,6 @@ class Trainer:
         torch.manual_seed(recipe.run.seed)  # of the initial weights
         self.model = self.make_model().to(workers.device)
         self.front_end = LogMel(self.model.front_end).to(workers.device)
-        self.has_dropout = any(isinstance(layer, torch.nn.Dropout) for layer in self.model.modules())
         writer, self.resumed_from, self.damaged = resume.claim(run, resources)
         if recipe.model.init != "none" and not self.resumed_from:
             initialise(self.model, recipe.model.init, recipe.model.fresh)
@@ -182,8 +181,8 @@ class Trainer:
         batch = next(self.batches)
         self.metrics.data_wait_s += time.perf_counter() - waiting
         inputs = self.make_inputs(batch)
-        if self.has_dropout:
-            torch.manual_seed(keyed_seed(self.run.recipe.run.seed, DROPOUT, batch.first_example))
+        # For dropout and whatever else in a model draws from torch's generators.
+        torch.manual_seed(keyed_seed(self.run.recipe.run.seed, DROPOUT, batch.first_example))
         logits = self.engine.forward(inputs.log_mel, inputs.mask)
         losses = example_losses(logits, inputs.targets, self.run.clips.info.task)
         loss = losses.sum() * (batch.weight / self.optim.global_batch)

@@ -124,7 +124,7 @@ def read_source(name: str, options: Options) -> "Source":
 
 def read_source_of(shard_set: str, options: Options) -> "Source":
     """The rows that a shard set of this name was made from. Raises what read_source raises."""
-    name = next((name for name, each in DATA_SETS.items() if shard_set in each.shard_sets), None)
-    if name is None:
-        raise UsageError(f"no known data set makes a shard set named {shard_set!r}")
-    return read_source(name, replace(options, **DATA_SETS[name].shard_sets[shard_set].options))
+    for name, data_set in DATA_SETS.items():
+        if facts := data_set.shard_sets.get(shard_set):
+            return read_source(name, replace(options, **facts.options))
+    raise UsageError(f"no known data set makes a shard set named {shard_set!r}")

@@ -112,9 +112,9 @@ def find_list(root: Path, name: str) -> Path:
 
 
 def sound_folder(path: Path) -> Path:
-    """Where the clips of a list are: in audio, next to its folder or to the list itself; or anywhere below that."""
-    beside = (path.parent.parent / "audio", path.parent / "audio")
-    return next((folder for folder in beside if folder.is_dir()), path.parent)
+    """The folder of a list's clips: audio, next to the list's folder or to the list; otherwise the list's folder."""
+    candidates = (path.parent.parent / "audio", path.parent / "audio")
+    return next((folder for folder in candidates if folder.is_dir()), path.parent)
 
 
 def _with_sizes(table: pa.Table) -> pa.Table:
@@ -129,8 +129,9 @@ def _with_sizes(table: pa.Table) -> pa.Table:
     size = np.zeros(len(table), np.int64)
     suffixes = np.full(len(table), b"", object)  # sizes of different formats can't be compared
     largest = np.zeros(len(several), np.int64)
-    for i in np.flatnonzero(index >= 0):
-        path, offset, inside, name = (table[column][int(i)].as_py() for column in ("path", "offset", "size", "name"))
+    where = np.flatnonzero(index >= 0)
+    columns = (table[name].take(pa.array(where)).to_pylist() for name in ("path", "offset", "size", "name"))
+    for i, path, offset, inside, name in zip(where, *columns, strict=True):
         suffixes[i] = os.path.splitext(name)[1].lower()
         try:
             size[i] = (inside or 1) if offset is not None else os.stat(path).st_size
@@ -139,10 +140,8 @@ def _with_sizes(table: pa.Table) -> pa.Table:
         largest[index[i]] = max(largest[index[i]], size[i])
     empty = (index >= 0) & (size == 0)
     empty[empty] = largest[index[empty]] > 0
-    columns = {"empty": pa.array(empty), "suffix": pa.array(suffixes, pa.binary()), "bytes": pa.array(size)}
-    for name, column in columns.items():
-        table = table.append_column(name, column)
-    return table
+    table = table.append_column("empty", pa.array(empty)).append_column("bytes", pa.array(size))
+    return table.append_column("suffix", pa.array(suffixes, pa.binary()))
 
 
 def locate(rows: pa.Table, place: pa.Array, files: AudioFiles) -> pa.Table:

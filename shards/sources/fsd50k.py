@@ -41,13 +41,16 @@ def read_fsd50k(root: Path) -> Source:
 
 def _read_vocabulary(path: Path) -> tuple[list[str], list[str]]:
     """MIDs and names, in the list's order: index, name, MID."""
-    lines = [(number, fields) for number, fields in read_lines(path) if fields[0].isdigit()]
-    for number, fields in lines:
-        if len(fields) != 3:
-            raise UserError(f"{path}:{number}: not a class; wanted: index,name,MID")
-    if not lines:
+    mids: list[str] = []
+    names: list[str] = []
+    for number, fields in read_lines(path):
+        if len(fields) != 3 or fields[0] != str(len(mids)):
+            raise UserError(f"{path}:{number}: not a class; expected: {len(mids)},name,MID")
+        names.append(fields[1])
+        mids.append(fields[2])
+    if not mids:
         raise UserError(f"{path}: lists no class")
-    return [fields[2] for _, fields in lines], [fields[1] for _, fields in lines]
+    return mids, names
 
 
 def _rows(path: Path, part: str, index: dict[str, int], vocabulary: str) -> Iterator[SourceRow]:

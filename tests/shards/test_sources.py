@@ -380,3 +380,10 @@ def test_what_matches_nothing_is_noted(tmp_path: Path) -> None:
         f"{tmp_path}/audio: 5 of 6 sound files match no clip of the list: other0.wav, other1.wav, other2.wav, …",
         f"{tmp_path}/audio: skipped, not sound files by their names: 2 .parquet, 1 .zip",
     ]
+
+
+@pytest.mark.parametrize("text", ["0,Bark,/m/2\n2,Rain,/m/3\n", "index,name,mid\n0,Bark,/m/2\n", "0,Bark\n"])
+def test_fsd50ks_classes_are_read_whole(tmp_path: Path, text: str) -> None:
+    (tmp_path / "vocabulary.csv").write_text(text)
+    with pytest.raises(UserError, match=r"vocabulary.csv:\d: not a class; expected: \d,name,MID"):
+        read_fsd50k(tmp_path)

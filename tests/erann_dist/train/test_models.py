@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from erann_dist.data.sources import load_source
 from erann_dist.errors import Stopped, UserError
@@ -31,6 +32,13 @@ def pooled(monkeypatch: pytest.MonkeyPatch) -> type[AudioModel]:
     return model
 
 
+class Noise(nn.Module):
+    """Random without being one of torch's dropout layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) if self.training else x
+
+
 def recipe_of(shards: Path, run: Path) -> Recipe:
     return small_recipe(shards, run, model={"variant": "POOLED"}, optim={"examples": 128, "lr": 0.01})
 
@@ -50,8 +58,24 @@ def test_it_is_trained_evaluated_and_loaded(tone_shards: Path, tmp_path: Path) -
     assert found["clips"] == len(predictions.scores)
 
 
-def test_dropout_is_the_same_after_a_stop(tone_shards: Path, tmp_path: Path) -> None:
-    """Bit-identical weights: dropout is keyed by the examples, not by how far torch's generator is."""
+@pytest.mark.parametrize(
+    "layer", [nn.Dropout(0.5), nn.AlphaDropout(0.5), Noise()], ids=["dropout", "alpha", "function"]
+)
+def test_random_choices_are_the_same_after_a_stop(
+    tone_shards: Path,
+    tmp_path: Path,
+    pooled: Callable[[str, int], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    layer: nn.Module,
+) -> None:
+    """Bit-identical weights, whatever draws from torch's generator: it is keyed by the examples."""
+
+    def build(name: str, classes: int, _: str) -> AudioModel:
+        model: AudioModel = pooled(name, classes)
+        model.dropout = layer
+        return model
+
+    monkeypatch.setitem(spec.MODELS, "POOLED", replace(spec.MODELS["POOLED"], build=build))
     train_alone(recipe_of(tone_shards, tmp_path / "whole"))
     recipe, steps = recipe_of(tone_shards, tmp_path / "stopped"), []
     with single_worker(CPU) as workers:
