@@ -30,6 +30,8 @@ from erann_dist.errors import UsageError, UserError
 
 # Environment variable with the address of the cluster that the command's first process started, for its others.
 _EMBEDDED = "ERANN_EMBEDDED_CLUSTER"
+# Ray Train's actor that watches for nodes about to be lost; the one machine of an embedded cluster is this command's.
+_WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _ANSWER_S = 10.0
 # Ray uses gRPC, and so HTTP/2, in which either side begins with a frame of settings.
 _HTTP2_SETTINGS = 4
@@ -195,10 +197,10 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
             what = f"no Ray cluster at {address}" if address else "no Ray cluster could be started on this machine"
             raise UserError(f"{what}: {reason}") from error
         if not address:
-            os.environ[_EMBEDDED] = ray.get_runtime_context().gcs_address
+            os.environ |= {_EMBEDDED: ray.get_runtime_context().gcs_address, _WATCHER: "0"}
         try:
             yield not address
         finally:
             ray.shutdown()
             if not address:
-                del os.environ[_EMBEDDED]
+                del os.environ[_EMBEDDED], os.environ[_WATCHER]

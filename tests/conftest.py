@@ -113,11 +113,16 @@ def tone_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pack_here(read_audioset(*write_tone_set(root, 40)), root / "shards")
 
 
+def small_steps(count: int) -> dict[str, object]:
+    """The optim section of a run whose steps cost little: four micro-batches of two, for tests of what is around them."""
+    return {"global_batch": 8, "micro_batch": 2, "examples": 8 * count}
+
+
 def small_recipe(shards: Path, run_dir: Path, **sections: dict[str, object]) -> Recipe:
-    """ERANN-3-1 on one-second crops, four micro-batches of four a step; sections override keys."""
+    """ERANN-3-1 on half-second crops, four micro-batches of four a step; sections override keys."""
     tree: dict[str, dict[str, object]] = {
         "model": {"variant": "ERANN-3-1"},
-        "data": {"train": str(shards), "eval": str(shards), "crop_s": 1.0, "allow_overlap": True},
+        "data": {"train": str(shards), "eval": str(shards), "crop_s": 0.5, "allow_overlap": True},
         "augment": {},
         "optim": {"global_batch": 16, "micro_batch": 4, "examples": 64, "small_micro_batch": True},
         "checkpoint": {"every": 100},

@@ -129,7 +129,7 @@ def test_told_to_stop_with_all_that_it_has_started(shards: Path, tmp_path: Path)
     fold = LocalFolder(str(tmp_path / "runs" / "tones" / "fold-1"))
     command = Running(tmp_path, "finetune", recipe, "--from", "none")
     try:
-        command._wait(lambda: any(line["event"] == "Step" for line in read_log(fold)), "step", 180)
+        command.wait_until(lambda: any(line["event"] == "Step" for line in read_log(fold)), "step", 180)
         for process in [command.process, *command.family.values()]:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 process.send_signal(signal.SIGTERM)

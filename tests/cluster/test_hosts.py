@@ -30,7 +30,7 @@ from tests.support.hosts import Host, Network, hosts
 
 T = TypeVar("T")
 
-STEPS = 200
+STEPS = 600
 ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -59,8 +59,7 @@ def write_recipe(shards: Path, folder: Path, **run: object) -> Path:
     recipe = small_recipe(
         shards,
         folder / "run",
-        data={"crop_s": 0.5},
-        optim={"micro_batch": 8, "examples": 16 * STEPS},
+        optim={"global_batch": 4, "micro_batch": 2, "examples": 4 * STEPS},
         checkpoint={"every": 10},
         run={"engine": "deepspeed", **run},
     )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from erann_dist.log.run_log import read_log
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.train import checkpoint
-from tests.conftest import small_recipe, write_tone_set
+from tests.conftest import small_recipe, small_steps, write_tone_set
 from tests.support.commands import Running, erann
 
 
@@ -32,13 +32,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-STEPS = 32  # so many that a run whose early checkpoint was seen is still far from its end
+STEPS = 48  # so many that a run whose early checkpoint was seen is still far from its end
 
 
 def write_recipe(place: Path, name: str, steps: int = STEPS, **run: object) -> Path:
     settings = {"launcher": "ray", "engine": "deepspeed", "workers": 2, **run}
     recipe = small_recipe(
-        Path("shards"), Path("runs") / name, run=settings, optim={"examples": steps * 16}, checkpoint={"every": 2}
+        Path("shards"), Path("runs") / name, run=settings, optim=small_steps(steps), checkpoint={"every": 2}
     )
     (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
     return place / f"{name}.yaml"

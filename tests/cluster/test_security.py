@@ -39,7 +39,7 @@ from shards import build
 from shards.clip import Packing
 from shards.sources.audioset import read_audioset
 from shards.stage import copy, staging
-from tests.conftest import pack_here, small_recipe, write_tone_set
+from tests.conftest import pack_here, small_recipe, small_steps, write_tone_set
 from tests.support.commands import ERANN, Running
 from tests.support.s3 import Server, forget_clients, s3_server
 from tests.support.workers import of_kind
@@ -98,7 +98,7 @@ def test_a_run_on_one_machine_is_closed_to_all_others(
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)  # as a user has it
     monkeypatch.setenv("HOME", str(place))
     run = {"launcher": launcher, "workers": workers}
-    recipe = small_recipe(Path("shards"), Path("runs") / launcher, run=run, optim={"examples": 8 * 16})
+    recipe = small_recipe(Path("shards"), Path("runs") / launcher, run=run, optim=small_steps(8))
     (place / f"{launcher}.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
     command = Running(place, "pretrain", f"{launcher}.yaml")
     seen, private, refused = Seen({}, set()), set[Path](), ""

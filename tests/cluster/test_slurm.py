@@ -21,7 +21,7 @@ from tests.support.commands import ERANN, erann
 from tests.support.hosts import Host
 from tests.support.slurm import Slurm, slurm
 
-STEPS = 100
+STEPS = 200
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,7 @@ def write_recipe(shards: Path, folder: Path, workers: int) -> str:
     recipe = small_recipe(
         shards,
         folder / "run",
-        data={"crop_s": 0.5},
-        optim={"micro_batch": 8, "examples": 16 * STEPS},
+        optim={"global_batch": 4, "micro_batch": 2, "examples": 4 * STEPS},
         checkpoint={"every": 10},
         run={"engine": "deepspeed", "launcher": "ray", "workers": workers},
     )

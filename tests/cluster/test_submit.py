@@ -23,7 +23,7 @@ import yaml
 from erann_dist.errors import UserError
 from erann_dist.log.run_log import read_log
 from erann_dist.storage.folder import LocalFolder
-from tests.conftest import small_recipe
+from tests.conftest import small_recipe, small_steps
 from tests.jobs.test_pipeline import write_pipeline
 from tests.support.commands import Running, erann
 from tests.support.folded import write_folded_set, write_protocol
@@ -83,7 +83,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def write_recipe(place: Path, shards: Path, steps: int) -> Path:
     run = {"launcher": "ray", "engine": "torch"}
     every = {"every": 5}
-    optim = {"examples": 16 * steps}
+    optim = small_steps(steps)
     recipe = small_recipe(shards, place / "runs" / "tones", run=run, optim=optim, checkpoint=every)
     (place / "tones.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
     return Path("tones.yaml")

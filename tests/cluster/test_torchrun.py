@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from shards.sources.audioset import read_audioset
-from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
+from tests.conftest import copy_tree, pack_here, small_recipe, small_steps, write_tone_set
 from tests.support.commands import ERANN, Running
 from tests.support.counting import gone, running
 
@@ -79,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_recipe(place: Path, name: str, shards: str = "shards", **run: object) -> Path:
     settings = {"launcher": "torchrun", "workers": 2, **run}
     recipe = small_recipe(
-        Path(shards), Path("runs") / name, run=settings, optim={"examples": 12 * 16}, checkpoint={"every": 2}
+        Path(shards), Path("runs") / name, run=settings, optim=small_steps(12), checkpoint={"every": 2}
     )
     (place / f"{name}.yaml").write_text(yaml.safe_dump(recipe.model_dump()))
     return place / f"{name}.yaml"

@@ -35,19 +35,20 @@ class Running:
         self.family: dict[int, psutil.Process] = {}
 
     def wait_for(self, path: Path, seconds: float = 180) -> None:
-        self._wait(path.exists, str(path), seconds)
+        self.wait_until(path.exists, str(path), seconds)
 
     def wait_for_text(self, text: str, seconds: float = 180) -> None:
         """Until it has said so."""
-        self._wait(lambda: text in self.text(), text, seconds)
+        self.wait_until(lambda: text in self.text(), text, seconds)
 
-    def _wait(self, is_there: Callable[[], bool], what: str, seconds: float) -> None:
+    def wait_until(self, is_there: Callable[[], bool], what: str, seconds: float = 180) -> None:
+        """Raises AssertionError when the command ends before, or it takes longer."""
         deadline = time.monotonic() + seconds
         while not is_there():
             assert time.monotonic() < deadline, f"no {what}: {self.text()}"
             assert self.process.poll() is None, self.text()
             self._watch()
-            time.sleep(0.1)
+            time.sleep(0.2)
         self._watch()
 
     def _watch(self) -> None:

@@ -55,7 +55,7 @@ def write_protocol(path: Path, shards: Path, **sections: dict[str, Any]) -> Path
     tree: dict[str, dict[str, Any]] = {
         "protocol": {"shards": str(shards), "lr": {"scratch": 2.0e-4, "finetune": 1.0e-4}},
         "model": {"variant": "ERANN-3-1"},
-        "data": {"crop_s": 1.0, "sampling": "uniform"},
+        "data": {"crop_s": 0.5, "sampling": "uniform"},
         "optim": {"global_batch": 16, "micro_batch": 8, "examples": 48, "schedule": "constant"},
         "evaluate": {"every": 1, "pad_s": 1},
         "checkpoint": {"every": 1},
