@@ -279,6 +279,7 @@ def add_to(app: typer.Typer) -> None:
         help="Write a manifest for existing WebDataset tars, without repacking them."
         + examples(
             "erann index shard-sets/theirs",
+            "erann index shard-sets/theirs --labels json:tag",
         ),
         rich_help_panel="Shard sets",
     )(index)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # a decoder process starts in half the time without S3
     from erann_dist.storage.s3_ranges import S3Object
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_MOST_TARS = 1_000_000  # of a brace pattern
+_MOST_TARS = 100_000  # of a brace pattern
 _HEADER_BYTES = 1 << 18  # of a request for headers in S3; small files are read along with it
 _RANGE = 16 << 20  # bytes of a request for sound
 _COPIED = 1 << 20  # bytes copied at a time
@@ -174,14 +174,12 @@ def is_remote(location: bytes) -> bool:
 
 def copy_member(location: bytes, offset: int, size: int, into: IO[bytes]) -> None:
     """Copy a member of a tar in S3 to an open file. Raises UserError, FileNotFoundError."""
-    tar = _s3_object(location)
+    tar = _kept_s3_object(location)
     for start in range(offset, offset + size, _RANGE):
         into.write(tar.read(start, min(_RANGE, offset + size - start)))
 
 
-@functools.lru_cache(maxsize=4096)
 def _s3_object(location: bytes) -> "S3Object":
-    """One per tar and process: its size and version are asked for once."""
     from erann_dist.storage.s3 import S3Folder
     from erann_dist.storage.s3_ranges import S3Object
 
@@ -191,6 +189,10 @@ def _s3_object(location: bytes) -> "S3Object":
     opened = open_folder(folder, endpoint or None)
     assert isinstance(opened, S3Folder)
     return S3Object(opened, name, threading.Event())
+
+
+# One per tar in a process that packs a shard: the tar's size and version are asked for once.
+_kept_s3_object = functools.lru_cache(maxsize=4096)(_s3_object)
 
 
 @functools.cache
