@@ -26,9 +26,10 @@ from erann_dist.storage.folder import Folder
 from shards.build import sha256
 from shards.sources.rows import safe_key
 from shards.sources.samples import Fields, LabelSpace, Member, Sample, label_space, read_samples, unique_names
+from shards.sources.tars import OTHER_SUFFIXES, TAR_SUFFIXES
 
 _CODECS = ("flac", "wav")
-_COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
+_COMPRESSED = (*TAR_SUFFIXES[1:], *OTHER_SUFFIXES)
 _GZIP = b"\x1f\x8b"  # the first bytes of a gzipped file
 _USUAL_FIELDS = Fields()
 

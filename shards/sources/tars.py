@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # a decoder process starts in half the time without S3
     from erann_dist.storage.s3_ranges import S3Object
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+OTHER_SUFFIXES = (".tar.zst", ".tar.bz2", ".tar.xz")  # of tars that have to be unpacked first
 _MOST_TARS = 100_000  # of a brace pattern
 _HEADER_BYTES = 1 << 18  # of a request for headers in S3; small files are read along with it
 _RANGE = 16 << 20  # bytes of a request for sound
@@ -64,7 +65,11 @@ def find_tars(pattern: str, endpoint: str | None = None) -> list[FoundTar]:
     """
     urls: dict[str, None] = {}
     for part in expand_braces(pattern) if not os.path.exists(pattern) else [pattern]:
-        found = _s3_urls(part, endpoint) if part.startswith(_S3) else _paths(part)
+        found = _s3_urls(part, endpoint) if "://" in part else _paths(os.path.expanduser(part))
+        if other := next((url for url in found if url.endswith(OTHER_SUFFIXES)), None):
+            raise UsageError(
+                f"{other}: only {', '.join(TAR_SUFFIXES)} files can be read; unpack it first, or leave it out"
+            )
         if not found:
             kinds = " or ".join(TAR_SUFFIXES)
             raise UsageError(
@@ -117,13 +122,14 @@ def _paths(part: str) -> list[str]:
         return [os.path.abspath(os.path.join(part, name)) for name in names if _is_tar(name)]
     if os.path.isfile(part):
         return [os.path.abspath(part)]
-    found = glob.glob(os.path.expanduser(part), recursive=True)
+    found = glob.glob(part, recursive=True)
     return [os.path.abspath(path) for path in sorted(found) if os.path.isfile(path)]
 
 
 def _s3_urls(part: str, endpoint: str | None) -> list[str]:
+    open_folder(part.rstrip("/"), endpoint)  # fails for other schemes, and for credentials in a URL
     if not re.search(r"[*?[]", part):
-        if part.endswith(TAR_SUFFIXES):
+        if part.endswith(TAR_SUFFIXES + OTHER_SUFFIXES):
             return [part]  # reading it shows whether it is there
         folder = part.rstrip("/")
         return [f"{folder}/{name}" for name in open_folder(folder, endpoint).sizes() if _is_tar(name)]
@@ -138,7 +144,7 @@ def _s3_urls(part: str, endpoint: str | None) -> list[str]:
 
 
 def _is_tar(name: str) -> bool:
-    return name.endswith(TAR_SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
+    return name.endswith(TAR_SUFFIXES + OTHER_SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
 
 
 def open_tar(tar: FoundTar) -> tuple[BinaryIO, bytes]:

@@ -50,6 +50,10 @@ def read_webdataset(
         on_progress(f"reading tar {len(locations):,} of {len(tars):,}, {len(samples):,} samples")
     if not any(sample.sound for sample in samples):
         raise UserError(f"{pattern}: no sound file in {len(tars):,} tars" + "".join(f"; {note}" for note in notes[:1]))
+    for name in ("split", "fold"):
+        place = getattr(fields, name)
+        if place != getattr(Fields(), name) and all(getattr(sample, name) is None for sample in samples):
+            raise UserError(f"{pattern}: no clip has a {name} at --{name} {place}")
     space = label_space(pattern, samples, given)
     names = unique_names(samples, [tar.stem for tar in tars])
     rows = _without_duplicates(rows_table(_rows(samples, names, tars, locations, space)))

@@ -297,6 +297,17 @@ def test_one_line_for_each_mistake(small: Path, tmp_path: Path) -> None:
         UserError, match=r"no clip has a label \(a\.flac: its json has no tags; its keys are text, tag\)"
     ):
         read_webdataset(str(small), parse_fields("json:tags"))
+    with pytest.raises(UserError, match="no clip has a fold at --fold json:folds"):
+        read_webdataset(str(small), parse_fields("json:tag", None, "json:folds"))
+    with pytest.raises(UsageError, match="s3://bucket/prefix, not https://"):
+        find_tars("https://host/{0..3}.tar")
+    with pytest.raises(UsageError, match="credentials do not belong in a URL") as refused:
+        find_tars("s3://me:secret@bucket/0.tar")
+    assert "secret" not in str(refused.value)
+    (small / "more" / "2.tar.zst").touch()
+    for pattern in (small, small / "more" / "2.tar.zst"):
+        with pytest.raises(UsageError, match=r"2\.tar\.zst: only \.tar, \.tar\.gz, \.tgz files can be read"):
+            read_webdataset(str(pattern), TAGS)
     with pytest.raises(UsageError, match="webdataset needs --tars"):
         read_source("webdataset", Options())
     with pytest.raises(UsageError, match="--fold json: not a place in a sample"):
