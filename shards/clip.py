@@ -5,6 +5,7 @@ import math
 import os
 import stat
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,12 +19,14 @@ from erann_dist import SAMPLE_RATE
 from erann_dist.data.audio import Block, Codec, DecodeError, NoSamples, decode, encode, resample, to_pcm16
 from shards.sources.files import HDF5_SUFFIXES, open_pack
 from shards.sources.rows import SourceRow
+from shards.sources.tars import copy_member, is_remote
 
 REASONS = ("missing", "unreadable", "empty", "silent", "too short", "wrong label", "duplicate")  # in the report
 UNDECODED = ("unreadable", "empty", "silent", "too short")  # those of files that were there
 _WHOLE_RECORDING_SECONDS = 1.0  # a file longer than its segment by more than this is the whole recording
 _SILENCE_PEAK = 1e-4  # -80 dB of full scale
 _ERRORS_OF_THE_FILE = {errno.EACCES, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM}
+_IN_MEMORY_BYTES = 64 << 20  # a longer member of a tar in S3 goes through a temporary file
 _MAX_BYTES = np.iinfo(np.int32).max  # the manifest's column
 
 T = TypeVar("T")
@@ -143,6 +146,9 @@ def cut_segment(
 def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
     """The result of `use` for the blocks of the row's file. Raises Rejected, DecodeError."""
     path = row.path or b""
+    if is_remote(path):
+        with _remote_member(row, path) as member:
+            return decode(member, use)
     if row.offset is not None and os.path.splitext(path)[1].lower().decode(errors="replace") in HDF5_SUFFIXES:
         return use(iter([_pack_row(path, row.offset)]))
     try:
@@ -176,6 +182,19 @@ def _pack_row(path: bytes, row: int) -> Block:
     except (OSError, KeyError) as error:
         raise Rejected("unreadable", str(error)) from error
     return Block(samples, rate, f"hdf5 int16 {rate} Hz mono")
+
+
+@contextmanager
+def _remote_member(row: SourceRow, path: bytes) -> Iterator[IO[bytes]]:
+    """A copy of a member of a tar in S3. It is whole before it is decoded, so that an error of S3 is not the clip's."""
+    if not row.size:
+        raise Rejected("empty", "0 bytes")
+    with tempfile.SpooledTemporaryFile(_IN_MEMORY_BYTES) as file:
+        try:
+            copy_member(path, row.offset or 0, row.size, file)
+        except FileNotFoundError as error:
+            raise Rejected("missing", "gone") from error
+        yield file
 
 
 @contextmanager

@@ -18,6 +18,7 @@ else:
 
 _AUDIOSET = "audioset"
 _OTHERS = "esc50, urbansound8k, ravdess, fsd50k, folder"
+_PLACE_HELP = "Default: labels or label in the JSON, else cls, else txt."
 Segments = Annotated[
     Path | None,
     typer.Option(help="Segment list, such as balanced_train_segments.csv[.gz].", rich_help_panel=_AUDIOSET),
@@ -38,9 +39,26 @@ Esc10 = Annotated[bool, typer.Option("--esc10", help="esc50: only ESC-10's ten c
 Labels = Annotated[
     Path | None,
     typer.Option(
-        help="folder: CSV with path,labels[,split][,fold]. Default: each sub-folder is a class.",
+        help="folder: CSV with path,labels[,split][,fold]; by default each sub-folder is a class. webdataset: where in "
+        f"a sample, such as json:tag or cls. {_PLACE_HELP}",
         rich_help_panel=_OTHERS,
     ),
+]
+_WEBDATASET = "webdataset"
+Tars = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATTERN",
+        help="Tars, local or in S3, also gzipped: 'DIR/{000..099}.tar', 'DIR/*.tar', a folder, a single tar. Their "
+        "labels are at --labels json:KEY, json:KEY.KEY, cls or txt; the order of classes is that of --classes.",
+        rich_help_panel=_WEBDATASET,
+    ),
+]
+Split = Annotated[
+    str | None, typer.Option(metavar="PLACE", help="Default: json:split, if it is there.", rich_help_panel=_WEBDATASET)
+]
+Fold = Annotated[
+    str | None, typer.Option(metavar="PLACE", help="Default: json:fold, if it is there.", rich_help_panel=_WEBDATASET)
 ]
 _PACKING = "packing"
 Quick = Annotated[bool, typer.Option("--quick", help="Compare only sizes and tables, without reading the tars.")]
@@ -55,6 +73,9 @@ def pack(
     root: Root = None,
     esc10: Esc10 = False,
     labels: Labels = None,
+    tars: Tars = None,
+    split: Split = None,
+    fold: Fold = None,
     clips_per_shard: Annotated[
         int, typer.Option(min=1, help="Clips per tar; 2500 clips of 10 s take about 1 GB.", rich_help_panel=_PACKING)
     ] = 2500,
@@ -92,11 +113,24 @@ def pack(
     from shards.clip import Packing
 
     folder = open_folder(out, endpoint)
-    for place in (audio, root):
+    for place in (audio, root, Path(tars) if tars and "://" not in tars else None):
         if place and isinstance(folder, LocalFolder) and Path(folder.url).absolute().is_relative_to(place.absolute()):
             raise UsageError(f"--out {out}: is inside {place}, the source of the clips; choose another folder")
-    with console.status("reading the source"):
-        source = read_source(kind, Options(segments, audio, classes, root, esc10, labels))
+    with console.status("reading the source") as status:
+        options = Options(
+            segments,
+            audio,
+            classes,
+            root,
+            esc10,
+            labels,
+            tars=tars,
+            split=split,
+            fold=fold,
+            endpoint=endpoint,
+            on_progress=status.update,
+        )
+        source = read_source(kind, options)
     packing = Packing(sample_rate, codec, clips_per_shard, order, min_seconds, skip_silent)
     try:
         result = run(source, folder, packing, address)
@@ -121,6 +155,9 @@ def repair(
     classes: Classes = None,
     root: Root = None,
     labels: Labels = None,
+    tars: Tars = None,
+    split: Split = None,
+    fold: Fold = None,
     quick: Quick = False,
     endpoint: Endpoint = None,
     address: Address = None,
@@ -134,18 +171,43 @@ def repair(
     info = read_info(folder)
     if not info.packing:
         raise UserError(f"{folder}: its tars were not made by erann pack, so they can't be rebuilt")
-    with console.status("reading the source"):
-        source = read_source_of(info.name, Options(segments, audio, classes, root, labels=labels))
+    with console.status("reading the source") as status:
+        options = Options(
+            segments,
+            audio,
+            classes,
+            root,
+            labels=labels,
+            tars=tars,
+            split=split,
+            fold=fold,
+            endpoint=endpoint,
+            on_progress=status.update,
+        )
+        source = read_source_of(info.name, options)
     show(run(folder, source, quick, address), as_json, repaired_page)
 
 
-def index(shards: Shards, classes: Classes = None, endpoint: Endpoint = None, as_json: Json = False) -> None:
+def index(
+    shards: Shards,
+    labels: Annotated[
+        str | None,
+        typer.Option(metavar="PLACE", help=f"Where in a sample, such as json:tag or cls. {_PLACE_HELP}"),
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Classes in order: class_labels_indices.csv, or a file with one per line. Default: sorted."),
+    ] = None,
+    endpoint: Endpoint = None,
+    as_json: Json = False,
+) -> None:
     from erann_dist.storage.folder import open_folder
     from jobs.shard_sets.maintenance import index as run
-    from shards.sources.audioset import read_classes
+    from shards.sources.samples import parse_fields
+    from shards.sources.webdataset import read_class_list
 
     folder = open_folder(shards, endpoint)
-    show(run(folder, read_classes(classes) if classes else None), as_json, packed_page)
+    show(run(folder, read_class_list(classes) if classes else None, parse_fields(labels)), as_json, packed_page)
 
 
 def stage(
@@ -195,6 +257,7 @@ def add_to(app: typer.Typer) -> None:
             "erann pack urbansound8k --root ../shared/data/urbansound8k --out shard-sets/urbansound8k",
             "erann pack ravdess --root ../shared/data/ravdess --out shard-sets/ravdess",
             "erann pack folder --root ../shared/data/formats --out shard-sets/formats",
+            "erann pack webdataset --tars 's3://bucket/{000..099}.tar' --labels json:tag --out shard-sets/theirs",
         ),
         rich_help_panel="Shard sets",
     )(pack)
@@ -216,6 +279,7 @@ def add_to(app: typer.Typer) -> None:
         help="Write a manifest for existing WebDataset tars, without repacking them."
         + examples(
             "erann index shard-sets/theirs",
+            "erann index shard-sets/theirs --labels json:tag",
         ),
         rich_help_panel="Shard sets",
     )(index)

@@ -12,6 +12,7 @@ from jobs.terminal.progress import bar, console
 from shards.index import index as index_tars
 from shards.repair import repair_tasks, why_different
 from shards.sources.rows import Source
+from shards.sources.samples import Fields
 from shards.stage import Staging, copy, staging
 from shards.verify import Problem
 from shards.verify import verify as verify_shards
@@ -47,10 +48,10 @@ def repair(folder: Folder, source: Source, quick: bool = False, address: str | N
     return {"shards": str(folder), "rebuilt": [task.name for task in tasks]}
 
 
-def index(folder: Folder, classes: tuple[list[str], list[str]] | None) -> dict[str, Any]:
+def index(folder: Folder, classes: tuple[list[str], list[str]] | None, fields: Fields) -> dict[str, Any]:
     """Write a manifest for existing tars. Raises UserError."""
     with console.status("indexing") as status:
-        for number, _ in enumerate(index_tars(folder, classes)):
+        for number, _ in enumerate(index_tars(folder, classes, fields)):
             status.update(f"indexing tar {number}")
     return summary(folder)
 

@@ -20,7 +20,12 @@ class Options:
     classes: Path | None = None
     root: Path | None = None
     esc10: bool = False
-    labels: Path | None = None
+    labels: Path | None = None  # for webdataset the place of the labels, such as json:tag
+    tars: str | None = None
+    split: str | None = None
+    fold: str | None = None
+    endpoint: str | None = None  # of the S3 server
+    on_progress: Callable[[str], None] = lambda text: None
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,15 @@ def _folder(options: Options) -> "Source":
     return read_listed_folder(options.root, options.labels) if options.labels else read_folder(options.root)
 
 
+def _webdataset(options: Options) -> "Source":
+    from shards.sources.samples import parse_fields
+    from shards.sources.webdataset import read_webdataset
+
+    assert options.tars
+    fields = parse_fields(str(options.labels) if options.labels else None, options.split, options.fold)
+    return read_webdataset(options.tars, fields, options.classes, options.endpoint, options.on_progress)
+
+
 DATA_SETS = {
     "audioset": DataSet(_audioset, ("segments", "audio"), {"audioset": ShardSetFacts()}),
     "esc50": DataSet(
@@ -105,6 +119,7 @@ DATA_SETS = {
     ),
     "fsd50k": DataSet(_fsd50k, shard_sets={"fsd50k": ShardSetFacts()}),
     "folder": DataSet(_folder, shard_sets={"folder": ShardSetFacts()}),
+    "webdataset": DataSet(_webdataset, ("tars",), {"webdataset": ShardSetFacts()}),
 }
 
 

@@ -29,6 +29,7 @@ from jobs.cli.__main__ import app, main
 from jobs.training import study
 from shards.sources.audioset import read_audioset
 from tests.conftest import copy_tree, pack_here, small_recipe, write_tone_set
+from tests.shards.test_verify import foreign_tar, sound
 from tests.support.folded import write_folded_set, write_protocol
 from tests.support.run_logs import started, write_log
 
@@ -489,6 +490,23 @@ def test_index_by_the_command(erann, tone_shards: Path, tmp_path: Path) -> None:
     assert_refused(erann("index", tars), 1, "tars: has a manifest already")
     assert_refused(erann("repair", tars, "--root", tmp_path), 1, "its tars were not made by erann pack")
     assert_refused(erann("index", tmp_path / "nowhere"), 1, "no tar in it")
+
+
+def test_tars_of_others_by_the_command(erann, tmp_path: Path) -> None:
+    members = {"1.flac": sound(0.1), "1.json": b'{"tag": ["dog"]}', "2.flac": sound(0.1), "2.json": b'{"text": "x"}'}
+    foreign_tar(tmp_path / "tars" / "0.tar", members)
+    pack = ["pack", "webdataset", "--tars", tmp_path / "tars"]
+    assert_refused(erann("pack", "webdataset", "--out", tmp_path / "out"), 2, "webdataset needs --tars")
+    assert_refused(erann(*pack, "--out", tmp_path / "tars" / "out"), 2, "is inside .*tars, the source of the clips")
+    assert_refused(erann(*pack, "--out", tmp_path / "out"), 1, r"no clip has a label \(1\.flac: .*its keys are tag\)")
+    assert_refused(erann(*pack, "--labels", "tag", "--out", tmp_path / "out"), 1, r"no tag next to it")
+    assert_refused(
+        erann(*pack, "--labels", "json", "--out", tmp_path / "out"), 2, "--labels json: .*expected: json:KEY"
+    )
+    assert not (tmp_path / "out").exists()
+    assert_refused(erann("index", tmp_path / "tars", "--labels", "x:y"), 2, "--labels x:y: .*expected: json:KEY")
+    indexed = json.loads(erann("index", tmp_path / "tars", "--labels", "json:tag", "--json").out)
+    assert (indexed["clips"], indexed["not_packed"]) == (1, {"wrong label": 1})
 
 
 def test_stage_by_the_command(erann, tone_shards: Path, tmp_path: Path) -> None:
