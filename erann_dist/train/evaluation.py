@@ -213,18 +213,62 @@ class _ClassMetrics(strict_json.Record):
     accuracy: strict_json.Number | None = None
 
 
-class _Detail(strict_json.Record):
-    """The result of `detail`."""
+class _NotInSet(strict_json.Record):
+    file: str
+    count: strict_json.Count
+    examples: list[str]
 
-    task: Task
+
+class _Selection(strict_json.Record):
+    """The result of `erann_dist.data.sources.selection`."""
+
+    shards: str
+    split: str | None = None
+    fold: list[strict_json.Count] | None = None
+    keys: str | None = None
+    without: str | None = None
+    not_in_set: list[_NotInSet] = Field(default_factory=list)
+
+
+class _Summary(strict_json.Record):
+    """The result of `summarise`."""
+
     mAP: strict_json.Number | None = None
     mAUC: strict_json.Number | None = None
     d_prime: strict_json.Number | None = None
     accuracy: strict_json.Number | None = None
+
+
+class _OtherLabels(strict_json.Record):
+    key: str
+    ours: list[str]
+    theirs: list[str]
+
+
+class _Common(strict_json.Record):
+    """The result of `erann_dist.train.common_clips.common_detail`."""
+
+    file: str
+    clips: strict_json.Count
+    only_ours: strict_json.Count
+    only_theirs: strict_json.Count
+    list_hash: str
+    ours: _Summary
+    theirs: _Summary
+    labels_differ: strict_json.Count
+    labels_example: _OtherLabels | None = None
+
+
+class _Detail(_Summary):
+    """The result of `detail`."""
+
+    task: Task
     clips: strict_json.Count
     listed: strict_json.Count
     coverage: strict_json.Number
     list_hash: str
+    selection: _Selection | None = None  # these two: of erann evaluate
+    common: _Common | None = None
     chance_mAP: strict_json.Number | None = None
     chance_accuracy: strict_json.Number | None = None
     left_out: list[str] = Field(default_factory=list)
