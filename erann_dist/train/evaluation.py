@@ -19,7 +19,8 @@ from erann_dist.data.streaming import decode_clips, stream_clips, worker_rows
 from erann_dist.errors import UserError
 from erann_dist.formats import strict_json, strict_parquet
 from erann_dist.models.base import AudioModel
-from erann_dist.models.log_mel import LogMel, padded_samples
+from erann_dist.models.log_mel import LogMel
+from erann_dist.models.mel_config import padded_samples
 from erann_dist.storage.slow_reads import SlowReads
 from erann_dist.train.distributed import Workers
 from erann_dist.train.metrics import classification_metrics, tagging_metrics

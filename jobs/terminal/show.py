@@ -60,6 +60,20 @@ def packed_page(result: dict[str, Any]) -> None:
         f"{count(result['tars'], 'tar')} of "
         f"{result['bytes'] / 1e6:.1f} MB in total; not packed: {reasons or 'none'}"
     )
+    if warning := low_rate_warning(result["low_rate"]):
+        console.print(f"warning: {warning}")
+
+
+def low_rate_warning(low: dict[str, Any] | None) -> str:
+    """One line on the clips from sources with a low sample rate; empty if there are none."""
+    if not low or not low["clips"]:
+        return ""
+    rates = ", ".join(f"{each['clips']:,} at {each['rate']:,} Hz" for each in low["rates"][:3])
+    return (
+        f"{count(low['clips'], 'clip')} ({low['share']:.1%}) from sources below {low['least_rate']:,} Hz "
+        f"({rates}{', …' * (len(low['rates']) > 3)}): their mel bins above half that rate stay empty, up to ERANN's "
+        f"{low['least_rate'] // 2:,} Hz; use originals with a higher rate if there are any"
+    )
 
 
 def verified_page(result: dict[str, Any]) -> None:

@@ -172,7 +172,7 @@ def test_gpus_without_work_and_limits_are_named(tone_shards: Path) -> None:
         return "\n".join(reckon(recipe, clips, cluster, lambda done: None)["advice"])
 
     recipe, remote = a_recipe(tone_shards), a_recipe(tone_shards, "s3://bucket/set")
-    assert "12 of the 16 GPUs have nothing to do" in advice(recipe, nodes=8)
+    assert "capacity for 16 workers, but a step of 8 examples has only 4 micro-batches of 2" in advice(recipe, nodes=8)
     assert "raise optim.global_batch to 32" in advice(recipe, nodes=8)
     assert "2 of the 3 workers idle for part of each step" in advice(recipe, nodes=1, gpus_per_node=3)
     assert "decoding is the limit: with" in advice(recipe, core_clips_per_s=0.1)
