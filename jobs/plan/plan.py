@@ -12,7 +12,6 @@ import torch
 from erann_dist.data.manifest import Manifest, concatenate, load_manifest
 from erann_dist.data.sampling import class_lists
 from erann_dist.data.sources import load_sources
-from erann_dist.errors import UsageError
 from erann_dist.models.spec import build_model
 from erann_dist.recipe import Recipe
 from erann_dist.train.work_plan import micro_batches_per_rank
@@ -151,10 +150,7 @@ def _listed_clips(segments: list[Path]) -> Manifest:
         for number, path in enumerate(segments):
             write_listed_set(path, Path(folder, str(number)))
             manifests.append(load_manifest(Path(folder, str(number))))
-    clips = concatenate(manifests)
-    if not len(clips):
-        raise UsageError(f"{segments[0]}: lists no segments")
-    return clips
+    return concatenate(manifests)
 
 
 def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable[[int], None]) -> dict[str, Any]:
@@ -285,9 +281,11 @@ def _scaling(setting: Setting, stretches: list[Stretch], workers: int) -> dict[s
 
 
 def _classes(simulation: Simulation, clips: Manifest) -> dict[str, dict[str, Any]]:
-    """The classes whose clips are drawn least often, in the median, and most often."""
+    """The classes whose clips are drawn least often, in the median, and most often; empty if no clip has a label."""
     lists = class_lists(clips.label_values, clips.label_offsets, clips.num_classes)
     drawn = {number: simulation.counts[rows] for number, rows in enumerate(lists) if len(rows)}
+    if not drawn:
+        return {}
     ranked = sorted(drawn, key=lambda number: float(drawn[number].mean()))
     chosen = {"least": ranked[0], "median": ranked[len(ranked) // 2], "most": ranked[-1]}
     return {
