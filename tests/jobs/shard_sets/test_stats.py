@@ -72,9 +72,9 @@ def test_sources_with_a_low_rate_are_warned_of(tmp_path: Path, capsys: pytest.Ca
     line = "2 clips (50.0%) from sources below 28,000 Hz (2 at 16,000 Hz): their mel bins above half that rate stay"
     low = {"format": "pcm 16000 Hz mono"}
     clips = [{**clip, **(low if i < 2 else {})} for i, clip in enumerate(CLIPS)]
-    assert f"warning: {line}" in terminal(capsys, tmp_path / "a", clips=clips)
-    assert "warning" not in terminal(capsys, tmp_path / "b")
-    assert any(text.startswith(line) for text in page_of(tmp_path / "c", clips, []).texts)
+    assert f"warning: {line}" in terminal(capsys, tmp_path / "a", clips=clips, sample_rate=44_100)
+    assert "warning" not in terminal(capsys, tmp_path / "b", sample_rate=44_100)
+    assert any(text.startswith(line) for text in page_of(tmp_path / "c", clips, [], sample_rate=44_100).texts)
 
 
 def test_a_real_low_rate_is_warned_of_when_it_is_packed(
