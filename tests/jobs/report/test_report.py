@@ -17,7 +17,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -230,6 +230,7 @@ def test_the_page_needs_nothing_but_itself(run: Path, tmp_path: Path) -> None:
         assert HOSTILE in page.text
 
 
+@settings(deadline=None)
 @given(text=st.text(min_size=1), key=st.text(min_size=1))
 def test_whatever_a_label_or_a_key_is_it_shows_as_text(text: str, key: str) -> None:
     per_class = [{"name": name, "clips": 1, "accuracy": 1.0} for name in (text, "b")]
