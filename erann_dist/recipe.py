@@ -27,7 +27,7 @@ from erann_dist import SAMPLE_RATE
 from erann_dist.errors import UsageError, require_no_credentials
 from erann_dist.formats import strict_json, strict_yaml
 from erann_dist.models.base import Initialisation
-from erann_dist.models.log_mel import PAD_SAMPLES
+from erann_dist.models.mel_config import PAD_SAMPLES
 from erann_dist.models.spec import model_name
 
 CacheForm = Literal["flac", "pcm"]  # as the clip is stored in its tar; or decoded, which is twice the size

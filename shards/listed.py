@@ -15,6 +15,7 @@ from erann_dist.data.manifest import (
     content_hash,
     write_shard_set_tables,
 )
+from erann_dist.errors import UserError
 from erann_dist.storage.folder import LocalFolder
 from shards.sources.audioset import read_audioset
 
@@ -31,6 +32,10 @@ def write_listed_set(segments: Path, folder: Path) -> None:
     source = read_audioset(segments, empty)
     rows = source.rows.filter(pc.equal(source.rows["reason"], "missing"))  # not the mislabelled or duplicate segments
     count = len(rows)
+    if not count:
+        raise UserError(
+            f"{segments}: none of its {len(source.rows):,} segments has labels that are all in the class list"
+        )
     numbers = np.arange(count)
     columns = {
         "key": rows["key"],

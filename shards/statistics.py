@@ -1,7 +1,8 @@
 """Statistics of a shard set: coverage, classes, durations, formats, repeats, recordings in more than one fold."""
 
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist.data.manifest import REPORT, SHARDS, SetInfo, list_hash, read_manifest, read_table
+from erann_dist.models.mel_config import ERANN_MEL
 from erann_dist.storage.folder import Folder
 from shards.sources.data_sets import find_data_set
 
@@ -18,6 +20,8 @@ EXAMPLES = 16_000_000  # the AudioSet recipe's
 EXAMPLES_ORIGIN = "500,000 iterations, our default for a number that the paper leaves out, of its batch of 32"
 OVERLOADED = 1.0  # of full scale: a clip with a higher peak was clipped when it was packed
 NEAR_SILENCE = 1e-4  # -80 dB of full scale
+LEAST_RATE = round(2 * ERANN_MEL.f_max)  # Hz; a source with a lower rate leaves the upper mel bins empty
+_RATE = re.compile(r"\b([0-9]{1,9}) Hz")  # in the manifest's column `format`
 _BINS = 20  # of the histogram, approximately
 
 
@@ -63,6 +67,7 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
         "without_clips": [name for name, count in zip(info.label_names, counts, strict=True) if not count],
         "durations": _durations(samples, info.sample_rate),
         "formats": None if indexed else _formats(clips["format"]),
+        "low_rate": low_rate(info, clips["format"]),
         "peaks": None if indexed else _peaks(clips["peak"].to_numpy()),
         "reasons": _reasons(report, len(clips) + len(report)),
         "balanced": _balanced(counts, row, label, len(clips), examples),
@@ -226,6 +231,27 @@ def _round_number(value: float) -> float:
 def _formats(column: pa.ChunkedArray) -> list[dict[str, Any]]:
     found = sorted(_value_counts(column.fill_null("unknown")).items(), key=lambda pair: (-pair[1], pair[0]))
     return [{"format": name, "clips": count, "share": count / len(column)} for name, count in found]
+
+
+def low_rate(info: SetInfo, formats: pa.ChunkedArray) -> dict[str, Any] | None:
+    """How many clips come from sources below LEAST_RATE, and their rates: {clips, share, least_rate, rates}.
+
+    formats: the manifest's column. None for an indexed set, whose sources are not known, and for one that is below that
+    rate itself. A source that was upsampled before does not show in its header and is not found.
+    """
+    if not info.packing or info.sample_rate < LEAST_RATE:
+        return None
+    rates: Counter[int] = Counter()
+    for name, count in _value_counts(formats.drop_null()).items():
+        rate = max(map(int, _RATE.findall(name)), default=LEAST_RATE)  # of a file that changes its rate, the highest
+        if rate < LEAST_RATE:
+            rates[rate] += count
+    return {
+        "clips": rates.total(),
+        "share": rates.total() / len(formats),
+        "least_rate": LEAST_RATE,
+        "rates": [{"rate": rate, "clips": count} for rate, count in sorted(rates.items())],
+    }
 
 
 def _peaks(peaks: npt.NDArray[np.float32]) -> dict[str, int]:

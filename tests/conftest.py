@@ -114,7 +114,7 @@ def tone_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small_steps(count: int) -> dict[str, object]:
-    """The optim section of a run whose steps cost little: four micro-batches of two, for tests of what is around them."""
+    """The optim section of a run whose steps cost little, four micro-batches of two; for tests of all else."""
     return {"global_batch": 8, "micro_batch": 2, "examples": 8 * count}
 
 

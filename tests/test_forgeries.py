@@ -13,7 +13,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import chdir, closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 import torch
+import typer.main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -39,9 +40,14 @@ from erann_dist.models.spec import build_model
 from erann_dist.recipe import DataSource, check, load_recipe, read_tree
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.train import checkpoint, evaluation, model_folder
+from erann_dist.train.common_clips import common_detail, read_common
 from erann_dist.train.evaluation import Predictions
+from jobs.cli.__main__ import app
+from jobs.cli.submit import _plan as what_is_sent
 from jobs.html import page
 from jobs.pipeline import Pipeline
+from jobs.plan.page import plan_page
+from jobs.plan.plan import Cluster, plan
 from jobs.report import run_part, study_part
 from jobs.report.reading import Study, read
 from jobs.report.report_page import report_page
@@ -50,7 +56,9 @@ from jobs.runs.summary import list_runs, show_run
 from jobs.shard_sets.pack import summary
 from jobs.shard_sets.stats import stats_page
 from jobs.shard_sets.stats_page import html_page
-from jobs.terminal.show import show
+from jobs.submission.page import package_page
+from jobs.submission.submit import prepare
+from jobs.terminal.show import evaluation_page, show
 from jobs.training import cross_validation, finetune, pretrain, study
 from jobs.training.results import RESULTS
 from jobs.training.study_manifest import STUDY_MANIFEST, StudyManifest, require_own, require_unchanged, write_mark
@@ -279,7 +287,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     write_study(root, shards, clips)
     (root / "recipe.yaml").write_text(json.dumps(small_recipe(shards, root / "runs/new").model_dump(mode="json")))
     (root / "t.yaml").write_text(json.dumps(strict_yaml.read(root / "t.yaml")))  # JSON is YAML
-    stages = {"pretrain": {"recipe": "recipe.yaml"}, "finetune": [{"recipe": "t.yaml", "set": {"run": {"name": "x"}}}]}
+    on_ray = {"run": {"name": "x", "launcher": "ray"}}
+    stages = {"pretrain": {"recipe": "recipe.yaml", "set": on_ray}, "finetune": [{"recipe": "t.yaml", "set": on_ray}]}
+    (root / "listed_segments.csv").write_text('# a list\n--aE2O5G5WE, 0.000, 10.000, "/m/03fwl,/m/04rlf"\n' * 2)
     (root / "pipeline.yaml").write_text(json.dumps(stages | {"run": {"dir": str(root / "runs"), "name": "all"}}))
     return World(root, source, plan)
 
@@ -312,6 +322,12 @@ def write_run(folder: Path, clips: Any) -> None:
     model_folder.save_model(LocalFolder(str(folder / "model")), build_model("ERANN-3-1", 3), model, metrics, "")
     with run.writing("predictions.parquet") as file:
         evaluation.write_predictions(file, predictions, clips)
+    absent = [{"file": "list", "count": 1, "examples": ["x"]}]
+    chosen = {"shards": "s", "split": "a", "fold": [1], "keys": "list", "without": "list", "not_in_set": absent}
+    common = common_detail(read_common(f"{folder}/predictions.parquet", clips), predictions, clips)
+    common |= {"labels_differ": 1, "labels_example": {"key": "k", "ours": ["low"], "theirs": []}}
+    evaluated = json.dumps(metrics | {"selection": chosen, "common": common})
+    run.write("model/evaluations/again/metrics.json", evaluated.encode())
 
 
 def write_study(root: Path, shards: Path, clips: Any) -> None:
@@ -360,6 +376,7 @@ def read_set(world: World) -> list[Callable[[], object]]:
     return [
         training,
         mapped,
+        lambda: planned(world.root / "recipe.yaml"),
         lambda: count_reported(DataSource(url=url, fold=[1])),
         lambda: cross_validation.load_cross_validation(world.root / "t.yaml", [], None),
         lambda: list(verify(folder, quick=True)),
@@ -370,6 +387,27 @@ def read_set(world: World) -> list[Callable[[], object]]:
         lambda: build.start(build.Plan(world.source, Packing(), folder)),
         staged,
     ]
+
+
+CLUSTER = Cluster(2, 2, 16, 10.0, 1000.0, 300.0, 250.0, 0.4)
+
+
+def planned(recipe: Path, *segments: Path) -> None:
+    """What plan reads and shows, of a run of a few steps."""
+    found = load_recipe(recipe, ["optim.examples=64", "optim.epochs=null"])
+    try:
+        plan_page(plan(found, CLUSTER, list(segments)))
+    except UserError as error:
+        paths = [path for source in found.data.train for path in (source.url, source.keys, source.without) if path]
+        if not str(error).startswith(tuple(paths)):  # the line names what the recipe names
+            raise
+
+
+def submitted(world: World, *command: str) -> None:
+    """What submit reads, and shows of what it would send; no cluster is asked."""
+    context = typer.Context(typer.main.get_command(app))
+    with chdir(world.root):
+        package_page(what_is_sent(prepare(context, list(command), "image")))
 
 
 def read_run(world: World) -> list[Callable[[], object]]:
@@ -386,6 +424,17 @@ def read_run(world: World) -> list[Callable[[], object]]:
         result = show_run(runs, "one", None, None)
         show(result, True, run_page)
         run_page(result)
+
+    def compared() -> None:
+        clips = load_manifest(world.shards)
+        common_detail(read_common(f"{url}/predictions.parquet", clips), whole, clips)
+
+    def shown_again() -> None:
+        data = run.read("model/evaluations/again/metrics.json")
+        with suppress(ValueError):  # evaluate has written it itself
+            evaluation_page(evaluation.read_detail(data))
+
+    whole = Predictions(np.full((12, 3), 0.5, np.float32), np.eye(3, dtype=np.float32)[np.arange(12) % 3])
 
     def resumed() -> None:
         used, _ = checkpoint.latest(run)
@@ -412,6 +461,8 @@ def read_run(world: World) -> list[Callable[[], object]]:
         lambda: page.svg is real_svg and show_run(runs, "one", None, world.root / "curves.png"),
         resumed,
         logged,
+        compared,
+        shown_again,
         lambda: cross_validation._fold(1, {"accuracy": 0.5, "clips": 3}, read_log(run)),
         lambda: pretrain.check_run(recipe, run, "auto"),
         lambda: pretrain.outcome(run),
@@ -463,7 +514,16 @@ def read_recipes(world: World) -> list[Callable[[], object]]:
         lambda: load_recipe(world.root / "recipe.yaml", ["run.seed=1", "data.train.0.fold=[1]"]).hash(),
         lambda: cross_validation.read_design(world.root / "t.yaml", ["optim.examples=64"], None),
         pipeline,
+        lambda: planned(world.root / "recipe.yaml"),
+        lambda: submitted(world, "pretrain", str(world.root / "recipe.yaml"), "run.launcher=ray"),
+        lambda: submitted(world, "finetune", str(world.root / "t.yaml"), "run.launcher=ray"),
+        lambda: submitted(world, "pipeline", str(world.root / "pipeline.yaml")),
     ]
+
+
+def read_segments(world: World) -> list[Callable[[], object]]:
+    """What plan reads of a list of segments."""
+    return [lambda: planned(world.root / "recipe.yaml", world.root / "listed_segments.csv")]
 
 
 CHECKPOINT = "checkpoints/step-00000003-0001"
@@ -478,6 +538,7 @@ FILES: dict[str, tuple[Callable[[Path], st.SearchStrategy[bytes]], Callable[[Wor
             "recipe.yaml",
             "model/config.json",
             "model/metrics.json",
+            "model/evaluations/again/metrics.json",
             f"{CHECKPOINT}/state.json",
             f"{CHECKPOINT}/COMMITTED",
             f"{CHECKPOINT}/metrics.json",
@@ -491,6 +552,7 @@ FILES: dict[str, tuple[Callable[[Path], st.SearchStrategy[bytes]], Callable[[Wor
         for name in (f"t/{RESULTS}", f"t/{STUDY_MANIFEST}", f"grid/{RESULTS}")
     },
     "packing": (forged_parquet, read_packing),
+    "listed_segments.csv": (lambda path: forged_bytes(path.read_bytes()), read_segments),
     **{
         name: (lambda path: forged_json(path.read_bytes()), read_recipes)
         for name in ("recipe.yaml", "t.yaml", "pipeline.yaml")
@@ -542,7 +604,8 @@ def read_once(reader: Callable[[], object], root: Path) -> None:
             assert "\n" not in line
             assert line.isprintable()
             assert len(line) < 2000
-            assert str(root) in line or "recipe.yaml" in line, line
+            # A pipeline's recipes are named as it names them.
+            assert str(root) in line or "recipe.yaml" in line or line.startswith("t.yaml: "), line
 
 
 @pytest.fixture

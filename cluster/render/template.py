@@ -53,7 +53,10 @@ class _Item(list[Any]):
 
 
 class _Quoted(yaml.SafeDumper):
-    """Quotes all text except plain words as keys, and writes short collections on one line."""
+    """Quotes all text except plain words as keys, and writes short collections on one line.
+
+    PyYAML's own dumper leaves 1e3, 0o17 and 08 without quotes, which readers of YAML 1.2 take for numbers.
+    """
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,8 +1,11 @@
 """A recipe's data: the clips that its sources select."""
 
+import csv
 import dataclasses
 import hashlib
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,13 +13,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist import SAMPLE_RATE
-from erann_dist.data.manifest import REPORT, Manifest, concatenate, load_manifest, read_table, require_same_labels
+from erann_dist.data.manifest import (
+    REPORT,
+    Manifest,
+    concatenate,
+    load_manifest,
+    read_manifest,
+    read_table,
+    require_same_labels,
+)
 from erann_dist.errors import UsageError, UserError
+from erann_dist.formats import strict_parquet
 from erann_dist.recipe import DataSection, DataSource
 from erann_dist.storage.folder import open_folder
 from erann_dist.storage.plain_file import read_plain_file
 
 MAX_LIST_BYTES = 2**30  # of a list of keys
+_KEY_SCHEMA = pa.schema([("key", pa.string())])
+_LIST_ADVICE = "it needs one key per line, or a column `key` in a CSV or Parquet file"
+_EXAMPLES = 3  # how many keys that are not in the set are named
 
 
 def load_source(source: DataSource) -> Manifest:
@@ -29,7 +44,7 @@ def load_source(source: DataSource) -> Manifest:
     lists = _key_lists(source)
     for path, listed, _ in lists:
         if not pc.any(pc.is_in(manifest.keys, listed)).as_py():
-            raise UsageError(f"{path}: none of its {len(listed)} keys is in {source.url}; it needs one key per line")
+            raise UsageError(f"{path}: none of its {len(listed)} keys is in {source.url}; {_LIST_ADVICE}")
     keep = _selected(source, manifest.splits, manifest.folds) & _listed(lists, manifest.keys)
     if not keep.any() and (source.keys or source.without):
         raise UsageError(f"{source.url}: the lists of keys, the split and the folds leave no clip")
@@ -59,6 +74,7 @@ def load_train_and_eval(data: DataSection) -> tuple[Manifest, Manifest]:
     """
     clips, eval_clips = load_sources(data.train), load_sources(data.eval)
     require_same_labels(clips.info, eval_clips.info, data.train[0].url, data.eval[0].url)
+    require_labels(eval_clips, data.eval[0].url)
     if not data.allow_overlap and (shared := count_shared(clips, eval_clips)):
         raise UsageError(
             f"data.train and data.eval share {shared:,} of the {len(eval_clips):,} clips to evaluate, and a model must "
@@ -84,17 +100,59 @@ def count_reported(source: DataSource) -> int:
     return int((once & selected & _listed(_key_lists(source), report["key"])).sum())
 
 
+def selection(source: DataSource) -> dict[str, Any]:
+    """What of a set is evaluated, ready for JSON: its URL as `shards`, and those of split, fold, keys and without that
+    are given, with the keys of the lists that are not in the set: [{file, count, examples}, ...]."""
+    parts = source.model_dump(exclude={"url"}, exclude_none=True)
+    lists = _key_lists(source)
+    if not lists:
+        return {"shards": source.url} | parts
+    keys = read_manifest(open_folder(source.url), ["key"])[1]["key"]
+    absent = []
+    for path, listed, _ in lists:
+        unknown = listed.filter(pc.invert(pc.is_in(listed, keys.combine_chunks())))
+        if len(unknown):
+            examples = [_shown(key) for key in unknown[:_EXAMPLES].to_pylist()]
+            absent.append({"file": path, "count": len(unknown), "examples": examples})
+    return {"shards": source.url} | parts | {"not_in_set": absent}
+
+
+def _shown(key: str) -> str:
+    """A line of a user's file, which may be any text, in a form for messages."""
+    return key[:100] if key.isprintable() else ascii(key[:100])
+
+
+def require_labels(clips: Manifest, where: str) -> None:
+    """Raise UserError when no clip has a label: there is no metric then."""
+    if not len(clips.label_values):
+        raise UserError(f"{where}: none of its {len(clips):,} clips to evaluate has a label, so there is no metric")
+
+
 def _key_lists(source: DataSource) -> list[tuple[str, pa.Array, bool]]:
-    """The source's lists of keys: file, keys, and whether to keep these or all other clips. Raises UsageError."""
-    lists = []
-    for path, wanted in ((source.keys, True), (source.without, False)):
-        if path is not None:
-            try:
-                lines = read_plain_file(Path(path), MAX_LIST_BYTES).decode().split()
-            except UnicodeDecodeError as error:
-                raise UsageError(f"{path}: not a list of keys ({error})") from error
-            lists.append((path, pa.array(sorted(set(lines)), pa.string()), wanted))
-    return lists
+    """The source's lists of keys: file, sorted keys, and whether to keep these or all other clips. Raises UserError."""
+    return [
+        (path, pa.array(sorted(set(_read_keys(path))), pa.string()), wanted)
+        for path, wanted in ((source.keys, True), (source.without, False))
+        if path is not None
+    ]
+
+
+def _read_keys(path: str) -> list[str]:
+    """The keys in a file: the column `key` of a Parquet or CSV file, or a key per line."""
+    data = read_plain_file(Path(path), MAX_LIST_BYTES)
+    if data.startswith(b"PAR1"):
+        with Path(path).open("rb") as file:
+            keys: list[str] = strict_parquet.read(file, path, _KEY_SCHEMA, ["key"], _LIST_ADVICE)["key"].to_pylist()
+            return keys
+    try:
+        text = data.decode("utf-8-sig")
+        header = [name.strip(' "') for name in text.partition("\n")[0].rstrip("\r").split(",")]
+        if "key" not in header:
+            return [key for line in text.split("\n") if (key := line.strip())]
+        _, *rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+        return [row[header.index("key")].strip() for row in rows if row]
+    except (UnicodeDecodeError, csv.Error, IndexError) as error:
+        raise UsageError(f"{path}: not a list of keys ({error}); {_LIST_ADVICE}") from error
 
 
 def _listed(lists: list[tuple[str, pa.Array, bool]], keys: pa.ChunkedArray) -> npt.NDArray[np.bool_]:

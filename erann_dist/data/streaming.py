@@ -19,7 +19,7 @@ from erann_dist.data.clip_reader import bad_clip
 from erann_dist.data.loader import Batch, Crops, whole_clips
 from erann_dist.data.manifest import Manifest
 from erann_dist.errors import UsageError, UserError
-from erann_dist.models.log_mel import padded_samples
+from erann_dist.models.mel_config import padded_samples
 from erann_dist.storage.folder import open_folder
 
 _SUFFIXES = tuple(f".{codec}" for codec in get_args(Codec))

@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from erann_dist.models.log_mel import MelConfig
+from erann_dist.models.mel_config import MelConfig
 
 # Of the weights. he: He et al. (2015), as each model's class describes; pytorch: the defaults of torch's layers.
 Initialisation = Literal["he", "pytorch"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erann_dist.models.base import AudioModel, Initialisation
-from erann_dist.models.log_mel import MelConfig
+from erann_dist.models.mel_config import MelConfig
 
 # PANNs' own: 32 kHz, 100 frames per second, librosa's mel filters. (PANNs reflects the sound at a clip's ends; here it
 # is padded with zeros.)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from erann_dist.models.base import AudioModel, Initialisation
-from erann_dist.models.log_mel import ERANN_MEL
+from erann_dist.models.mel_config import ERANN_MEL
 
 MEL_BINS = ERANN_MEL.mel_bins
 NEGATIVE_SLOPE = 0.01

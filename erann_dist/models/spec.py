@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from erann_dist.models.base import AudioModel, Initialisation
 from erann_dist.models.cnn14 import CNN14, PANNS_MEL
 from erann_dist.models.erann import ERANN, Variant
-from erann_dist.models.log_mel import ERANN_MEL
+from erann_dist.models.mel_config import ERANN_MEL
 
 
 @dataclass(frozen=True)

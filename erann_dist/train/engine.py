@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from erann_dist.errors import UsageError
 from erann_dist.models.base import AudioModel
-from erann_dist.models.log_mel import PAD_SAMPLES
+from erann_dist.models.mel_config import PAD_SAMPLES
 from erann_dist.recipe import OptimSection
 from erann_dist.train.distributed import Workers
 from erann_dist.train.optimizer import CheckedAdam

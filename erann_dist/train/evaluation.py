@@ -19,7 +19,8 @@ from erann_dist.data.streaming import decode_clips, stream_clips, worker_rows
 from erann_dist.errors import UserError
 from erann_dist.formats import strict_json, strict_parquet
 from erann_dist.models.base import AudioModel
-from erann_dist.models.log_mel import LogMel, padded_samples
+from erann_dist.models.log_mel import LogMel
+from erann_dist.models.mel_config import padded_samples
 from erann_dist.storage.slow_reads import SlowReads
 from erann_dist.train.distributed import Workers
 from erann_dist.train.metrics import classification_metrics, tagging_metrics
@@ -213,18 +214,62 @@ class _ClassMetrics(strict_json.Record):
     accuracy: strict_json.Number | None = None
 
 
-class _Detail(strict_json.Record):
-    """The result of `detail`."""
+class _NotInSet(strict_json.Record):
+    file: str
+    count: strict_json.Count
+    examples: list[str]
 
-    task: Task
+
+class _Selection(strict_json.Record):
+    """The result of `erann_dist.data.sources.selection`."""
+
+    shards: str
+    split: str | None = None
+    fold: list[strict_json.Count] | None = None
+    keys: str | None = None
+    without: str | None = None
+    not_in_set: list[_NotInSet] = Field(default_factory=list)
+
+
+class _Summary(strict_json.Record):
+    """The result of `summarise`."""
+
     mAP: strict_json.Number | None = None
     mAUC: strict_json.Number | None = None
     d_prime: strict_json.Number | None = None
     accuracy: strict_json.Number | None = None
+
+
+class _OtherLabels(strict_json.Record):
+    key: str
+    ours: list[str]
+    theirs: list[str]
+
+
+class _Common(strict_json.Record):
+    """The result of `erann_dist.train.common_clips.common_detail`."""
+
+    file: str
+    clips: strict_json.Count
+    only_ours: strict_json.Count
+    only_theirs: strict_json.Count
+    list_hash: str
+    ours: _Summary
+    theirs: _Summary
+    labels_differ: strict_json.Count
+    labels_example: _OtherLabels | None = None
+
+
+class _Detail(_Summary):
+    """The result of `detail`."""
+
+    task: Task
     clips: strict_json.Count
     listed: strict_json.Count
     coverage: strict_json.Number
     list_hash: str
+    selection: _Selection | None = None  # these two: of erann evaluate
+    common: _Common | None = None
     chance_mAP: strict_json.Number | None = None
     chance_accuracy: strict_json.Number | None = None
     left_out: list[str] = Field(default_factory=list)

@@ -21,7 +21,7 @@ from erann_dist.data.manifest import Labels, SampleRate, SetInfo, Task, require_
 from erann_dist.errors import UsageError, UserError
 from erann_dist.formats import strict_json, strict_yaml
 from erann_dist.models.base import AudioModel
-from erann_dist.models.log_mel import ERANN_MEL
+from erann_dist.models.mel_config import ERANN_MEL
 from erann_dist.models.spec import build_model, model_name, model_spec
 from erann_dist.recipe import Recipe
 from erann_dist.storage.folder import Folder, open_folder

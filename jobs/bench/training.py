@@ -45,7 +45,8 @@ from erann_dist.errors import UserError
 from erann_dist.log.events import Emit, Event, Step
 from erann_dist.models.base import AudioModel
 from erann_dist.models.erann import ARB, ERANN, Variant
-from erann_dist.models.log_mel import ERANN_MEL, LogMel
+from erann_dist.models.log_mel import LogMel
+from erann_dist.models.mel_config import ERANN_MEL
 from erann_dist.models.spec import build_model
 from erann_dist.recipe import AugmentSection, Recipe
 from erann_dist.train.augment import Inputs, clip_positions, draw_augment_params, make_inputs, spec_augment_mask

@@ -195,6 +195,18 @@ def evaluate(
     shards: Annotated[str, typer.Argument(help="Folder of the shard set.")],
     split: Annotated[str | None, typer.Option(help="Only the clips of this split.")] = None,
     fold: Annotated[list[int] | None, typer.Option(help="Only the clips of this fold; may be repeated.")] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="Only the clips in this list: one key per line, or a CSV or Parquet file with a column key."),
+    ] = None,
+    without: Annotated[Path | None, typer.Option(help="All clips except those in this list.")] = None,
+    common: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PREDICTIONS",
+            help="Another evaluation's predictions.parquet: also compare both on the clips that they share.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Output folder. Default: evaluations/<name of the set> in the model's folder."),
@@ -210,14 +222,17 @@ def evaluate(
     from erann_dist.train.model_folder import find_model
     from jobs.training.evaluate import evaluate as run
 
-    source = DataSource(url=shards, split=split, fold=fold or None)
-    part = "".join([f"-{split}" if split else "", *(f"-fold{number}" for number in fold or [])])
+    lists = {name: str(path) for name, path in (("keys", keys), ("without", without)) if path}
+    source = DataSource(url=shards, split=split, fold=fold or None, **lists)
+    parts = [split, *(f"fold{number}" for number in fold or []), *(f"{n}-{Path(p).stem}" for n, p in lists.items())]
+    part = "".join(f"-{each}" for each in parts if each)
     if not out:
         if "://" in model:
             raise UsageError(f"{model}: a model in S3 needs --out; give a folder on this machine")
         out = Path(find_model(model).url, "evaluations", f"{Path(shards).name}{part}")
     with RunView() as view:
-        result = run(model, source, out, launcher or ("none" if workers == 1 else "ray"), workers, device, view.event)
+        launcher = launcher or ("none" if workers == 1 else "ray")
+        result = run(model, source, common, out, launcher, workers, device, view.event)
     if is_first_process():
         show(result, as_json, evaluation_page)
 
@@ -363,9 +378,11 @@ def add_to(app: typer.Typer) -> None:
     )(pipeline)
     app.command(
         help="Evaluate a trained model on every clip of a shard set: mAP, mAUC and d′, or accuracy and confusion "
-        "matrix."
+        "matrix.\n\nScores can be compared only on the same clips: --keys and --without select them, and --common "
+        "computes both evaluations' metrics on the clips that they share."
         + examples(
             "erann evaluate runs/esc10 shard-sets/esc10 --fold 5",
+            "erann evaluate runs/audioset shard-sets/eval --common theirs/predictions.parquet",
         ),
         rich_help_panel="A trained model",
     )(evaluate)

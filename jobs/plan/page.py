@@ -10,8 +10,8 @@ from jobs.terminal.show import console, size
 
 def plan_page(result: dict[str, Any]) -> None:
     """The run, its progress over time, its classes, other numbers of GPUs, and advice."""
-    parts = [_facts(result), _over_time(result["over_time"]), _classes(result["classes"]), _scaling(result)]
-    for part in parts:
+    classes = [_classes(result["classes"])] if result["classes"] else []
+    for part in [_facts(result), _over_time(result["over_time"]), *classes, _scaling(result)]:
         console.print(part)
         console.print()
     limits = ", ".join(f"{limit} from {number}" for limit, number in result["limits_from"].items())

@@ -12,10 +12,11 @@ import torch
 from erann_dist.data.manifest import Manifest, concatenate, load_manifest
 from erann_dist.data.sampling import class_lists
 from erann_dist.data.sources import load_sources
-from erann_dist.errors import UsageError
 from erann_dist.models.spec import build_model
 from erann_dist.recipe import Recipe
 from erann_dist.train.work_plan import micro_batches_per_rank
+from erann_dist.words import count
+from jobs.advice import on_workers
 from jobs.plan.simulation import NodeReads, Simulation, Stretch
 from jobs.terminal.progress import bar, console
 from jobs.terminal.show import size
@@ -149,10 +150,7 @@ def _listed_clips(segments: list[Path]) -> Manifest:
         for number, path in enumerate(segments):
             write_listed_set(path, Path(folder, str(number)))
             manifests.append(load_manifest(Path(folder, str(number))))
-    clips = concatenate(manifests)
-    if not len(clips):
-        raise UsageError(f"{segments[0]}: lists no segments")
-    return clips
+    return concatenate(manifests)
 
 
 def reckon(recipe: Recipe, clips: Manifest, cluster: Cluster, progress: Callable[[int], None]) -> dict[str, Any]:
@@ -283,9 +281,11 @@ def _scaling(setting: Setting, stretches: list[Stretch], workers: int) -> dict[s
 
 
 def _classes(simulation: Simulation, clips: Manifest) -> dict[str, dict[str, Any]]:
-    """The classes whose clips are drawn least often, in the median, and most often."""
+    """The classes whose clips are drawn least often, in the median, and most often; empty if no clip has a label."""
     lists = class_lists(clips.label_values, clips.label_offsets, clips.num_classes)
     drawn = {number: simulation.counts[rows] for number, rows in enumerate(lists) if len(rows)}
+    if not drawn:
+        return {}
     ranked = sorted(drawn, key=lambda number: float(drawn[number].mean()))
     chosen = {"least": ranked[0], "median": ranked[len(ranked) // 2], "most": ranked[-1]}
     return {
@@ -302,30 +302,14 @@ def _classes(simulation: Simulation, clips: Manifest) -> dict[str, dict[str, Any
 def _advice(recipe: Recipe, result: dict[str, Any]) -> list[str]:
     """Suggestions for the user, one line each."""
     optim, cache, node = recipe.optim, recipe.data.cache, result["node"]
-    gpus, workers, count = result["gpus"], result["workers"], optim.global_batch // optim.micro_batch
+    gpus, workers = result["gpus"], result["workers"]
     first, last = result["over_time"][0]["limit"], result["over_time"][-1]["limit"]
-    lines = []
-    if workers < gpus:
-        lines.append(
-            f"{gpus - workers} of the {gpus} GPUs have nothing to do: a step of {optim.global_batch} examples has "
-            f"{_many(count, 'micro-batch')} of {optim.micro_batch}. Run several trainings at once, or raise "
-            f"optim.global_batch to {gpus * optim.micro_batch} (which may need another learning rate)"
-        )
-    if idle := -count % workers:
-        lines.append(
-            f"{idle} of the {workers} workers idle for part of each step: its {count} micro-batches don't divide evenly"
-        )
+    lines = on_workers(optim, workers, gpus, result["all_reduce"]["share"])
     if (enough := result["enough_gpus"]) < workers:
         lines.append(f"more than {enough} GPUs don't help: with {enough}, a step is within 5 % of the fastest")
     elif workers >= gpus:
-        lines.append(
-            f"up to {enough} GPUs help; a step has {_many(count, 'micro-batch')}, so more than that would be idle"
-        )
-    if result["all_reduce"]["share"] > 0.1:
-        lines.append(
-            f"the all-reduce takes {result['all_reduce']['share']:.0%} of a step; a larger optim.global_batch or a "
-            "faster network between the nodes would reduce it"
-        )
+        micro_batches = count(optim.global_batch // optim.micro_batch, "micro-batch")
+        lines.append(f"up to {enough} GPUs help; a step has {micro_batches}, so more than that would be idle")
     if last == "decoding":
         lines.append(
             f"decoding is the limit: with {node['decoding_cores']:.0f} cores per node the GPUs would not wait; "
@@ -342,8 +326,3 @@ def _advice(recipe: Recipe, result: dict[str, Any]) -> list[str]:
         has = f"data.cache.max_bytes is {size(cache.max_bytes)}" if cache else "there is no data.cache"
         lines.append(f"{has}; {size(node['distinct_bytes'])} would hold all the clips that a node reads")
     return lines
-
-
-def _many(count: int, name: str) -> str:
-    plural = "es" if name.endswith("ch") else "s"
-    return f"{count} {name}{plural * (count != 1)}"

@@ -12,6 +12,7 @@ from cluster.preflight.storage import Disk, Reading
 from erann_dist.recipe import CacheSection, Recipe
 from erann_dist.train.work_plan import micro_batches_per_rank
 from erann_dist.words import count
+from jobs.advice import on_workers
 from jobs.terminal.progress import duration
 from jobs.terminal.show import size
 from jobs.training.probe_run import ProbeResult
@@ -23,7 +24,6 @@ _WARN_CLOCK_S, _FAIL_CLOCK_S = 1.0, 60.0
 _HELD = 0.1  # Share of a GPU's memory used by others, above which to warn; our own process alone takes 0.5 GB.
 _DECODING = 0.7  # Share of the reading threads' time spent in decoding, above which decoding is the bottleneck.
 _WAITING = 0.1  # Share of a step spent waiting for data, above which to warn.
-_ALL_REDUCE = 0.1  # Share of a step spent in the all-reduce, above which to advise.
 _STALLED = 0.02  # Largest acceptable share of the time that checkpoints block training.
 _WORTH = 0.95  # More workers are worthwhile if a step takes less than this share of its time now.
 
@@ -354,26 +354,12 @@ def advice(recipe: Recipe, trial: ProbeResult, all_reduce_s: float, capacity: in
     """Changes of the recipe that the measurements suggest. capacity: how many workers fit on the cluster."""
     optim, workers, every = recipe.optim, trial.workers, recipe.checkpoint.every
     most = optim.global_batch // optim.micro_batch
-    lines = []
-    if idle := -most % workers:
-        lines.append(
-            f"{idle} of the {workers} workers idle for part of each step: its {most} micro-batches don't divide evenly"
-        )
+    lines = on_workers(optim, workers, capacity, all_reduce_s / trial.step_s)
     if (more := min(capacity, most)) > workers:
         share = micro_batches_per_rank(optim, more) / micro_batches_per_rank(optim, workers)
         seconds = (trial.step_s - all_reduce_s) * share + all_reduce_s
         if seconds < _WORTH * trial.step_s:
             lines.append(f"run.workers={more} uses the cluster's full capacity: about {_seconds(seconds)} a step")
-    if capacity > most:
-        lines.append(
-            f"there is capacity for {capacity} workers, but a step has only {most} micro-batches: run several "
-            "trainings at once, or raise optim.global_batch (which may need another optim.lr)"
-        )
-    if all_reduce_s > _ALL_REDUCE * trial.step_s:
-        lines.append(
-            f"the all-reduce takes {all_reduce_s / trial.step_s:.0%} of a step; a larger optim.global_batch or a "
-            "faster network between the nodes would reduce it"
-        )
     if gpus and all(gpu.has_bf16 for gpu in gpus) and optim.precision in ("fp32", "tf32"):
         lines.append("optim.precision=bf16 is faster on these GPUs (but makes it a different run)")
     # A checkpoint blocks training during its copy, and until the previous checkpoint is written.

@@ -19,7 +19,8 @@ from torch import Tensor
 from erann_dist import SAMPLE_RATE
 from erann_dist.data.audio import to_pcm16
 from erann_dist.data.loader import crop_starts
-from erann_dist.models.log_mel import ERANN_MEL, LogMel, mel
+from erann_dist.models.log_mel import LogMel, mel
+from erann_dist.models.mel_config import ERANN_MEL
 from erann_dist.models.pitch import shift_pitch
 from erann_dist.recipe import AugmentSection
 from erann_dist.train.augment import MIXES, AugmentParams, draw_augment_params, make_inputs, spec_augment_mask

@@ -18,7 +18,8 @@ from erann_dist.data.clip_reader import ClipReader
 from erann_dist.data.manifest import Task
 from erann_dist.data.sources import load_sources
 from erann_dist.errors import UserError
-from erann_dist.models.log_mel import ERANN_MEL, LogMel, mel
+from erann_dist.models.log_mel import LogMel, mel
+from erann_dist.models.mel_config import ERANN_MEL
 from erann_dist.recipe import DataSource
 from erann_dist.train.evaluation import Predictions
 from jobs.html import page

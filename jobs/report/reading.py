@@ -16,6 +16,8 @@ from jobs.runs.summary import standing
 from jobs.training.results import RESULTS, read_results
 from jobs.training.study_manifest import STUDY_MANIFEST
 
+_EVALUATIONS = "model/evaluations/"
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -36,6 +38,7 @@ class Run:
     recipe: Recipe | None
     metrics: dict[str, Any] | None  # of model/, see erann_dist.train.evaluation.detail
     averaged: dict[str, Any] | None  # of model-averaged/
+    evaluations: list[tuple[str, dict[str, Any]]]  # name and metrics of what erann evaluate wrote into its model folder
     scored: Scored | None
     notes: list[str]  # on what is missing or can't be read
 
@@ -105,7 +108,8 @@ def _read_run(folder: Folder) -> Run:
         missing = [name for name, found in needed.items() if found is None]
         notes += [f"{name} is missing." for name in missing if not any(note.startswith(name) for note in notes)]
     averaged = _metrics(folder, "model-averaged/metrics.json", notes)
-    return Run(_name(folder), str(folder), lines, stands, text, recipe, metrics, averaged, scored, notes)
+    others = _evaluations(folder, notes)
+    return Run(_name(folder), str(folder), lines, stands, text, recipe, metrics, averaged, others, scored, notes)
 
 
 _STATES = {"running": "it is running", "stopped": "it was stopped or its machine lost", "empty": "no event is logged"}
@@ -132,6 +136,15 @@ def _metrics(folder: Folder, name: str, notes: list[str]) -> dict[str, Any] | No
     except ValueError as error:
         notes.append(f"{name} is damaged: {_line(error)}.")
         return None
+
+
+def _evaluations(folder: Folder, notes: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    found = []
+    for file in folder.sizes(_EVALUATIONS):
+        name, separator, rest = file.removeprefix(_EVALUATIONS).rpartition("/metrics.json")
+        if separator and not rest and (metrics := _metrics(folder, file, notes)):
+            found.append((name, metrics))
+    return found
 
 
 def _scored(folder: Folder, notes: list[str]) -> Scored | None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from markupsafe import Markup
 
@@ -15,6 +16,7 @@ from jobs.report.clips import clips_section
 from jobs.report.curves import run_curves
 from jobs.report.reading import Run
 from jobs.terminal.progress import duration
+from jobs.terminal.show import not_in_set, other_labels
 
 METRICS = {"mAP": "mAP", "mAUC": "mAUC", "d_prime": "d′", "accuracy": "accuracy"}
 
@@ -30,6 +32,7 @@ def run_part(run: Run, name: str) -> Markup:
             *_classes(run),
             clips_section([run]),
             page.section("Data", _data(run)),
+            *_evaluations(run),
             page.section("Time and hardware", _machine(run), _incidents(run)),
             page.section("Recipe", recipe(run)),
         ]
@@ -148,6 +151,46 @@ def _source(source: DataSource) -> str:
     parts += [f"the keys in {source.keys}"] if source.keys else []
     parts += [f"without the keys in {source.without}"] if source.without else []
     return ", ".join([source.url, *parts])
+
+
+def _evaluations(run: Run) -> list[Markup]:
+    """What erann evaluate measured on other sets and selections, and in comparison with other evaluations."""
+    rows, lines = [], []
+    for name, metrics in run.evaluations:
+        metric = "mAP" if metrics["task"] == "tagging" else "accuracy"
+        selection, common = metrics.get("selection"), metrics.get("common")
+        what = _source(_as_source(selection)) if selection else name
+        rows.append(_evaluation(name, what, metric, metrics, metrics[metric], None))
+        lines += [not_in_set(absent) for absent in (selection or {}).get("not_in_set", [])]
+        if common:
+            what = f"clips in common with {common['file']}"
+            ours, theirs = common["ours"].get(metric), common["theirs"].get(metric)
+            rows.append(_evaluation(name, what, metric, common, ours, theirs))
+            lines += filter(None, [other_labels(common)])
+    if not rows:
+        return []
+    head = ["evaluation", "clips of", "clips:n", "metric", "result:n", "the other's:n", "hash of the list"]
+    return [page.section("Other evaluations", page.table(head, rows), *map(page.soft, lines))]
+
+
+def _evaluation(
+    name: str, what: str, metric: str, on: dict[str, Any], ours: float | None, theirs: float | None
+) -> list[Markup]:
+    """A row of the table. on: the result whose number of clips and hash of the list are shown."""
+    return [
+        page.text(name),
+        page.text(what),
+        page.number(f"{on['clips']:,}"),
+        page.text(METRICS[metric]),
+        page.number(score(ours)),
+        page.number(score(theirs) if theirs is not None else ""),
+        page.text(page.element("code", on["list_hash"])),
+    ]
+
+
+def _as_source(selection: dict[str, Any]) -> DataSource:
+    parts = {name: selection.get(name) for name in ("split", "fold", "keys", "without")}
+    return DataSource.model_construct(url=selection["shards"], **parts)
 
 
 def hardware(run: Run) -> str:

@@ -20,6 +20,7 @@ from shards import build
 from shards.build import Plan, Progress, ShardTask
 from shards.clip import Packing
 from shards.sources.rows import Source
+from shards.statistics import low_rate
 
 _REFRESH_SECONDS = 0.5
 
@@ -60,7 +61,7 @@ def require_coverage(packed: dict[str, Any], max_missing: float) -> None:
 
 def summary(folder: Folder) -> dict[str, Any]:
     """What a finished shard set holds."""
-    info, clips = read_manifest(folder, ["samples"])
+    info, clips = read_manifest(folder, ["samples", "format"])
     samples = clips["samples"]
     tars = read_table(folder, SHARDS)
     reasons = Counter(read_table(folder, REPORT)["reason"].to_pylist())
@@ -72,6 +73,7 @@ def summary(folder: Folder) -> dict[str, Any]:
         "hours": round(pc.sum(samples).as_py() / info.sample_rate / 3600, 3),
         "bytes": pc.sum(tars["size"]).as_py(),
         "not_packed": dict(sorted(reasons.items())),
+        "low_rate": low_rate(info, clips["format"]),
         "missing_share": round(absent / (len(samples) + absent), 6),
         "content_hash": info.content_hash,
     }

@@ -10,7 +10,7 @@ from erann_dist.storage.folder import Folder
 from jobs.html.page import percent
 from jobs.outputs import check_output
 from jobs.shard_sets.stats_page import hours, html_page, times
-from jobs.terminal.show import console, size
+from jobs.terminal.show import console, low_rate_warning, size
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN, statistics
 
 _FEW = 6
@@ -38,6 +38,8 @@ def stats_page(result: dict[str, Any]) -> None:
         parts.append(f"{len(names)} of {len(result['per_class'])} classes have no clips: {_few(names)}")
     if result["formats"]:
         parts.append(_formats(result["formats"]))
+    if warning := low_rate_warning(result["low_rate"]):
+        parts.append(f"warning: {warning}")
     if result["reasons"]:
         parts.append(_reasons(result["reasons"]))
     if result["recordings"]:

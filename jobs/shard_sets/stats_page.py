@@ -7,7 +7,7 @@ from markupsafe import Markup
 from jobs.html import page
 from jobs.html.figure import FILL, INK, PALE, SOFT
 from jobs.html.page import percent
-from jobs.terminal.show import size
+from jobs.terminal.show import low_rate_warning, size
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN
 
 _FORMATS = 20  # Rows of the table of formats.
@@ -179,9 +179,11 @@ def _formats(result: dict[str, Any]) -> Markup:
         share = percent(clips / result["clips"])
         rows.append([page.text(f"{len(rest)} more"), page.text(""), page.number(f"{clips:,}"), page.number(share)])
     loud, quiet = peaks["overloaded"], peaks["near_silence"]
+    low = low_rate_warning(result["low_rate"])
     return page.section(
         "Formats and peaks",
         page.paragraph("The clips' format before they were packed: codec, sample rate, channels."),
+        *([page.paragraph(page.element("warning", f"{low}."))] if low else []),
         page.table(["format", "", "clips:n", "share:n"], rows),
         page.element(
             "peaks", f"{loud:,}", percent(loud / result["clips"]), f"{quiet:,}", percent(quiet / result["clips"])

@@ -60,6 +60,20 @@ def packed_page(result: dict[str, Any]) -> None:
         f"{count(result['tars'], 'tar')} of "
         f"{result['bytes'] / 1e6:.1f} MB in total; not packed: {reasons or 'none'}"
     )
+    if warning := low_rate_warning(result["low_rate"]):
+        console.print(f"warning: {warning}")
+
+
+def low_rate_warning(low: dict[str, Any] | None) -> str:
+    """One line on the clips from sources with a low sample rate; empty if there are none."""
+    if not low or not low["clips"]:
+        return ""
+    rates = ", ".join(f"{each['clips']:,} at {each['rate']:,} Hz" for each in low["rates"][:3])
+    return (
+        f"{count(low['clips'], 'clip')} ({low['share']:.1%}) from sources below {low['least_rate']:,} Hz "
+        f"({rates}{', …' * (len(low['rates']) > 3)}): their mel bins above half that rate stay empty, up to ERANN's "
+        f"{low['least_rate'] // 2:,} Hz; use originals with a higher rate if there are any"
+    )
 
 
 def verified_page(result: dict[str, Any]) -> None:
@@ -150,7 +164,7 @@ def tagged_page(result: dict[str, Any]) -> None:
 
 def evaluation_page(metrics: dict[str, Any]) -> None:
     """The metrics, then the best and worst classes, those left out, and the hash of the list."""
-    facts_page({name: value for name, value in metrics.items() if name != "list_hash"})
+    facts_page({name: value for name, value in metrics.items() if name != "list_hash"} | _selected(metrics))
     column = "ap" if metrics["task"] == "tagging" else "accuracy"
     ranked = sorted((c for c in metrics["per_class"] if c[column] is not None), key=lambda c: -c[column])
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -164,6 +178,53 @@ def evaluation_page(metrics: dict[str, Any]) -> None:
         console.print(f"left out of the means, as they have no positives: {', '.join(metrics['left_out'])}")
     if "list_hash" in metrics:
         console.print(f"hash of the list of clips: {metrics['list_hash']}")
+    for absent in metrics.get("selection", {}).get("not_in_set", []):
+        console.print(not_in_set(absent))
+    if "common" in metrics:
+        _common_page(metrics["common"])
+
+
+def _selected(metrics: dict[str, Any]) -> dict[str, str]:
+    """What of the set was evaluated, in words."""
+    chosen = {k: v for k, v in metrics.get("selection", {}).items() if k in ("split", "fold", "keys", "without")}
+    words = [f"{k} {', '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in chosen.items()]
+    return {"selection": "; ".join(words)} if words else {}
+
+
+def not_in_set(absent: dict[str, Any]) -> str:
+    """One line on the keys of a list that are not in the set, with examples."""
+    more = ", …" if absent["count"] > len(absent["examples"]) else ""
+    number = count(absent["count"], "key")
+    return f"{absent['file']}: {number} not in the set: {', '.join(absent['examples'])}{more}"
+
+
+def other_labels(common: dict[str, Any]) -> str:
+    """One line on the shared clips whose labels differ, with an example; empty if there are none."""
+    first = common.get("labels_example")
+    if not first:
+        return ""
+    ours, theirs = (", ".join(first[whose]) or "no label" for whose in ("ours", "theirs"))
+    return (
+        f"{count(common['labels_differ'], 'clip')} with other labels there, such as {first['key']}: {ours} here, "
+        f"{theirs} there; both evaluations are measured against the labels here"
+    )
+
+
+def _common_page(common: dict[str, Any]) -> None:
+    """Both evaluations on the clips that they share."""
+    console.print(
+        f"\n{count(common['clips'], 'clip')} in common with {common['file']} "
+        f"({common['only_ours']:,} only here, {common['only_theirs']:,} only there)"
+    )
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for title in ("in common", "ours", "theirs"):
+        table.add_column(title, justify="left" if title == "in common" else "right")
+    for name, value in common["ours"].items():
+        table.add_row(name, *("–" if v is None else f"{v:.4f}" for v in (value, common["theirs"][name])))
+    console.print(table)
+    if differ := other_labels(common):
+        console.print(differ)
+    console.print(f"hash of the list of clips in common: {common['list_hash']}")
 
 
 def report_page(result: dict[str, Any]) -> None:

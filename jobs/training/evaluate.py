@@ -9,7 +9,7 @@ import torch
 
 from cluster.launch import launch
 from cluster.launch_spec import LaunchSpec
-from erann_dist.data.sources import count_reported, load_source
+from erann_dist.data.sources import count_reported, load_source, require_labels, selection
 from erann_dist.formats import strict_json
 from erann_dist.log.events import Emit, Evaluated, EvaluationProgress, Incident
 from erann_dist.models.log_mel import LogMel
@@ -17,6 +17,7 @@ from erann_dist.recipe import DataSource
 from erann_dist.storage.folder import LocalFolder
 from erann_dist.storage.slow_reads import SlowReads
 from erann_dist.train import evaluation
+from erann_dist.train.common_clips import common_detail, read_common
 from erann_dist.train.distributed import Workers
 from erann_dist.train.model_folder import find_model, load_model, require_fit, require_rate
 from jobs.outputs import check_output
@@ -26,17 +27,29 @@ _TAG_WINDOW_SECONDS = 10
 
 
 def evaluate(
-    model: str, source: DataSource, out: Path, launcher: str, num_workers: int, device: str, on_event: Emit
+    model: str,
+    source: DataSource,
+    common: str | None,
+    out: Path,
+    launcher: str,
+    num_workers: int,
+    device: str,
+    on_event: Emit,
 ) -> dict[str, Any]:
     """Score each clip of the source once, and write metrics.json and predictions.parquet to `out`. Raises UserError.
 
-    model: the URL of a model folder or a run, as in all functions of this module.
+    model: the URL of a model folder or a run, as in all functions of this module. common: another evaluation's
+    predictions.parquet, to compare with on the clips that both have.
     """
     check_output(out / "metrics.json")
     folder = find_model(model)
     _, info = load_model(folder)
-    require_fit(folder, info, source.url, load_source(source).info)
-    config = {"model": model, "source": source.model_dump(), "out": str(out)}
+    clips = load_source(source)
+    require_fit(folder, info, source.url, clips.info)
+    require_labels(clips, source.url)
+    if common:
+        read_common(common, clips)  # an error of the file is found before the work
+    config = {"model": model, "source": source.model_dump(), "common": common, "out": str(out)}
     launch(LaunchSpec(evaluate_worker, config, launcher, num_workers, device), on_event)
     metrics = evaluation.read_detail((out / "metrics.json").read_bytes())
     return {"model": str(folder), "out": str(out)} | metrics
@@ -63,6 +76,9 @@ def evaluate_worker(config: dict[str, Any], workers: Workers, emit: Emit) -> Non
         emit(Incident(0, "storage", problems[0]))
     if predictions:
         metrics = evaluation.detail(predictions, clips, len(clips) + count_reported(source))
+        metrics["selection"] = selection(source)
+        if config["common"]:
+            metrics["common"] = common_detail(read_common(config["common"], clips), predictions, clips)
         out = LocalFolder(config["out"])
         with out.writing("predictions.parquet") as file:
             evaluation.write_predictions(file, predictions, clips)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,6 +61,13 @@ def test_a_value_is_what_it_was(value: Any) -> None:
     }
     assert text.isascii()
     assert text.startswith("# A comment: 7\nfirst: 1\ndeep:\n  # Above the value.\n  value:")
+
+
+@pytest.mark.parametrize("text", ["1e3", "0o17", "08", "1.5e3", "0x1F", "yes", "~", "plain"])
+def test_text_is_quoted(text: str) -> None:
+    """Kubernetes reads YAML 1.2, in which more words are numbers than in PyYAML's 1.1."""
+    assert fill("a: <<value>>", {"value": text}) == f'a: "{text}"\n'
+    assert fill("a: <<value>>", {"value": {"k": [text]}}) == f'a: {{k: ["{text}"]}}\n'
 
 
 def test_what_is_not_given_stays_as_a_comment() -> None:

@@ -155,6 +155,18 @@ def test_one_long_clip_does_not_squeeze_the_others(tmp_path: Path) -> None:
     assert histogram["longer"] == 1
 
 
+def test_sources_with_a_low_rate_are_counted(tmp_path: Path) -> None:
+    """28 kHz is twice the 14 kHz at which ERANN's mel range ends."""
+    formats = ["mp3float 16000 Hz stereo", "wav pcm_16 22050 Hz mono", "flac 27999 Hz mono", "flac 28000 Hz mono"]
+    formats += ["aac 16000 Hz mono + aac 44100 Hz mono", "no rate", f"{'9' * 5000} Hz", "pcm 16000 Hz mono", None]
+    clips = [{**CLIPS[0], "key": f"k{i}", "format": format_} for i, format_ in enumerate(formats)]
+    result = statistics(open_folder(write_set(tmp_path / "low", clips, [], sample_rate=44_100)))["low_rate"]
+    rates = [{"rate": 16_000, "clips": 2}, {"rate": 22_050, "clips": 1}, {"rate": 27_999, "clips": 1}]
+    assert result == {"clips": 4, "share": 4 / 9, "least_rate": 28_000, "rates": rates}
+    for name, facts in (("indexed", {"packing": {}, "sample_rate": 44_100}), ("resampled", {"sample_rate": 16_000})):
+        assert statistics(open_folder(write_set(tmp_path / name, clips, [], **facts)))["low_rate"] is None
+
+
 def test_formats_and_peaks(small: dict[str, Any]) -> None:
     assert small["formats"] == [
         {"format": "mp3 stereo", "clips": 2, "share": 0.5},

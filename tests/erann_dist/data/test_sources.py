@@ -7,12 +7,20 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
 
 from erann_dist.data.manifest import Manifest, load_manifest
-from erann_dist.data.sources import count_reported, count_shared, load_source, load_sources, load_train_and_eval
+from erann_dist.data.sources import (
+    count_reported,
+    count_shared,
+    load_source,
+    load_sources,
+    load_train_and_eval,
+    selection,
+)
 from erann_dist.errors import UsageError, UserError
 from erann_dist.recipe import DataSection, DataSource
 from shards.sources.rows import Source, SourceRow, rows_table
@@ -88,6 +96,52 @@ def test_another_selection_is_other_content(folded: Path, tmp_path: Path) -> Non
     assert load_source(again).info.content_hash in hashes
 
 
+def test_lists_of_keys_in_tables(folded: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"key": ["clip03", "clip05"], "x": [1, 2]}), tmp_path / "list")
+    assert selected(folded, keys=str(tmp_path / "list")) == {3, 5}
+    for text in (
+        "key\nclip03\nclip05\n",
+        "\ufeffx, key\r\n1,clip03\r\n\r\n2, clip05\r\n",
+        '"key","x"\nclip03,1\n"clip05",2',
+    ):
+        (tmp_path / "list").write_text(text, newline="")
+        assert selected(folded, keys=str(tmp_path / "list")) == {3, 5}
+    (tmp_path / "list").write_bytes(b"PAR1 damaged PAR1")
+    with pytest.raises(UserError, match="list: damaged .*; it needs one key per line, or a column `key`"):
+        selected(folded, keys=str(tmp_path / "list"))
+
+
+def test_keys_that_are_not_in_the_set_are_counted(folded: Path, tmp_path: Path) -> None:
+    only = key_list(tmp_path / "keys", range(28, 40))
+    found = selection(DataSource(url=str(folded), fold=[1], keys=only, without=key_list(tmp_path / "w", range(3))))
+    absent = {"file": only, "count": 10, "examples": ["clip30", "clip31", "clip32"]}
+    assert found == {
+        "shards": str(folded),
+        "fold": [1],
+        "keys": only,
+        "without": str(tmp_path / "w"),
+        "not_in_set": [absent],
+    }
+    assert selection(DataSource(url=str(folded))) == {"shards": str(folded)}
+
+
+def test_a_key_may_contain_blanks(tmp_path: Path) -> None:
+    """Keys of sets that others made."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(4410), 44_100)
+    rows = [SourceRow(key, [0], os.fsencode(tmp_path / "a.wav"), "") for key in ("a b", "c")]
+    shards = pack_here(Source("s", "tagging", ["a"], ["A"], rows_table(rows), []), tmp_path / "shards")
+    (tmp_path / "list").write_text(" a b \r\nd\r\n")
+    assert load_source(DataSource(url=str(shards), keys=str(tmp_path / "list"))).keys.to_pylist() == ["a b"]
+
+
+def test_clips_without_labels_can_not_be_evaluated(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(4410), 44_100)
+    rows = [SourceRow("a", [], os.fsencode(tmp_path / "a.wav"), "")]
+    shards = str(pack_here(Source("s", "tagging", ["a"], ["A"], rows_table(rows), []), tmp_path / "shards"))
+    with pytest.raises(UserError, match=f"{shards}: none of its 1 clips to evaluate has a label"):
+        load_train_and_eval(both(shards, shards, allow_overlap=True))
+
+
 def test_coverage_counts_the_rows_of_the_keys_asked_for(folded: Path, tmp_path: Path) -> None:
     """Rows 30, 31 and 32 are in the report."""
     assert count_reported(DataSource(url=str(folded))) == 3
@@ -105,7 +159,9 @@ def test_coverage_counts_the_rows_of_the_keys_asked_for(folded: Path, tmp_path: 
         ({"keys": "nowhere"}, "^nowhere: No such file"),
         ({"without": "."}, "^.: is a folder"),
         ({"keys": "empty"}, "^empty: none of its 0 keys is in "),
-        ({"without": "others"}, "^others: none of its 2 keys is in .*; it needs one key per line$"),
+        ({"without": "others"}, "^others: none of its 2 keys is in .*; it needs one key per line, or a column"),
+        ({"keys": "short.csv"}, "^short.csv: not a list of keys .*; it needs one key per line, or a column `key`"),
+        ({"keys": "open.csv"}, "^open.csv: not a list of keys .*unexpected end of data"),
         ({"without": "all"}, "the lists of keys, the split and the folds leave no clip"),
         ({"keys": "binary"}, "^binary: not a list of keys .*utf-8"),
     ],
@@ -117,6 +173,8 @@ def test_a_selection_that_can_not_be_is_one_line(
     monkeypatch.chdir(tmp_path)
     Path("empty").touch()
     Path("others").write_text("clip40\nclip41\n")
+    Path("short.csv").write_text("name,key\nx\n")
+    Path("open.csv").write_text('key,name\nclip01,"x\n')
     Path("binary").write_bytes(b"\xff\xfe\x00")
     key_list(Path("all"), range(30))
     with pytest.raises(UsageError, match=line) as error:

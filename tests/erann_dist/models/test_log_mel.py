@@ -8,7 +8,8 @@ import pytest
 import soundfile
 import torch
 
-from erann_dist.models.log_mel import ERANN_MEL, LogMel
+from erann_dist.models.log_mel import LogMel
+from erann_dist.models.mel_config import ERANN_MEL
 
 RATE = 44_100
 

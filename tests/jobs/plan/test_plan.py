@@ -1,21 +1,26 @@
 """What a plan says of a run: the very clips that training will read, counted one by one, and what follows from them."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from erann_dist.data.manifest import Manifest, load_manifest
+from erann_dist.errors import UserError
 from erann_dist.recipe import Recipe
 from erann_dist.train.augment import clip_positions
 from erann_dist.train.work_plan import assign_micro_batches, make_sampler
+from jobs.plan.page import plan_page
 from jobs.plan.plan import Cluster, Reads, Setting, plan, reckon
 from jobs.plan.simulation import NodeReads, Simulation
 from shards.listed import write_listed_set
-from tests.conftest import small_recipe
+from shards.sources.rows import Source, SourceRow, rows_table
+from tests.conftest import pack_here, small_recipe
 
 CLUSTER = Cluster(
     nodes=2,
@@ -172,7 +177,7 @@ def test_gpus_without_work_and_limits_are_named(tone_shards: Path) -> None:
         return "\n".join(reckon(recipe, clips, cluster, lambda done: None)["advice"])
 
     recipe, remote = a_recipe(tone_shards), a_recipe(tone_shards, "s3://bucket/set")
-    assert "12 of the 16 GPUs have nothing to do" in advice(recipe, nodes=8)
+    assert "capacity for 16 workers, but a step of 8 examples has only 4 micro-batches of 2" in advice(recipe, nodes=8)
     assert "raise optim.global_batch to 32" in advice(recipe, nodes=8)
     assert "2 of the 3 workers idle for part of each step" in advice(recipe, nodes=1, gpus_per_node=3)
     assert "decoding is the limit: with" in advice(recipe, core_clips_per_s=0.1)
@@ -181,6 +186,26 @@ def test_gpus_without_work_and_limits_are_named(tone_shards: Path) -> None:
     assert "the all-reduce takes" in advice(remote, network_gbit_s=1e-3)
     assert "more than 1 GPUs don't help" in advice(recipe, network_gbit_s=1e-3, gpus_per_node=1, nodes=4)
     assert "up to 4 GPUs help" in advice(recipe, nodes=1, gpus_per_node=4)
+
+
+def test_a_list_without_a_known_label_is_named(tone_shards: Path, tmp_path: Path) -> None:
+    """And not the folder that its tables are written to."""
+    segments = tmp_path / "x_segments.csv"
+    segments.write_text('x, 0.000, 10.000, "/m/none"\n')
+    with pytest.raises(UserError, match=f"^{segments}: none of its 1 segments has labels") as error:
+        plan(a_recipe(tone_shards), CLUSTER, [segments])
+    assert "\n" not in str(error.value)
+
+
+def test_clips_without_labels_are_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Uniform sampling needs none."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(4410), 44_100)
+    rows = [SourceRow("a", [], os.fsencode(tmp_path / "a.wav"), "")]
+    shards = pack_here(Source("s", "tagging", ["a"], ["A"], rows_table(rows), []), tmp_path / "shards")
+    result = plan(a_recipe(shards, data__sampling="uniform"), CLUSTER, [])
+    assert result["classes"] == {}
+    plan_page(result)
+    assert "draws of a clip" not in capsys.readouterr().out
 
 
 def test_a_list_stands_for_the_shards_that_it_would_give(tone_shards: Path, tmp_path: Path, real_data: Path) -> None:

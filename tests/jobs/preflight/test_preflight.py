@@ -217,7 +217,7 @@ def test_a_step_that_waits_for_data() -> None:
             {"workers": 4},
             0.01,
             9,
-            ["there is capacity for 9 workers, but a step has only 4 micro-batches"],
+            ["there is capacity for 9 workers, but a step of 16 examples has only 4 micro-batches of 4"],
         ),
         ({"optim": {"precision": "bf16"}}, {"workers": 3}, 0.01, 3, ["2 of the 3 workers idle for part of each step"]),
         ({"optim": {"precision": "bf16"}, "checkpoint": {"every": 3}}, {}, 0.01, 2, ["checkpoint.every=10 or more"]),

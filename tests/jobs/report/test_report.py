@@ -17,7 +17,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -134,6 +134,36 @@ def test_the_page_of_a_classification_run(run: Path) -> None:
     assert "has not finished" not in page.text
 
 
+def test_other_evaluations_of_the_model(run: Path) -> None:
+    """What erann evaluate wrote, with its selection and what it has in common with another's."""
+    absent = {"file": "list", "count": 4, "examples": ["a", HOSTILE, "c"]}
+    common = {
+        "file": "theirs/predictions.parquet",
+        "clips": 5,
+        "only_ours": 1,
+        "only_theirs": 2,
+        "list_hash": "cd" * 32,
+        "ours": {"accuracy": 0.6},
+        "theirs": {"accuracy": 0.8},
+        "labels_differ": 1,
+        "labels_example": {"key": "k", "ours": ["bark"], "theirs": []},
+    }
+    chosen = {"shards": "sets/x", "fold": [1, 2], "keys": "list", "not_in_set": [absent]}
+    for name, others in (("x-fold1", {"selection": chosen, "common": common}), ("old", {})):
+        (run / f"model/evaluations/{name}").mkdir(parents=True)
+        (run / f"model/evaluations/{name}/metrics.json").write_text(json.dumps(classification_metrics(**others)))
+    page = page_of(run)
+    what, shared = "sets/x, folds 1, 2, the keys in list", "clips in common with theirs/predictions.parquet"
+    assert ["x-fold1", what, "6", "accuracy", "0.8333", "", "ab" * 32] in page.cells
+    assert ["x-fold1", shared, "5", "accuracy", "0.6000", "0.8000", "cd" * 32] in page.cells
+    assert ["old", "old", "6", "accuracy", "0.8333", "", "ab" * 32] in page.cells
+    assert f"list: 4 keys not in the set: a, {HOSTILE}, c, …" in page.texts
+    assert any(text.startswith("1 clip with other labels there, such as k: bark here, no label") for text in page.texts)
+    assert "Other evaluations" in page.text
+    (run / "model/evaluations/old/metrics.json").write_text("{}")
+    assert any("model/evaluations/old/metrics.json is damaged" in text for text in page_of(run).texts)
+
+
 def test_the_worst_clips_come_first_with_their_labels(run: Path) -> None:
     page = page_of(run)
     worst, best = page.texts.index("worst"), page.texts.index("best")
@@ -200,6 +230,7 @@ def test_the_page_needs_nothing_but_itself(run: Path, tmp_path: Path) -> None:
         assert HOSTILE in page.text
 
 
+@settings(deadline=None)
 @given(text=st.text(min_size=1), key=st.text(min_size=1))
 def test_whatever_a_label_or_a_key_is_it_shows_as_text(text: str, key: str) -> None:
     per_class = [{"name": name, "clips": 1, "accuracy": 1.0} for name in (text, "b")]

@@ -10,10 +10,13 @@ import pytest
 from erann_dist.errors import UserError
 from erann_dist.storage.folder import open_folder
 from jobs.html.page import percent
+from jobs.shard_sets.pack import summary
 from jobs.shard_sets.stats import stats, stats_page
 from jobs.shard_sets.stats_page import hours
-from jobs.terminal.show import size
+from jobs.terminal.show import packed_page, size
+from shards.sources.folder import read_folder
 from shards.statistics import EXAMPLES
+from tests.conftest import pack_here
 from tests.shards.test_statistics import CLIPS, REPORT, write_set
 from tests.support.html_page import Page, require_self_contained
 
@@ -63,6 +66,30 @@ def test_the_html_page_escapes_what_comes_from_data(tmp_path: Path) -> None:
     assert texts.count(HOSTILE) >= 10
     assert "</td>" in texts
     assert "&amp;" in texts
+
+
+def test_sources_with_a_low_rate_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "2 clips (50.0%) from sources below 28,000 Hz (2 at 16,000 Hz): their mel bins above half that rate stay"
+    low = {"format": "pcm 16000 Hz mono"}
+    clips = [{**clip, **(low if i < 2 else {})} for i, clip in enumerate(CLIPS)]
+    assert f"warning: {line}" in terminal(capsys, tmp_path / "a", clips=clips, sample_rate=44_100)
+    assert "warning" not in terminal(capsys, tmp_path / "b", sample_rate=44_100)
+    assert any(text.startswith(line) for text in page_of(tmp_path / "c", clips, [], sample_rate=44_100).texts)
+
+
+def test_a_real_low_rate_is_warned_of_when_it_is_packed(
+    tmp_path: Path, real_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """UrbanSound8K at 22.05 kHz next to a clip of ESC-10 at 44.1 kHz."""
+    folder = tmp_path / "clips/a"
+    folder.mkdir(parents=True)
+    low = sorted((real_data / "urbansound8k/audio").rglob("*.wav"))[:2]
+    for path in [*low, min((real_data / "esc10/audio").iterdir())]:
+        (folder / path.name).symlink_to(path)
+    found = summary(open_folder(str(pack_here(read_folder(tmp_path / "clips"), tmp_path / "shards"))))
+    assert found["low_rate"]["rates"] == [{"rate": 22_050, "clips": 2}]
+    packed_page(found)
+    assert "warning: 2 clips (66.7%) from sources below 28,000 Hz (2 at 22,050 Hz)" in capsys.readouterr().out
 
 
 def test_the_html_page_of_an_indexed_set(tmp_path: Path) -> None:
