@@ -18,6 +18,7 @@ else:
 
 _AUDIOSET = "audioset"
 _OTHERS = "esc50, urbansound8k, ravdess, fsd50k, folder"
+_FOLDER = "folder: your own files"
 Segments = Annotated[
     Path | None,
     typer.Option(help="Segment list, such as balanced_train_segments.csv[.gz].", rich_help_panel=_AUDIOSET),
@@ -31,15 +32,49 @@ Audio = Annotated[
 ]
 Classes = Annotated[
     Path | None,
-    typer.Option(help="class_labels_indices.csv. Default: AudioSet's 527 classes.", rich_help_panel=_AUDIOSET),
+    typer.Option(
+        help="audioset: class_labels_indices.csv; default: its 527 classes. folder: the labels in order, one per line "
+        "or a CSV; default: alphabetical order.",
+        rich_help_panel=_AUDIOSET,
+    ),
 ]
 Root = Annotated[Path | None, typer.Option(help="The data set's folder.", rich_help_panel=_OTHERS)]
 Esc10 = Annotated[bool, typer.Option("--esc10", help="esc50: only ESC-10's ten classes.", rich_help_panel=_OTHERS)]
 Labels = Annotated[
     Path | None,
     typer.Option(
-        help="folder: CSV with path,labels[,split][,fold]. Default: each sub-folder is a class.",
-        rich_help_panel=_OTHERS,
+        help="CSV or TSV with path,labels[,split][,fold]. Default: metadata.csv with file_name,label, otherwise each "
+        "sub-folder is a class.",
+        rich_help_panel=_FOLDER,
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OURS=THEIRS,…",
+        help="The list's columns, such as path=fname,labels=labels,split=set; ours are path, labels or label, split, "
+        "fold. By number, from 0, for a list without a header: path=0,label=2.",
+        rich_help_panel=_FOLDER,
+    ),
+]
+LabelSeparator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Between the labels of a clip. Default: comma or semicolon. A label that contains it is in double quotes.",
+        rich_help_panel=_FOLDER,
+    ),
+]
+Suffix = Annotated[
+    str | None,
+    typer.Option(help="Suffix of the files, such as .wav, where the list's names have none.", rich_help_panel=_FOLDER),
+]
+LabelsFromFolders = Annotated[
+    Literal["classes", "all"],
+    typer.Option(
+        help="all: every sub-folder is a class, whatever its name. classes: those named train, val, test, dev, eval "
+        "and the like are splits.",
+        rich_help_panel=_FOLDER,
     ),
 ]
 _PACKING = "packing"
@@ -55,6 +90,10 @@ def pack(
     root: Root = None,
     esc10: Esc10 = False,
     labels: Labels = None,
+    columns: Columns = None,
+    label_separator: LabelSeparator = None,
+    suffix: Suffix = None,
+    labels_from_folders: LabelsFromFolders = "classes",
     clips_per_shard: Annotated[
         int, typer.Option(min=1, help="Clips per tar; 2500 clips of 10 s take about 1 GB.", rich_help_panel=_PACKING)
     ] = 2500,
@@ -96,7 +135,10 @@ def pack(
         if place and isinstance(folder, LocalFolder) and Path(folder.url).absolute().is_relative_to(place.absolute()):
             raise UsageError(f"--out {out}: is inside {place}, the source of the clips; choose another folder")
     with console.status("reading the source"):
-        source = read_source(kind, Options(segments, audio, classes, root, esc10, labels))
+        options = Options(
+            segments, audio, classes, root, esc10, labels, columns, label_separator, suffix, labels_from_folders
+        )
+        source = read_source(kind, options)
     packing = Packing(sample_rate, codec, clips_per_shard, order, min_seconds, skip_silent)
     try:
         result = run(source, folder, packing, address)
@@ -105,6 +147,19 @@ def pack(
         raise
     show(result, as_json, packed_page)
     require_coverage(result, max_missing)
+
+
+def inspect(
+    download: Annotated[Path, typer.Argument(metavar="DOWNLOAD", help="A folder, or one archive.")],
+    segments: Annotated[Path | None, typer.Option(help="Also match the files with this AudioSet segment list.")] = None,
+    as_json: Json = False,
+) -> None:
+    from jobs.shard_sets.inspect import inspect as run
+    from jobs.shard_sets.inspect import inspected_page
+
+    with console.status("looking"):
+        result = run(download, segments)
+    show(result, as_json, inspected_page)
 
 
 def verify(shards: Shards, quick: Quick = False, endpoint: Endpoint = None, as_json: Json = False) -> None:
@@ -121,6 +176,10 @@ def repair(
     classes: Classes = None,
     root: Root = None,
     labels: Labels = None,
+    columns: Columns = None,
+    label_separator: LabelSeparator = None,
+    suffix: Suffix = None,
+    labels_from_folders: LabelsFromFolders = "classes",
     quick: Quick = False,
     endpoint: Endpoint = None,
     address: Address = None,
@@ -135,7 +194,10 @@ def repair(
     if not info.packing:
         raise UserError(f"{folder}: its tars were not made by erann pack, so they can't be rebuilt")
     with console.status("reading the source"):
-        source = read_source_of(info.name, Options(segments, audio, classes, root, labels=labels))
+        options = Options(
+            segments, audio, classes, root, False, labels, columns, label_separator, suffix, labels_from_folders
+        )
+        source = read_source_of(info.name, options)
     show(run(folder, source, quick, address), as_json, repaired_page)
 
 
@@ -195,9 +257,20 @@ def add_to(app: typer.Typer) -> None:
             "erann pack urbansound8k --root ../shared/data/urbansound8k --out shard-sets/urbansound8k",
             "erann pack ravdess --root ../shared/data/ravdess --out shard-sets/ravdess",
             "erann pack folder --root ../shared/data/formats --out shard-sets/formats",
+            "erann pack folder --root MINE --labels mine.csv --columns path=fname,labels=tags --classes classes.txt "
+            "--suffix .wav --out shard-sets/mine",
         ),
         rich_help_panel="Shard sets",
     )(pack)
+    app.command(
+        help="Show what is in a download: files by kind, formats, data sets recognised, what matches, and the command "
+        "that packs it. Nothing is written or decoded."
+        + examples(
+            "erann inspect ../shared/data/esc10",
+            "erann inspect AUDIO --segments balanced_train_segments.csv",
+        ),
+        rich_help_panel="Shard sets",
+    )(inspect)
     app.command(
         help="Check a shard set against its manifest by reading every tar and decoding every clip."
         + examples(

@@ -34,6 +34,7 @@ from tests.support.run_logs import started, write_log
 
 COMMANDS = [
     "pack",
+    "inspect",
     "verify",
     "repair",
     "index",
