@@ -245,9 +245,9 @@ def _archive(kind: _Kind) -> dict[str, Any]:
         return result | {"problem": str(error), "sample": []}
     names = files.table["name"].slice(0, _EXAMPLES).to_pylist()
     clips = files.table.slice(0, _SAMPLE_OF_ARCHIVE).drop_columns(["stem", "name", "lossy"]).to_pylist()
-    sample = []
+    sample: list[dict[str, Any]] = []
     for name, clip in zip(names, clips, strict=True):
-        about = {
+        about: dict[str, Any] = {
             "file": os.path.join(path, printable(name)),
             "format": None,
             "rate": None,

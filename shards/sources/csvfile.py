@@ -16,7 +16,7 @@ from erann_dist.errors import UsageError, UserError
 from erann_dist.storage.plain_file import require_plain_file
 
 _HEAD_BYTES = 4096  # that are searched for a byte order mark or, without one, for zeros, which no UTF-8 text contains
-_QUOTED = r'"(?:[^"]|"")*"'
+_QUOTED = r'"(?:[^"]|"")*+"'
 
 
 def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, list[str]]]:
@@ -97,7 +97,7 @@ def _delimiter(path: Path, head: list[str]) -> str:
 
 def _without_blanks_after_quotes(lines: Iterator[str], delimiter: str) -> Iterator[str]:
     """The lines without blanks between a closing quote and the end of its field, which the csv module rejects."""
-    pattern = re.compile(rf"({_QUOTED}) +(?=[{delimiter}\r\n]|$)")
+    pattern = re.compile(rf"({_QUOTED})(?: +(?=[{delimiter}\r\n]|$))?")
     for line in lines:
         yield pattern.sub(r"\1", line) if '" ' in line else line
 

@@ -89,7 +89,8 @@ def _folder(options: Options) -> "Source":
     if options.label_separator == "":
         raise UsageError("--label-separator: is empty; without the option labels are divided at , and ;")
     columns = parse_columns(options.columns) if options.columns is not None else {}
-    form = ListFormat(columns, options.label_separator, options.suffix or "")
+    suffix = f".{options.suffix.removeprefix('.')}" if options.suffix else ""
+    form = ListFormat(columns, options.label_separator, suffix)
     is_all = options.labels_from_folders == "all"
     found, notes = find_metadata(options.root, form) if not options.labels and not is_all else (None, [])
     if labels := options.labels or found:
