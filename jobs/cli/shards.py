@@ -264,7 +264,7 @@ def add_to(app: typer.Typer) -> None:
     )(pack)
     app.command(
         help="Show what is in a download: files by kind, formats, data sets recognised, what matches, and the command "
-        "that packs it. Nothing is written or decoded."
+        "that packs it. Nothing is written."
         + examples(
             "erann inspect ../shared/data/esc10",
             "erann inspect AUDIO --segments balanced_train_segments.csv",

@@ -230,6 +230,8 @@ def _spread(samples: Iterable[list[str]]) -> list[str]:
 def _headers(paths: list[str]) -> Iterator[dict[str, Any]]:
     for path in paths:
         try:
+            if not os.path.getsize(path):
+                raise DecodeError("0 bytes")
             yield {"file": path, **asdict(read_header(Path(path))), "problem": None}
         except DecodeError as error:
             yield {"file": path, "format": None, "rate": None, "seconds": None, "problem": str(error)}

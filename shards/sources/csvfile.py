@@ -6,7 +6,7 @@ import gzip
 import io
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -31,14 +31,13 @@ def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, li
     number = 0
     try:
         with _opened(path) as file:
-            lines = ("\n" if comment and line.lstrip().startswith(comment) else line for line in file)
-            head = list(_through_first_with_content(lines))
-            delimiter = _delimiter(path, head)
-            whole = _without_blanks_after_quotes(chain(head, lines), delimiter)
-            reader = csv.reader(whole, delimiter=delimiter, skipinitialspace=True, strict=True)
+            head = list(_through_first_with_content(file, comment))
+            delimiter = _delimiter(path, head[-1] if head else "")
+            lines = _cleaned(chain(head, file), comment, delimiter)
+            reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
             for fields in reader:
                 number = reader.line_num
-                if any(map(str.strip, fields)):
+                if fields and (fields[0].strip() or any(map(str.strip, fields))):
                     yield number, fields
     except csv.Error as error:
         raise UserError(f"{path}:{number + 1}: {error}") from error
@@ -81,25 +80,35 @@ def fold_number(where: str, text: str) -> int:
     return int(text)
 
 
-def _through_first_with_content(lines: Iterator[str]) -> Iterator[str]:
+def _is_comment(line: str, comment: str | None) -> bool:
+    return comment is not None and comment in line and line.lstrip().startswith(comment)
+
+
+def _through_first_with_content(lines: Iterable[str], comment: str | None) -> Iterator[str]:
     for line in lines:
         yield line
-        if line.strip():
+        if line.strip() and not _is_comment(line, comment):
             return
 
 
-def _delimiter(path: Path, head: list[str]) -> str:
+def _delimiter(path: Path, first: str) -> str:
     if ".tsv" in path.suffixes[-2:]:
         return "\t"
-    found = re.search("[,;\t]", re.sub(_QUOTED, "", head[-1])) if head else None
+    found = re.search("[,;\t]", re.sub(_QUOTED, "", first))
     return found[0] if found else ","
 
 
-def _without_blanks_after_quotes(lines: Iterator[str], delimiter: str) -> Iterator[str]:
-    """The lines without blanks between a closing quote and the end of its field, which the csv module rejects."""
+def _cleaned(lines: Iterable[str], comment: str | None, delimiter: str) -> Iterator[str]:
+    """The lines, empty in place of comments, and without blanks between a closing quote and the end of its field.
+
+    The csv module rejects such blanks.
+    """
     pattern = re.compile(rf"({_QUOTED})(?: +(?=[{delimiter}\r\n]|$))?")
     for line in lines:
-        yield pattern.sub(r"\1", line) if '" ' in line else line
+        if _is_comment(line, comment):
+            yield "\n"
+        else:
+            yield pattern.sub(r"\1", line) if '" ' in line else line
 
 
 @contextmanager
