@@ -4,6 +4,7 @@ import os
 import random
 import re
 import shlex
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -183,10 +184,16 @@ def _walk(root: Path) -> _Files:
             for entry in entries:
                 if entry.name.startswith("."):
                     found.hidden += 1
-                elif entry.is_dir():
+                    continue
+                try:
+                    status = entry.stat()
+                except OSError:  # a link to nothing or to itself
+                    found.not_plain += 1
+                    continue
+                if stat.S_ISDIR(status.st_mode):
                     waiting.append(entry.path)
-                elif entry.is_file():
-                    _add(found, entry.path, entry.name, entry.stat(), rng)
+                elif stat.S_ISREG(status.st_mode):
+                    _add(found, entry.path, entry.name, status, rng)
                 else:
                     found.not_plain += 1
     return found

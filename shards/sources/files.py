@@ -226,7 +226,7 @@ def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterat
         for entry in entries:
             suffix = os.path.splitext(entry.name)[1].lower().decode(errors="replace")
             if entry.name.startswith(b"."):
-                if suffix in SUFFIXES or entry.is_dir():
+                if suffix in SUFFIXES or os.path.isdir(entry.path):
                     passed_over[HIDDEN] += 1
                 continue
             name = entry.path[len(root) + 1 :]

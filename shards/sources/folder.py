@@ -179,7 +179,7 @@ def read_listed_folder(
 
 def split_labels(text: str, separator: str | None = None) -> list[str]:
     """The labels in a field, without repeats, in alphabetical order. Those in double quotes may contain a separator."""
-    end = rf"(?:{re.escape(separator)}|$)" if separator else "(?:[,;]|$)"
+    end = rf"(?:{re.escape(separator) if separator else '[,;]'}|\Z)"
     label = re.compile(rf'\s*"((?:[^"]|"")*)"\s*{end}|(.*?){end}', re.DOTALL)
     names: set[str] = set()
     place = 0
@@ -256,7 +256,7 @@ def _speech_commands(root: Path, names: list[bytes]) -> tuple[dict[bytes, str], 
     here = Counter(lists[name] for name in names if name in lists)
     gone = len(lists) - here.total()
     splits = ", ".join(f"{count(here[split], 'clip')} in {split}" for split in _SPEECH_COMMANDS.values())
-    missing = f"; {gone:,} of their clips are not there" if gone else ""
+    missing = f"; no file for {gone:,} of their names" if gone else ""
     return lists, [f"{root}: {' and '.join(_SPEECH_COMMANDS)} give the splits: {splits}, the others in train{missing}"]
 
 

@@ -52,6 +52,7 @@ def test_files_by_kind(tmp_path: Path) -> None:
     os.mkfifo(root / "pipe.wav")
     (root / "gone.flac").symlink_to("nowhere")
     (root / "loop").symlink_to(root)
+    (root / "round").symlink_to("round")
     before = sorted(tmp_path.rglob("*"))
     result = inspect(root)
     assert sorted(tmp_path.rglob("*")) == before
@@ -59,7 +60,7 @@ def test_files_by_kind(tmp_path: Path) -> None:
         ".wav": ("sound", 2), ".mp3": ("sound", 1), ".csv.gz": ("list", 1), ".parquet": ("Parquet", 1),
         ".tar.zst": ("archive", 1), "": ("other", 1),
     }  # fmt: skip
-    assert (result["files"], result["hidden"], result["not_plain"]) == (7, 2, 2)
+    assert (result["files"], result["hidden"], result["not_plain"]) == (7, 2, 3)
     size = (root / "dog/a.wav").stat().st_size
     assert result["bytes"] == 2 * size
     assert result["kinds"][0]["bytes"] == 2 * size

@@ -8,6 +8,9 @@ import pytest
 from erann_dist.errors import UserError
 from shards.sources.audioset import read_audioset
 from shards.sources.csvfile import read_header, read_lines, read_table
+from shards.sources.esc50 import read_esc50
+from shards.sources.fsd50k import read_fsd50k
+from shards.sources.urbansound8k import read_urbansound8k
 from tests.shards.test_audioset import touch
 
 TEXT = 'path,labels\na.wav,"dog, rain"\nb.wav,café\n'
@@ -119,3 +122,23 @@ def test_a_header_is_expected_in_the_first_line_only(tmp_path: Path) -> None:
     (tmp_path / "s.csv").write_text(f"{line}YTID, start_seconds, end_seconds, positive_labels\n")
     with pytest.raises(UserError, match="s.csv:2: not a segment"):
         read_audioset(tmp_path / "s.csv", tmp_path / "audio")
+
+
+def test_the_data_sets_own_lists_with_the_same_oddities(tmp_path: Path) -> None:
+    touch(tmp_path / "esc", "audio/1-1-A-0.wav")
+    touch(tmp_path / "us8k", "fold1/100-3-0-0.wav")
+    touch(tmp_path / "fsd", "dev_audio/64760.wav")
+    lists = {
+        "esc/esc50.csv": "filename;fold;target;category;esc10\r\n1-1-A-0.wav;1;0;dog;True\r\n   \r\n",
+        "us8k/UrbanSound8K.csv": "slice_file_name\tfold\tclassID\tclass\n100-3-0-0.wav\t1\t3\tdog_bark\n",
+        "fsd/vocabulary.csv": "0;Bark;/m/2\n",
+        "fsd/dev.csv": 'fname, labels, mids, split\n64760,"Bark" ,"/m/2",train\n',
+    }
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text, encoding="utf-16")
+    sources = (read_esc50(tmp_path / "esc"), read_urbansound8k(tmp_path / "us8k"), read_fsd50k(tmp_path / "fsd"))
+    assert [(source.rows["key"].to_pylist(), source.rows["reason"].to_pylist()) for source in sources] == [
+        (["1-1-A-0"], [None]),
+        (["100-3-0-0"], [None]),
+        (["64760"], [None]),
+    ]

@@ -51,6 +51,8 @@ def splits(source: Source) -> dict[str, str | None]:
         ('12" vinyl,"quoted" start', None, ['"quoted" start', '12" vinyl']),  # quotes that enclose no label
         ('"open, dog', None, ['"open', "dog"]),
         ("", None, []),
+        ("dog\n", None, ["dog"]),
+        ('dog\n cat\n,"rain\n"\n', None, ["dog\n cat", "rain"]),
     ],
 )
 def test_labels_in_a_field(text: str, separator: str | None, labels: list[str]) -> None:
@@ -203,7 +205,7 @@ def test_speech_commands(tmp_path: Path) -> None:
     assert splits(source) == {"yes%2Fa": "train", "yes%2Fb": "val", "no%2Fa": "train", "no%2Fc": "test"}
     assert source.notes == [
         f"{tmp_path}: validation_list.txt and testing_list.txt give the splits: 1 clip in val, 1 clip in test, the "
-        "others in train; 1 of their clips are not there",
+        "others in train; no file for 1 of their names",
         f"{tmp_path}: left out: 1 sound file in _background_noise_",
         f"{tmp_path}: left out: 1 hidden (sound files and folders that begin with a dot)",
         f"{tmp_path}: skipped, not sound files by their names: 2 .txt",
@@ -228,13 +230,39 @@ def test_a_set_of_a_split_tree_packed_before_is_known_with_the_option(tmp_path: 
     """Its rows, and so its hash, are those that an older version made of the same tree."""
     write_sounds(tmp_path / "in", "train/dog/a.wav", "test/dog/b.wav")
     source = read(tmp_path / "in", labels_from_folders="all")
+    digest = "e24395c0498c8a0b94d053a527beafc9c9aebbe890385a7c1eebe089375d7a6f"
+    assert is_known(source, digest)
+    assert not is_known(read(tmp_path / "in"), digest)
+    write_sounds(tmp_path / "sets", "dog/a.wav", "dog/b.wav", "cat/a.wav", "stray.wav")
+    digest = "c0acc85d4f92e272037d0842c69c45220d6ae7c766900b6fcfb23ffd005dcd3b"
+    assert is_known(read(tmp_path / "sets"), digest)
+
+
+def test_a_listed_set_packed_before_is_known(tmp_path: Path) -> None:
+    write_sounds(tmp_path / "in", "a.wav", "b.wav", "sub/c.wav", "rest.wav")
+    (tmp_path / "mine.csv").write_text(LISTED_BEFORE)
+    assert is_known(
+        read(tmp_path / "in", tmp_path / "mine.csv"), "0088c737bb92deb0304d6e9e6a35cd68ecd0c7a8981d6fd3b9dfda91c02a61d1"
+    )
+
+
+LISTED_BEFORE = """path,labels,split,fold
+a.wav,"dog, rain",train,1
+./b.wav,dog;dog,test,2
+sub/c.wav,12" vinyl,,
+gone.wav,cat,,
+b.wav,,,
+a.flac,cat,,
+"""
+
+
+def is_known(source: Source, digest: str) -> bool:
+    """Whether the source is that of a set with this hash and the default options."""
     options = {"sample_rate": 44_100, "codec": "flac", "clips_per_shard": 2500, "order": "shuffled",
                "min_seconds": 0.02, "skip_silent": False, "assign": "present"}  # fmt: skip
-    digest = "e24395c0498c8a0b94d053a527beafc9c9aebbe890385a7c1eebe089375d7a6f"
-    labels = ["test", "train"]
-    info = SetInfo("folder", "classification", labels, labels, 44_100, "flac", {}, {}, options, digest, "")
-    assert build.Plan(source, Packing(), LocalFolder(str(tmp_path / "out"))).is_of(info)
-    assert not build.Plan(read(tmp_path / "in"), Packing(), LocalFolder(str(tmp_path / "out"))).is_of(info)
+    ids, names = source.label_ids, source.label_names
+    info = SetInfo("folder", source.task, ids, names, 44_100, "flac", {}, {}, options, digest, "")
+    return build.Plan(source, Packing(), LocalFolder("anywhere")).is_of(info)
 
 
 @pytest.mark.parametrize(
