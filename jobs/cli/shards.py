@@ -52,7 +52,7 @@ Columns = Annotated[
     str | None,
     typer.Option(
         metavar="OURS=THEIRS,…",
-        help="The list's columns, such as path=fname,labels=labels,split=set; ours are path, labels or label, split, "
+        help="The list's columns, such as path=fname,labels=tags; ours are path, labels or label, split, "
         "fold. By number, from 0, for a list without a header: path=0,label=2.",
         rich_help_panel=_FOLDER,
     ),

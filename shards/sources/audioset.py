@@ -50,7 +50,8 @@ def read_audioset(segments: Path, audio: Path, classes: Path = CLASSES) -> Sourc
     nulls = {field.name: pa.nulls(count, field.type) for field in ROW_SCHEMA if field.name not in columns}
     rows = pa.table({**columns, **nulls}).select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
     rows = locate(rows, place, files)
-    notes, counts = files.notes(place), files.counts(place)
+    counts = files.counts(place)
+    notes = files.notes(counts)
     if counts.unmatched or counts.without_file:
         notes.append(f"{audio}: names tried: {NAMES_TRIED}")
     return Source("audioset", "tagging", label_ids, label_names, rows, notes, counts)

@@ -45,7 +45,10 @@ class AudioFiles:
     warnings: list[str]
 
     def counts(self, place: pa.Array | None = None) -> FileCounts:
-        """How many files are used. place: as for notes."""
+        """How many files are used.
+
+        place: the files that rows were found for, as locate takes them; if not given, all files are used.
+        """
         if place is None:
             return FileCounts(len(self.table), len(self.table), 0, [])
         stems = self.table["stem"].combine_chunks()
@@ -59,14 +62,11 @@ class AudioFiles:
         examples = self.table["name"].filter(pc.invert(used))[:_EXAMPLES].to_pylist()
         return FileCounts(len(used), matched, len(used) - matched, [printable(name) for name in examples])
 
-    def notes(self, place: pa.Array | None = None) -> list[str]:
-        """For the user: what was odd about the files, and which of them are not used.
-
-        place: the files that rows were found for, as locate takes them; if not given, all files are used.
-        """
+    def notes(self, counts: FileCounts | None = None) -> list[str]:
+        """For the user: what was odd about the files and, where counts are given, which of them are used."""
         notes = list(self.warnings)
-        if place is not None:
-            notes += [f"{self.folder}: {line}" for line in self.counts(place).lines()]
+        if counts is not None:
+            notes += [f"{self.folder}: {line}" for line in counts.lines()]
         if hidden := self.passed_over.get(HIDDEN):
             notes.append(f"{self.folder}: left out: {hidden:,} hidden (sound files and folders that begin with a dot)")
         if kinds := [f"{number:,} {suffix}" for suffix, number in self.passed_over.items() if suffix != HIDDEN]:

@@ -283,7 +283,7 @@ def _with_listed_files(
         with_file=with_file,
         without_file=len(rows) - with_file,
     )
-    notes = [*(f"{root}: {line}" for line in counts.lines()), *files.notes()]
+    notes = files.notes(counts)
     if not with_file and not any(os.path.splitext(name)[1].lower() in SUFFIXES for name in listed):
         notes.append(
             f"{root}: the list's names do not end as those of sound files do; --suffix .wav adds what is missing"

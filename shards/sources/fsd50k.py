@@ -37,15 +37,9 @@ def read_fsd50k(root: Path) -> Source:
     stems = pa.array([row.source.encode() for row in rows])
     place = pc.index_in(stems, value_set=files.table["stem"].combine_chunks())
     table = locate(rows_table(rows), place, files)
-    return Source(
-        "fsd50k",
-        "tagging",
-        mids,
-        [name.replace("_", " ") for name in names],
-        table,
-        files.notes(place),
-        files.counts(place),
-    )
+    counts = files.counts(place)
+    labels = [name.replace("_", " ") for name in names]
+    return Source("fsd50k", "tagging", mids, labels, table, files.notes(counts), counts)
 
 
 def _read_vocabulary(path: Path) -> tuple[list[str], list[str]]:
