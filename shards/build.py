@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from erann_dist.data.audio import RESAMPLER
 from erann_dist.data.manifest import (
     CLIP_SCHEMA,
+    FILE_COUNTS,
     MANIFEST,
     REPORT_SCHEMA,
     SHARD_SCHEMA,
@@ -327,6 +328,8 @@ def finish(plan: Plan) -> SetInfo:
         content_hash=content_hash(clips),
     )
     shards = pa.Table.from_pylist([result.shard for result in results], SHARD_SCHEMA)
+    if source.files:
+        report = report.replace_schema_metadata({FILE_COUNTS: json.dumps(asdict(source.files))})
     write_shard_set_tables(folder, info, clips, shards, report)
     _remove_state(folder)
     return info

@@ -121,6 +121,11 @@ def pack_clip(
     return packed
 
 
+def first_block(row: SourceRow) -> Block:
+    """The beginning of the row's sound, at most some 24 s. Raises Rejected, DecodeError."""
+    return _with_sound(row, next)
+
+
 def cut_segment(
     parts: Iterable[npt.NDArray[np.float32]], first: int, length: int, slack: int
 ) -> Iterator[npt.NDArray[np.float32]]:

@@ -24,6 +24,7 @@ from erann_dist.data.manifest import (
 from erann_dist.errors import UserError
 from erann_dist.storage.folder import Folder
 from shards.build import sha256
+from shards.sources.class_lists import ClassList
 from shards.sources.rows import safe_key
 from shards.sources.samples import Fields, LabelSpace, Member, Sample, label_space, read_samples, unique_names
 from shards.sources.tars import OTHER_SUFFIXES, TAR_SUFFIXES
@@ -34,9 +35,7 @@ _GZIP = b"\x1f\x8b"  # the first bytes of a gzipped file
 _USUAL_FIELDS = Fields()
 
 
-def index(
-    folder: Folder, classes: tuple[list[str], list[str]] | None = None, fields: Fields = _USUAL_FIELDS
-) -> Iterator[str]:
+def index(folder: Folder, classes: ClassList | None = None, fields: Fields = _USUAL_FIELDS) -> Iterator[str]:
     """Read every tar below the folder in full, yielding each name, then write the three tables.
 
     A sample is `KEY.flac` or `KEY.wav` (mono, 16 bits, all of one format and rate) with its labels where `fields` says:
@@ -82,7 +81,7 @@ def _compressed(tar: str, count: int) -> UserError:
 
 def _write(
     folder: Folder,
-    classes: tuple[list[str], list[str]] | None,
+    classes: ClassList | None,
     samples: list[Sample],
     sounds: list[dict[str, Any]],
     shards: list[dict[str, Any]],

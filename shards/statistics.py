@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from erann_dist.data.manifest import REPORT, SHARDS, SetInfo, list_hash, read_manifest, read_table
+from erann_dist.data.manifest import FILE_COUNTS, REPORT, SHARDS, SetInfo, list_hash, read_manifest, read_table
+from erann_dist.formats import strict_json
 from erann_dist.models.mel_config import ERANN_MEL
 from erann_dist.storage.folder import Folder
 from shards.sources.data_sets import find_data_set
@@ -35,6 +36,8 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
     info, clips = read_manifest(folder, ["key", "labels", "split", "fold", "samples", "peak", "format"])
     tars = read_table(folder, SHARDS, ["size"])
     report = read_table(folder, REPORT)
+    files = _file_counts(folder, report)
+    report = report.replace_schema_metadata()
     indexed = not info.packing
     absent = report.filter(pc.not_equal(report["reason"], "duplicate"))  # a duplicate is not one more clip
     samples = clips["samples"].to_numpy()
@@ -56,6 +59,7 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
         "content_hash": info.content_hash,
         "source_hash": info.source_hash,
         "list_hash": hash_,
+        "files": files,
         "coverage": {
             **_share(len(clips), None if indexed else len(clips) + len(absent)),
             "duplicates": len(report) - len(absent),
@@ -73,6 +77,27 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
         "balanced": _balanced(counts, row, label, len(clips), examples),
         "recordings": _recordings(info.name, pa.concat_tables([t.select(["key", "fold"]) for t in (clips, report)])),
     }
+
+
+class _FileCounts(strict_json.Record):
+    """shards.sources.rows.FileCounts, as a report's metadata has it."""
+
+    found: strict_json.Count
+    matched: strict_json.Count
+    unmatched: strict_json.Count
+    examples: list[str]
+    listed: strict_json.Count | None
+    with_file: strict_json.Count | None
+    without_file: strict_json.Count | None
+
+
+def _file_counts(folder: Folder, report: pa.Table) -> dict[str, Any] | None:
+    """What packing found; None for sets of older versions, and for indexed ones."""
+    text = (report.schema.metadata or {}).get(FILE_COUNTS.encode())
+    if text is None:
+        return None
+    where = f"{folder}/{REPORT}: {FILE_COUNTS}"
+    return strict_json.read(_FileCounts, text, where, "restore it, or pack the set again").model_dump()
 
 
 def shared_recordings(name: str, keys: Iterable[str], folds: Iterable[int | None]) -> dict[str, list[int]]:

@@ -65,6 +65,7 @@ from jobs.training.study_manifest import STUDY_MANIFEST, StudyManifest, require_
 from shards import build, index
 from shards.clip import Packing
 from shards.repair import repair_tasks, why_different
+from shards.sources.class_lists import ClassList
 from shards.sources.rows import Source, SourceRow, rows_table
 from shards.stage import staging
 from shards.statistics import statistics
@@ -651,7 +652,7 @@ def test_forged_labels_in_tars(tmp_path: Path) -> None:
     folder = LocalFolder(str(tmp_path))
     read_once(lambda: list(index.index(folder)), tmp_path)
     (tmp_path / MANIFEST).unlink(missing_ok=True)
-    list(index.index(folder, (["x", "1"], ["x", "1"])))
+    list(index.index(folder, ClassList("", ["x", "1"], ["x", "1"])))
     assert len(load_manifest(tmp_path)) >= 1
     assert not [problem for _, found in verify(folder) for problem in found]
 

@@ -339,5 +339,46 @@ def _mono(channels: npt.NDArray[np.floating[Any]], rate: int, codec: str) -> Blo
         samples += channel.astype(np.float32)
     if count > 1:
         samples /= np.float32(count)
-    layout = {1: "mono", 2: "stereo"}.get(count, f"{count} channels")
-    return Block(samples, rate, f"{codec} {rate} Hz {layout}")
+    return Block(samples, rate, _format(codec, rate, count))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about its sound; the sound itself may say something else."""
+
+    format: str  # such as "mp3 44100 Hz stereo"
+    rate: int
+    seconds: float | None  # None where the header does not have it
+
+
+def read_header(path: Path) -> Header:
+    """A sound file's format from its header, by the decoder that is the first to try. Raises DecodeError."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) in _UNCOMPRESSED:
+                file.seek(0)
+                info = soundfile.info(file)
+                codec = f"{info.format} {info.subtype}".lower()
+                return Header(_format(codec, info.samplerate, info.channels), info.samplerate, info.duration)
+        with av.open(
+            str(path),
+            options={"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"},
+            **_READ_ANY_METADATA,
+        ) as container:
+            if not container.streams.audio:
+                raise DecodeError("no audio stream")
+            context = container.streams.audio[0].codec_context
+            if context is None or not context.sample_rate:
+                raise DecodeError("a codec that FFmpeg does not know")
+            seconds = container.duration / av.time_base if container.duration else None
+            text = _format(context.name, context.sample_rate, context.layout.nb_channels)
+            return Header(text, context.sample_rate, seconds)
+    except soundfile.LibsndfileError as error:
+        raise DecodeError(error.error_string) from error
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise DecodeError(getattr(error, "strerror", None) or str(error).splitlines()[0]) from error
+
+
+def _format(codec: str, rate: int, channels: int) -> str:
+    layout = {1: "mono", 2: "stereo"}.get(channels, f"{channels} channels")
+    return f"{codec} {rate} Hz {layout}"

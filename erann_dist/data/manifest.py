@@ -30,6 +30,7 @@ from erann_dist.storage.folder import Folder, LocalFolder, open_folder
 
 SCHEMA_VERSION = 2
 MANIFEST, SHARDS, REPORT = "manifest.parquet", "shards.parquet", "report.parquet"
+FILE_COUNTS = "files"  # the report's metadata key for how the files found and the clips listed fit together, as JSON
 
 CLIP_SCHEMA = pa.schema(
     [

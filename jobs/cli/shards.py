@@ -19,6 +19,7 @@ else:
 _AUDIOSET = "audioset"
 _OTHERS = "esc50, urbansound8k, ravdess, fsd50k, folder"
 _PLACE_HELP = "Default: labels or label in the JSON, else cls, else txt."
+_FOLDER = "folder: your own files"
 Segments = Annotated[
     Path | None,
     typer.Option(help="Segment list, such as balanced_train_segments.csv[.gz].", rich_help_panel=_AUDIOSET),
@@ -32,16 +33,50 @@ Audio = Annotated[
 ]
 Classes = Annotated[
     Path | None,
-    typer.Option(help="class_labels_indices.csv. Default: AudioSet's 527 classes.", rich_help_panel=_AUDIOSET),
+    typer.Option(
+        help="audioset: class_labels_indices.csv; default: its 527 classes. folder: the labels in order, one per line "
+        "or a CSV; default: alphabetical order.",
+        rich_help_panel=_AUDIOSET,
+    ),
 ]
 Root = Annotated[Path | None, typer.Option(help="The data set's folder.", rich_help_panel=_OTHERS)]
 Esc10 = Annotated[bool, typer.Option("--esc10", help="esc50: only ESC-10's ten classes.", rich_help_panel=_OTHERS)]
 Labels = Annotated[
     Path | None,
     typer.Option(
-        help="folder: CSV with path,labels[,split][,fold]; by default each sub-folder is a class. webdataset: where in "
-        f"a sample, such as json:tag or cls. {_PLACE_HELP}",
-        rich_help_panel=_OTHERS,
+        help="CSV or TSV with path,labels[,split][,fold]. Default: metadata.csv with file_name,label, otherwise each "
+        "sub-folder is a class. webdataset: where in a sample the labels are, such as json:tag, cls or txt. "
+        f"{_PLACE_HELP}",
+        rich_help_panel=_FOLDER,
+    ),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OURS=THEIRS,…",
+        help="The list's columns, such as path=fname,labels=tags; ours are path, labels or label, split, "
+        "fold. By number, from 0, for a list without a header: path=0,label=2.",
+        rich_help_panel=_FOLDER,
+    ),
+]
+LabelSeparator = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Between the labels of a clip. Default: comma or semicolon. A label that contains it is in double quotes.",
+        rich_help_panel=_FOLDER,
+    ),
+]
+Suffix = Annotated[
+    str | None,
+    typer.Option(help="Suffix of the files, such as .wav, where the list's names have none.", rich_help_panel=_FOLDER),
+]
+LabelsFromFolders = Annotated[
+    Literal["classes", "all"],
+    typer.Option(
+        help="all: every sub-folder is a class, whatever its name. classes: those named train, val, test, dev, eval "
+        "and the like are splits.",
+        rich_help_panel=_FOLDER,
     ),
 ]
 _WEBDATASET = "webdataset"
@@ -73,6 +108,10 @@ def pack(
     root: Root = None,
     esc10: Esc10 = False,
     labels: Labels = None,
+    columns: Columns = None,
+    label_separator: LabelSeparator = None,
+    suffix: Suffix = None,
+    labels_from_folders: LabelsFromFolders = "classes",
     tars: Tars = None,
     split: Split = None,
     fold: Fold = None,
@@ -124,6 +163,10 @@ def pack(
             root,
             esc10,
             labels,
+            columns,
+            label_separator,
+            suffix,
+            labels_from_folders,
             tars=tars,
             split=split,
             fold=fold,
@@ -141,6 +184,19 @@ def pack(
     require_coverage(result, max_missing)
 
 
+def inspect(
+    download: Annotated[Path, typer.Argument(metavar="DOWNLOAD", help="A folder, or one archive.")],
+    segments: Annotated[Path | None, typer.Option(help="Also match the files with this AudioSet segment list.")] = None,
+    as_json: Json = False,
+) -> None:
+    from jobs.shard_sets.inspect import inspect as run
+    from jobs.shard_sets.inspect import inspected_page
+
+    with console.status("looking"):
+        result = run(download, segments)
+    show(result, as_json, inspected_page)
+
+
 def verify(shards: Shards, quick: Quick = False, endpoint: Endpoint = None, as_json: Json = False) -> None:
     from erann_dist.storage.folder import open_folder
     from jobs.shard_sets.maintenance import verify as run
@@ -155,6 +211,10 @@ def repair(
     classes: Classes = None,
     root: Root = None,
     labels: Labels = None,
+    columns: Columns = None,
+    label_separator: LabelSeparator = None,
+    suffix: Suffix = None,
+    labels_from_folders: LabelsFromFolders = "classes",
     tars: Tars = None,
     split: Split = None,
     fold: Fold = None,
@@ -178,6 +238,10 @@ def repair(
             classes,
             root,
             labels=labels,
+            columns=columns,
+            label_separator=label_separator,
+            suffix=suffix,
+            labels_from_folders=labels_from_folders,
             tars=tars,
             split=split,
             fold=fold,
@@ -203,8 +267,8 @@ def index(
 ) -> None:
     from erann_dist.storage.folder import open_folder
     from jobs.shard_sets.maintenance import index as run
+    from shards.sources.class_lists import read_class_list
     from shards.sources.samples import parse_fields
-    from shards.sources.webdataset import read_class_list
 
     folder = open_folder(shards, endpoint)
     show(run(folder, read_class_list(classes) if classes else None, parse_fields(labels)), as_json, packed_page)
@@ -258,9 +322,20 @@ def add_to(app: typer.Typer) -> None:
             "erann pack ravdess --root ../shared/data/ravdess --out shard-sets/ravdess",
             "erann pack folder --root ../shared/data/formats --out shard-sets/formats",
             "erann pack webdataset --tars 's3://bucket/{000..099}.tar' --labels json:tag --out shard-sets/theirs",
+            "erann pack folder --root MINE --labels mine.csv --columns path=fname,labels=tags --classes classes.txt "
+            "--suffix .wav --out shard-sets/mine",
         ),
         rich_help_panel="Shard sets",
     )(pack)
+    app.command(
+        help="Show what is in a download: files by kind, formats, data sets recognised, what matches, and the command "
+        "that packs it. Nothing is written."
+        + examples(
+            "erann inspect ../shared/data/esc10",
+            "erann inspect AUDIO --segments balanced_train_segments.csv",
+        ),
+        rich_help_panel="Shard sets",
+    )(inspect)
     app.command(
         help="Check a shard set against its manifest by reading every tar and decoding every clip."
         + examples(

@@ -11,6 +11,7 @@ from jobs.shard_sets.pack import build_all, summary
 from jobs.terminal.progress import bar, console
 from shards.index import index as index_tars
 from shards.repair import repair_tasks, why_different
+from shards.sources.class_lists import ClassList
 from shards.sources.rows import Source
 from shards.sources.samples import Fields
 from shards.stage import Staging, copy, staging
@@ -48,7 +49,7 @@ def repair(folder: Folder, source: Source, quick: bool = False, address: str | N
     return {"shards": str(folder), "rebuilt": [task.name for task in tasks]}
 
 
-def index(folder: Folder, classes: tuple[list[str], list[str]] | None, fields: Fields) -> dict[str, Any]:
+def index(folder: Folder, classes: ClassList | None, fields: Fields) -> dict[str, Any]:
     """Write a manifest for existing tars. Raises UserError."""
     with console.status("indexing") as status:
         for number, _ in enumerate(index_tars(folder, classes, fields)):

@@ -11,6 +11,7 @@ from jobs.html.page import percent
 from jobs.outputs import check_output
 from jobs.shard_sets.stats_page import hours, html_page, times
 from jobs.terminal.show import console, low_rate_warning, size
+from shards.sources.rows import FileCounts
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN, statistics
 
 _FEW = 6
@@ -72,6 +73,9 @@ def _facts(result: dict[str, Any]) -> Table:
         table.add_row("coverage", text)
         if coverage["absent_without_class"]:
             table.add_row("", f"{coverage['absent_without_class']:,} of those not packed have no known class")
+    if files := result["files"]:
+        for i, line in enumerate(FileCounts(**files).lines()):
+            table.add_row("" if i else "files", line)
     table.add_row(
         "seconds",
         "shortest {min:.2f}, quartiles {q1:.2f}, {median:.2f}, {q3:.2f}, longest {max:.2f}".format(**durations),

@@ -8,6 +8,7 @@ from jobs.html import page
 from jobs.html.figure import FILL, INK, PALE, SOFT
 from jobs.html.page import percent
 from jobs.terminal.show import low_rate_warning, size
+from shards.sources.rows import FileCounts
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN
 
 _FORMATS = 20  # Rows of the table of formats.
@@ -98,6 +99,8 @@ def _coverage(result: dict[str, Any]) -> Markup:
             notes.append(f"{coverage['absent_without_class']:,} listed clips have no known class and count in none.")
         if notes:
             parts.append(page.soft(" ".join(notes)))
+    if files := result["files"]:
+        parts.append(page.paragraph(f"When it was packed: {'; '.join(FileCounts(**files).lines())}."))
     for column in ("split", "fold"):
         if groups := coverage[column + "s"]:
             parts += [page.element("subheading", f"by {column}"), _coverage_table(column, groups)]

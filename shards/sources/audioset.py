@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist.errors import UserError
+from shards.sources.class_lists import require_few_labels
 from shards.sources.csvfile import read_lines
 from shards.sources.files import find_audio, locate
 from shards.sources.rows import ROW_SCHEMA, Source, safe_key
@@ -49,7 +50,11 @@ def read_audioset(segments: Path, audio: Path, classes: Path = CLASSES) -> Sourc
     nulls = {field.name: pa.nulls(count, field.type) for field in ROW_SCHEMA if field.name not in columns}
     rows = pa.table({**columns, **nulls}).select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
     rows = locate(rows, place, files)
-    return Source("audioset", "tagging", label_ids, label_names, rows, files.notes(place))
+    counts = files.counts(place)
+    notes = files.notes(counts)
+    if counts.unmatched or counts.without_file:
+        notes.append(f"{audio}: names tried: {NAMES_TRIED}")
+    return Source("audioset", "tagging", label_ids, label_names, rows, notes, counts)
 
 
 def read_classes(path: Path) -> tuple[list[str], list[str]]:
@@ -65,6 +70,7 @@ def read_classes(path: Path) -> tuple[list[str], list[str]]:
         names.append(fields[2])
     if not ids:
         raise UserError(f"{path}: lists no class")
+    require_few_labels(path, ids)
     return ids, names
 
 
@@ -82,7 +88,9 @@ def _read_segments(path: Path) -> pa.Table:
         )
         chunk.clear()
 
-    for line, fields in read_lines(path, comment="#"):
+    for number, (line, fields) in enumerate(read_lines(path, comment="#")):
+        if number == 0 and _is_header(fields):
+            continue
         try:
             ytid, start_text, end_text, mids = fields
             start, end = float(start_text), float(end_text)
@@ -98,6 +106,11 @@ def _read_segments(path: Path) -> pa.Table:
     if not len(table):
         raise UserError(f"{path}: lists no segment")
     return table.combine_chunks()
+
+
+def _is_header(fields: list[str]) -> bool:
+    """Whether these are column names, as in lists whose header has lost its #."""
+    return len(fields) == 4 and "start" in fields[1].lower() and "end" in fields[2].lower()
 
 
 def _label_indices(mids: pa.ChunkedArray, label_ids: list[str]) -> tuple[pa.ListArray, pa.Array]:
@@ -140,6 +153,11 @@ def _find(listed: pa.Table, stems: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]
     return place, is_segment
 
 
+# For the user: what _timed_names, _plain_names and _TITLED search for.
+NAMES_TRIED = (
+    "ID_START_END, ID_START-END, ID-START-END and ID_START (times in ms, or in seconds with 0 to 3 decimals), "
+    "also after Y; YID, ID, id_ID, ID_out; TITLE [ID], TITLE-ID, ID.fNUMBER"
+)
 _TIMED = r"^.{11,}[_-][0-9]+(?:\.[0-9]+)?$"
 _ID = r"(?P<id>[A-Za-z0-9_-]{11})"
 _TITLED = (rf"\[{_ID}\](?:\.f[0-9]+)?$", rf"^{_ID}\.f[0-9]+(?:-[0-9]+)?$", rf".-{_ID}$")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from erann_dist.errors import UsageError
 
@@ -21,6 +21,10 @@ class Options:
     root: Path | None = None
     esc10: bool = False
     labels: Path | None = None  # for webdataset the place of the labels, such as json:tag
+    columns: str | None = None
+    label_separator: str | None = None
+    suffix: str | None = None
+    labels_from_folders: Literal["classes", "all"] = "classes"
     tars: str | None = None
     split: str | None = None
     fold: str | None = None
@@ -84,10 +88,23 @@ def _fsd50k(options: Options) -> "Source":
 
 
 def _folder(options: Options) -> "Source":
-    from shards.sources.folder import read_folder, read_listed_folder
+    from shards.sources.folder import ListFormat, find_metadata, parse_columns, read_folder, read_listed_folder
 
     assert options.root
-    return read_listed_folder(options.root, options.labels) if options.labels else read_folder(options.root)
+    if options.label_separator == "":
+        raise UsageError("--label-separator: is empty; without the option labels are divided at , and ;")
+    columns = parse_columns(options.columns) if options.columns is not None else {}
+    suffix = f".{options.suffix.removeprefix('.')}" if options.suffix else ""
+    form = ListFormat(columns, options.label_separator, suffix)
+    is_all = options.labels_from_folders == "all"
+    found, notes = find_metadata(options.root, form) if not options.labels and not is_all else (None, [])
+    if labels := options.labels or found:
+        source = read_listed_folder(options.root, labels, form, options.classes)
+    elif form != ListFormat():
+        raise UsageError("--columns, --label-separator and --suffix are for a list; give it with --labels")
+    else:
+        source = read_folder(options.root, options.classes, splits=not is_all)
+    return replace(source, notes=notes + source.notes)
 
 
 def _webdataset(options: Options) -> "Source":

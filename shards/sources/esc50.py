@@ -42,4 +42,5 @@ def read_esc50(root: Path, esc10: bool = False) -> Source:
     rows = locate(rows, place, files)
     ids = list(names.values())
     labels = [name.replace("_", " ") for name in ids]
-    return Source("esc10" if esc10 else "esc50", "classification", ids, labels, rows, files.notes(place))
+    name, counts = "esc10" if esc10 else "esc50", files.counts(place)
+    return Source(name, "classification", ids, labels, rows, files.notes(counts), counts)

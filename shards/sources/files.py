@@ -4,7 +4,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from erann_dist.data.audio import LOSSLESS_SUFFIXES, SUFFIXES
 from erann_dist.errors import UsageError, UserError
-from shards.sources.rows import printable
+from shards.sources.rows import FileCounts, printable
 
 FILE_SCHEMA = pa.schema(
     [
@@ -29,6 +29,7 @@ FILE_SCHEMA = pa.schema(
 HDF5_SUFFIXES = (".h5", ".hdf5")
 _CHUNK = 65_536  # rows held as Python objects at a time; two million at once would take a gigabyte
 
+HIDDEN = "hidden"  # under which passed_over counts hidden sound files and folders
 _EXAMPLES = 3  # How many names a note lists.
 _MOST_FOLDERS = 20_000  # that are searched for a data set's own list
 _Found = tuple[bytes, bytes, int | None, int | None]  # name, path, offset, size
@@ -40,26 +41,36 @@ class AudioFiles:
 
     folder: Path
     table: pa.Table  # FILE_SCHEMA; of files with the same stem the preferred one comes first: see find_audio
-    passed_over: dict[str, int]  # suffix -> number of files that are not sound files by their names
+    passed_over: dict[str, int]  # suffix -> number of files that are not sound files by their names; HIDDEN
     warnings: list[str]
 
-    def notes(self, place: pa.Array | None = None) -> list[str]:
-        """For the user: what was odd about the files, and which of them are not used.
+    def counts(self, place: pa.Array | None = None) -> FileCounts:
+        """How many files are used.
 
         place: the files that rows were found for, as locate takes them; if not given, all files are used.
         """
+        if place is None:
+            return FileCounts(len(self.table), len(self.table), 0, [])
+        stems = self.table["stem"].combine_chunks()
+        counts = self.counts_of(pc.is_in(stems, value_set=pc.unique(stems.take(place.drop_null()))))
+        without = place.null_count
+        return replace(counts, listed=len(place), with_file=len(place) - without, without_file=without)
+
+    def counts_of(self, used: pa.Array) -> FileCounts:
+        """The same where `used` says of each file whether a clip of the list uses it."""
+        matched = pc.sum(used).as_py()
+        examples = self.table["name"].filter(pc.invert(used))[:_EXAMPLES].to_pylist()
+        return FileCounts(len(used), matched, len(used) - matched, [printable(name) for name in examples])
+
+    def notes(self, counts: FileCounts | None = None) -> list[str]:
+        """For the user: what was odd about the files and, where counts are given, which of them are used."""
         notes = list(self.warnings)
-        if place is not None:
-            stems = self.table["stem"].combine_chunks()
-            unused = pc.invert(pc.is_in(stems, value_set=pc.unique(stems.take(place.drop_null()))))
-            if count := pc.sum(unused).as_py():
-                names = self.table["name"].filter(unused)[:_EXAMPLES].to_pylist()
-                some = ", ".join(printable(name) for name in names) + (", …" if count > _EXAMPLES else "")
-                unmatched = f"{count:,} of {len(stems):,} sound files match no clip of the list"
-                notes.append(f"{self.folder}: {unmatched}: {some}")
-        if self.passed_over:
-            kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in self.passed_over.items())
-            notes.append(f"{self.folder}: skipped, not sound files by their names: {kinds}")
+        if counts is not None:
+            notes += [f"{self.folder}: {line}" for line in counts.lines()]
+        if hidden := self.passed_over.get(HIDDEN):
+            notes.append(f"{self.folder}: left out: {hidden:,} hidden (sound files and folders that begin with a dot)")
+        if kinds := [f"{number:,} {suffix}" for suffix, number in self.passed_over.items() if suffix != HIDDEN]:
+            notes.append(f"{self.folder}: skipped, not sound files by their names: {', '.join(kinds)}")
         return notes
 
 
@@ -213,9 +224,11 @@ def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterat
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)  # if two paths lead to a folder, always use the same
         for entry in entries:
-            if entry.name.startswith(b"."):
-                continue
             suffix = os.path.splitext(entry.name)[1].lower().decode(errors="replace")
+            if entry.name.startswith(b"."):
+                if suffix in SUFFIXES or os.path.isdir(entry.path):
+                    passed_over[HIDDEN] += 1
+                continue
             name = entry.path[len(root) + 1 :]
             if is_folder := os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 folders.append(entry.path)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist.errors import UserError
+from shards.sources.class_lists import require_few_labels
 from shards.sources.csvfile import read_lines, read_table
 from shards.sources.files import find_audio, find_list, locate
 from shards.sources.rows import Source, SourceRow, rows_table, safe_key
@@ -36,7 +37,9 @@ def read_fsd50k(root: Path) -> Source:
     stems = pa.array([row.source.encode() for row in rows])
     place = pc.index_in(stems, value_set=files.table["stem"].combine_chunks())
     table = locate(rows_table(rows), place, files)
-    return Source("fsd50k", "tagging", mids, [name.replace("_", " ") for name in names], table, files.notes(place))
+    counts = files.counts(place)
+    labels = [name.replace("_", " ") for name in names]
+    return Source("fsd50k", "tagging", mids, labels, table, files.notes(counts), counts)
 
 
 def _read_vocabulary(path: Path) -> tuple[list[str], list[str]]:
@@ -50,6 +53,7 @@ def _read_vocabulary(path: Path) -> tuple[list[str], list[str]]:
         mids.append(fields[2])
     if not mids:
         raise UserError(f"{path}: lists no class")
+    require_few_labels(path, mids)
     return mids, names
 
 

@@ -11,7 +11,7 @@ from shards.sources.rows import Source, SourceRow, printable, rows_table, safe_k
 
 LABELS = "neutral calm happy sad angry fearful disgust surprised".split()  # emotion 01 to 08
 # modality-channel-emotion-intensity-statement-repetition-actor; zenodo.org/records/1188976
-_NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")
+NAME = re.compile(r"(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)-(\d\d)")
 FOLDS = 4
 _ACTORS = 24
 _FILM, _SOUND = 1, b"03"  # modalities; 02 is the film alone
@@ -31,12 +31,14 @@ def read_ravdess(root: Path) -> Source:
     rows = rows_table(_row(name, name[2:] in as_sound) for name in names.to_pylist())
     first = pc.index_in(names, value_set=stems)
     labels = [label.capitalize() for label in LABELS]
-    return Source("ravdess", "classification", LABELS, labels, locate(rows, first, files), files.notes())
+    return Source(
+        "ravdess", "classification", LABELS, labels, locate(rows, first, files), files.notes(), files.counts()
+    )
 
 
 def _row(stem: bytes, is_there_as_sound: bool) -> SourceRow:
     name, key = printable(stem), safe_key(stem)
-    match = _NAME.fullmatch(name)
+    match = NAME.fullmatch(name)
     if not match:
         return SourceRow(key, [], None, name, reason="wrong label", detail="not a RAVDESS file name")
     modality, channel, emotion, _, _, _, actor = (int(field) for field in match.groups())

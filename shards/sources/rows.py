@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from erann_dist.words import count
+
 if TYPE_CHECKING:  # a decoder process starts in half the time without S3 and Parquet
     from erann_dist.data.manifest import Task
 
@@ -51,6 +53,30 @@ class SourceRow:
 
 
 @dataclass(frozen=True)
+class FileCounts:
+    """How the sound files that were found and the clips of the list fit together."""
+
+    found: int  # sound files
+    matched: int  # of them: those of a listed clip, further copies included
+    unmatched: int
+    examples: list[str]  # a few names of those that match no clip
+    listed: int | None = None  # clips of the list; None where the files themselves are the list
+    with_file: int | None = None
+    without_file: int | None = None
+
+    def lines(self) -> list[str]:
+        """For the user: the files, then the clips where there is a list."""
+        more = ", …" if self.unmatched > len(self.examples) else ""
+        examples = f": {', '.join(self.examples)}{more}" if self.unmatched else ""
+        found = f"{count(self.found, 'sound file')} found, {self.matched:,} matched, {self.unmatched:,} unmatched"
+        lines = [found + examples]
+        if self.listed is not None:
+            listed = f"{count(self.listed, 'clip')} listed, {self.with_file:,} with a file"
+            lines.append(f"{listed}, {self.without_file:,} without")
+        return lines
+
+
+@dataclass(frozen=True)
 class Source:
     """A data set: its labels in its own order, and its rows (ROW_SCHEMA)."""
 
@@ -60,6 +86,7 @@ class Source:
     label_names: list[str]
     rows: pa.Table
     notes: list[str]  # for the user: oddities of the files
+    files: FileCounts | None = None
 
 
 def rows_table(rows: Iterable[SourceRow]) -> pa.Table:

@@ -19,6 +19,7 @@ from erann_dist.data.audio import SUFFIXES
 from erann_dist.data.manifest import MAX_LABELS
 from erann_dist.errors import UsageError, UserError
 from erann_dist.formats import strict_json
+from shards.sources.class_lists import ClassList
 from shards.sources.files import require_end
 from shards.sources.rows import printable
 
@@ -384,8 +385,8 @@ class LabelSpace:
         return next((label for label in labels if label not in self.place), None)
 
 
-def label_space(where: str, samples: Sequence[Sample], classes: tuple[list[str], list[str]] | None) -> LabelSpace:
-    """The labels of a set: those in a class list (ids and names), or those found, sorted.
+def label_space(where: str, samples: Sequence[Sample], classes: ClassList | None) -> LabelSpace:
+    """The labels of a set: those in a class list or those found, sorted.
 
     Without a class list, captions are not accepted as classes. Labels are taken for captions if more than half of the
     clips, of more than 100, share no label with another clip, and if there are more labels than a manifest can have.
@@ -409,9 +410,9 @@ def label_space(where: str, samples: Sequence[Sample], classes: tuple[list[str],
                 f"{labelled[0].labels[0][:60]!r}: captions rather than classes",
                 "choose other labels with --labels json:KEY, or list the classes with --classes",
             )
-        ids = sorted(uses, key=_natural)
-        classes = ids, ids
-    ids, names = classes
+        ids = names = sorted(uses, key=_natural)
+    else:
+        ids, names = classes.ids, classes.names
     if len(ids) > MAX_LABELS:
         raise UserError(f"{where}: {len(ids):,} labels, and a manifest has at most {MAX_LABELS:,}")
     place = {name: i for i, name in reversed(list(enumerate(names)))} | {label: i for i, label in enumerate(ids)}

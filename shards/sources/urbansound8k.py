@@ -44,4 +44,5 @@ def read_urbansound8k(root: Path) -> Source:
     place = pc.index_in(stems, value_set=files.table["stem"].combine_chunks())
     rows = locate(rows_table(row for _, row in listed), place, files)
     names = [label.replace("_", " ") for label in LABELS]
-    return Source("urbansound8k", "classification", LABELS, names, rows, files.notes(place))
+    counts = files.counts(place)
+    return Source("urbansound8k", "classification", LABELS, names, rows, files.notes(counts), counts)

@@ -5,7 +5,6 @@ list of labels) and `original_data`: github.com/LAION-AI/audio-dataset, data_pre
 """
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +14,7 @@ import pyarrow.compute as pc
 
 from erann_dist.data.manifest import Task
 from erann_dist.errors import UserError
-from shards.sources.audioset import read_classes
-from shards.sources.csvfile import read_lines
+from shards.sources.class_lists import read_class_list
 from shards.sources.rows import Source, SourceRow, printable, rows_table, safe_key
 from shards.sources.samples import Fields, LabelSpace, Sample, label_space, read_samples, unique_names
 from shards.sources.tars import FoundTar, find_tars, open_tar
@@ -37,7 +35,6 @@ def read_webdataset(
     label, the task is classification, otherwise tagging. Raises UsageError; UserError when no clip has a label, and
     when the labels are captions.
     """
-    given = read_class_list(classes) if classes else None
     tars = find_tars(pattern, endpoint)
     locations: list[bytes] = []
     samples: list[Sample] = []
@@ -54,30 +51,13 @@ def read_webdataset(
         place = getattr(fields, name)
         if place != getattr(Fields(), name) and all(getattr(sample, name) is None for sample in samples):
             raise UserError(f"{pattern}: no clip has a {name} at --{name} {place}")
-    space = label_space(pattern, samples, given)
+    space = label_space(pattern, samples, read_class_list(classes) if classes else None)
     names = unique_names(samples, [tar.stem for tar in tars])
     rows = _without_duplicates(rows_table(_rows(samples, names, tars, locations, space)))
     usable = rows.filter(pc.is_null(rows["reason"]))
     single = pc.all(pc.equal(pc.list_value_length(usable["labels"]), 1), min_count=0).as_py()
     task: Task = "classification" if single else "tagging"
     return Source("webdataset", task, space.ids, space.names, rows, [*notes, *_notes(pattern, tars, samples, names)])
-
-
-def read_class_list(path: Path) -> tuple[list[str], list[str]]:
-    """Label ids and names in order: AudioSet's class_labels_indices.csv, or a file with one label per line.
-
-    Raises UsageError or UserError: which file, which line.
-    """
-    lines = list(read_lines(path))
-    if any(len(fields) != 1 for _, fields in lines):
-        return read_classes(path)
-    labels = [fields[0].strip() for _, fields in lines]
-    if not labels:
-        raise UserError(f"{path}: lists no class")
-    for label, count in Counter(labels).items():
-        if count > 1:
-            raise UserError(f"{path}: lists {label!r} {count} times")
-    return labels, labels
 
 
 def _read_all(tars: list[FoundTar], fields: Fields) -> Iterator[tuple[list[Sample], bytes, str]]:

@@ -35,6 +35,7 @@ from tests.support.run_logs import started, write_log
 
 COMMANDS = [
     "pack",
+    "inspect",
     "verify",
     "repair",
     "index",
@@ -469,6 +470,25 @@ def test_packing_what_is_not_there(erann, tmp_path: Path) -> None:
     (tmp_path / "full" / "x").touch()
     assert_refused(pack(out=tmp_path / "full"), 1, "full: exists and is not a shard set")
     assert not out.exists()
+
+
+def test_inspecting_a_download_and_packing_ones_own_list(erann, tmp_path: Path) -> None:
+    _, audio, _ = write_tone_set(tmp_path / "set", 3)
+    outcome = erann("inspect", audio, "--json")
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert (result["files"], result["kinds"][0]["suffix"]) == (3, ".wav")
+    assert_refused(erann("inspect", tmp_path / "nowhere"), 2, "nowhere: no such folder")
+    listed, out = tmp_path / "mine.csv", ("--out", tmp_path / "out")
+    listed.write_text("fname,tags\na,b\n")
+    pack = ("pack", "folder", "--root", audio, "--labels", listed, *out)
+    assert_refused(erann(*pack), 1, "mine.csv:1: no column path")
+    assert_refused(erann(*pack, "--columns", "path=fname"), 2, "--columns path=fname: path is needed, and either")
+    assert_refused(erann(*pack, "--columns", "path=fname,labels=tags", "--classes", listed), 1, "0 of 1 row could be")
+    (tmp_path / "latin.csv").write_bytes("path,labels\na.wav,caf\u00e9\n".encode("latin-1"))
+    pack = ("pack", "folder", "--root", audio, "--labels", tmp_path / "latin.csv", *out)
+    assert_refused(erann(*pack), 1, "latin.csv:2: not a text file in UTF-8")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_set_of_another_rate_is_refused(erann, trained: Path, recipe: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from erann_dist.errors import UsageError, UserError
+from shards.sources.class_lists import ClassList
 from shards.sources.samples import Fields, Sample, label_space, parse_fields, read_samples, unique_names
 
 
@@ -232,7 +233,7 @@ def test_captions_are_no_classes() -> None:
         label_space("x", captions, None)
     assert len(label_space("x", captions[:100], None).ids) == 100  # too few to know
     ids = [f"a dog barks {i} times" for i in range(101)]
-    assert label_space("x", captions, (ids, ids)).ids == ids
+    assert label_space("x", captions, ClassList("", ids, ids)).ids == ids
     # Many rare tags are not captions, when clips also share some.
     rare = clips(*((f"tag {i}", f"tag {i} too", ("Music", "Speech")[i % 2]) for i in range(200)))
     assert len(label_space("x", rare, None).ids) == 402
@@ -243,7 +244,7 @@ def test_captions_are_no_classes() -> None:
 def test_the_order_of_labels() -> None:
     found = label_space("x", clips(("10",), ("9",), ("dog",), ("Cat",)), None)
     assert found.ids == ["9", "10", "Cat", "dog"]
-    given_ = label_space("x", clips(("Dog",), ("/m/2",)), (["/m/1", "/m/2"], ["Dog", "Cat"]))
+    given_ = label_space("x", clips(("Dog",), ("/m/2",)), ClassList("", ["/m/1", "/m/2"], ["Dog", "Cat"]))
     assert [given_.place[name] for name in ("/m/1", "Dog", "/m/2", "Cat")] == [0, 0, 1, 1]
     assert given_.unknown(("Dog", "Cow")) == "Cow"
     with pytest.raises(

@@ -44,7 +44,7 @@ def test_files_are_found_lossless_first_then_by_name(tmp_path: Path) -> None:
     found = find_audio(tmp_path)
     assert found.table["name"].to_pylist() == [b"a/x.flac", b"b/x.wav", b"b/y.OGG", b"x.mp3"]
     assert found.table["stem"].to_pylist() == [b"x", b"x", b"y", b"x"]
-    assert found.passed_over == {".jpg": 1, "none": 1}
+    assert found.passed_over == {".jpg": 1, "hidden": 2, "none": 1}
 
 
 def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
@@ -367,8 +367,10 @@ def test_fsd50k(tmp_path: Path) -> None:
         "37199": ([2], "eval", None),
         "5": ([1], "eval", "missing"),
     }
-    (note,) = source.notes[:1]
-    assert note == f"{tmp_path}: 1 of 5 sound files match no clip of the list: FSD50K.dev_audio/9.wav"
+    assert source.notes[:2] == [
+        f"{tmp_path}: 5 sound files found, 4 matched, 1 unmatched: FSD50K.dev_audio/9.wav",
+        f"{tmp_path}: 5 clips listed, 4 with a file, 1 without",
+    ]
 
 
 def test_what_matches_nothing_is_noted(tmp_path: Path) -> None:
@@ -377,7 +379,8 @@ def test_what_matches_nothing_is_noted(tmp_path: Path) -> None:
     (tmp_path / "meta").mkdir()
     (tmp_path / "meta" / "esc50.csv").write_text(ESC50)
     assert esc50.read_esc50(tmp_path).notes == [
-        f"{tmp_path}/audio: 5 of 6 sound files match no clip of the list: other0.wav, other1.wav, other2.wav, …",
+        f"{tmp_path}/audio: 6 sound files found, 1 matched, 5 unmatched: other0.wav, other1.wav, other2.wav, …",
+        f"{tmp_path}/audio: 2 clips listed, 1 with a file, 1 without",
         f"{tmp_path}/audio: skipped, not sound files by their names: 2 .parquet, 1 .zip",
     ]
 

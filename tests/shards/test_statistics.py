@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,10 +23,14 @@ from erann_dist.data.manifest import (
     write_shard_set_tables,
 )
 from erann_dist.data.sampling import BalancedSampler, class_lists
+from erann_dist.errors import UserError
 from erann_dist.storage.folder import open_folder
 from erann_dist.train import evaluation
+from shards.sources.audioset import read_audioset
 from shards.sources.ravdess import read_ravdess
 from shards.statistics import shared_recordings, statistics
+from tests.conftest import pack_here
+from tests.shards.test_audioset import write
 
 CLIPS = [
     {"key": "k1", "labels": [0], "split": "train", "fold": 1, "samples": 100, "peak": 0.5, "format": "mp3 stereo"},
@@ -69,6 +75,27 @@ def write_set(root: Path, clips: list[dict[str, Any]], report: list[dict[str, An
 
 def stats_of(root: Path, clips: list[dict[str, Any]], report: list[dict[str, Any]], **facts: Any) -> dict[str, Any]:
     return statistics(open_folder(write_set(root, clips, report, **facts)), examples=1200)
+
+
+def test_the_files_found_and_the_clips_listed(tmp_path: Path) -> None:
+    """They are those of the source, through packing; sets of older versions do not have them."""
+    audio = tmp_path / "audio"
+    for name in ("abcdefghijk.wav", "other.wav"):
+        audio.mkdir(exist_ok=True)
+        soundfile.write(audio / name, np.zeros(4410), 44_100)
+    lines = (f'{ytid}, 0.000, 10.000, "/m/09x0r"' for ytid in ("abcdefghijk", "gonegonegon"))
+    source = read_audioset(write(tmp_path / "eval_segments.csv", *lines), audio)
+    folder = open_folder(str(pack_here(source, tmp_path / "shards")))
+    assert statistics(folder)["files"] == {
+        "found": 2, "matched": 1, "unmatched": 1, "examples": ["other.wav"], "listed": 2, "with_file": 1,
+        "without_file": 1,
+    }  # fmt: skip
+    assert stats_of(tmp_path / "older", CLIPS, REPORT)["files"] is None
+    path = tmp_path / "shards" / "report.parquet"
+    for text in ('{"found": -1}', "[", '{"found": 1}'):
+        pq.write_table(pq.read_table(path).replace_schema_metadata({"files": text}), path)
+        with pytest.raises(UserError, match=r"report.parquet: files: damaged"):
+            statistics(folder)
 
 
 def sha256(*keys: str) -> str:

@@ -19,6 +19,7 @@ from shards import build
 from shards.index import index
 from shards.repair import repair_tasks, why_different
 from shards.sources.audioset import read_audioset
+from shards.sources.class_lists import ClassList
 from shards.sources.rows import Source
 from shards.verify import verify
 from tests.conftest import copy_tree, write_tone_set
@@ -223,7 +224,7 @@ def test_index_gives_our_own_tars_their_manifest_back(tone_shards: Path, tmp_pat
     for tar in tone_shards.glob("*.tar"):
         (folder / tar.name).write_bytes(tar.read_bytes())
     ids, names = [f"/m/{c:03d}" for c in range(3)], [f"Tone, {c}" for c in range(3)]
-    list(index(LocalFolder(str(folder)), (ids, names)))
+    list(index(LocalFolder(str(folder)), ClassList("", ids, names)))
     ours, theirs = pq.read_table(tone_shards / MANIFEST), pq.read_table(folder / MANIFEST)
     for column in ("key", "labels", "split", "fold", "shard", "offset", "size", "samples", "crc32"):
         assert theirs[column].to_pylist() == ours[column].to_pylist(), column

@@ -2,9 +2,11 @@
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
 from erann_dist.errors import UserError
@@ -15,6 +17,7 @@ from jobs.shard_sets.stats import stats, stats_page
 from jobs.shard_sets.stats_page import hours
 from jobs.terminal.show import packed_page, size
 from shards.sources.folder import read_folder
+from shards.sources.rows import FileCounts
 from shards.statistics import EXAMPLES
 from tests.conftest import pack_here
 from tests.shards.test_statistics import CLIPS, REPORT, write_set
@@ -170,3 +173,18 @@ def test_numbers_for_people() -> None:
     assert [percent(share) for share in (0, 1e-6, 0.5, 0.999999, 1)] == ["0%", "< 0.1%", "50.0%", "> 99.9%", "100%"]
     assert [hours(value) for value in (5382.1, 12.34, 2.345, 0.0456)] == ["5,382", "12.3", "2.35", "0.046"]
     assert [size(value) for value in (1, 25e6, 1e9, 2.5e12)] == ["0.0 MB", "25.0 MB", "1.0 GB", "2.5 TB"]
+
+
+def test_the_files_found_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = open_folder(write_set(tmp_path / "set", CLIPS, REPORT))
+    counts = FileCounts(12_345, 12_343, 2, ["x.wav", HOSTILE], listed=7, with_file=5, without_file=2)
+    path = tmp_path / "set" / "report.parquet"
+    pq.write_table(pq.read_table(path).replace_schema_metadata({"files": json.dumps(asdict(counts))}), path)
+    result = stats(folder, 1200, tmp_path / "page.html")
+    stats_page(result)
+    shown = capsys.readouterr().out
+    for line in counts.lines():
+        assert line in shown
+    assert f"When it was packed: {'; '.join(counts.lines())}." in Page((tmp_path / "page.html").read_text()).texts
+    assert counts.lines()[0] == f"12,345 sound files found, 12,343 matched, 2 unmatched: x.wav, {HOSTILE}"
+    assert counts.lines()[1] == "7 clips listed, 5 with a file, 2 without"
