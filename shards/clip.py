@@ -4,9 +4,7 @@ import errno
 import math
 import os
 import stat
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, TypeVar
@@ -16,7 +14,7 @@ import numpy.typing as npt
 
 from erann_dist import SAMPLE_RATE
 from erann_dist.data.audio import Block, Codec, DecodeError, NoSamples, decode, encode, resample, to_pcm16
-from shards.sources.files import HDF5_SUFFIXES, open_pack
+from shards.sources.containers import CONTAINERS, container_of
 from shards.sources.rows import SourceRow
 
 REASONS = ("missing", "unreadable", "empty", "silent", "too short", "wrong label", "duplicate")  # in the report
@@ -41,6 +39,14 @@ class Packing:
     skip_silent: bool = False
     # Which rows are assigned to shards: those that have a file, or all, as in sets that do not say which.
     assign: Literal["present", "all"] = "present"
+    # Which of a clip's files are tried, when one can't be decoded.
+    tries: Literal["all", "first"] = "all"
+    # What a file without times in its name is that several segments share: the whole recording, or, if it is short,
+    # each of the segments.
+    shared: Literal["recording", "segment"] = "recording"
+
+
+OLDER = {"assign": "all", "tries": "first", "shared": "segment"}  # the options that older sets lack, and what they mean
 
 
 @dataclass(frozen=True)
@@ -63,12 +69,15 @@ def pack_clip(
     the first.
 
     A file longer than the row's segment by more than a second is treated as the whole recording, and the segment is cut
-    out of it; any other file is treated as the segment itself, and at most the segment's length is kept. Nothing is
-    padded. Samples beyond full scale are clipped. Raises Rejected; OSError when `file` can't be written.
+    out of it; so is, at any length, a file of which other rows are segments too. Any other file is treated as the
+    segment itself, and at most the segment's length is kept. Nothing is padded. Samples beyond full scale are clipped.
+    Raises Rejected; OSError when `file` can't be written.
     """
     if row.reason:
         raise Rejected(row.reason, row.detail)
     rate, segment = packing.sample_rate, None
+    is_recording = bool(row.shared) and packing.shared == "recording"
+    slack = -math.inf if is_recording else round(_WHOLE_RECORDING_SECONDS * rate)
     if row.start is not None and row.end is not None:
         segment = round(row.start * rate), round((row.end - row.start) * rate)
 
@@ -86,9 +95,7 @@ def pack_clip(
         def pcm() -> Iterator[npt.NDArray[np.int16]]:
             nonlocal count, peak
             samples = resample(noted(), rate)
-            for part in (
-                cut_segment(samples, *segment, slack=round(_WHOLE_RECORDING_SECONDS * rate)) if segment else samples
-            ):
+            for part in cut_segment(samples, *segment, slack) if segment else samples:
                 low, high = float(part.min(initial=0)), float(part.max(initial=0))
                 if not (math.isfinite(low) and math.isfinite(high)):  # min and max propagate NaN
                     raise Rejected("unreadable", "non-finite samples")
@@ -107,6 +114,8 @@ def pack_clip(
         raise Rejected("empty", str(error)) from error
     except DecodeError as error:
         raise Rejected("unreadable", str(error)) from error
+    if not packed.samples and segment and is_recording:
+        raise Rejected("empty", "ends before the segment; several segments share this file: name each by its times")
     if not packed.samples:
         raise Rejected("empty", "no sound in the segment" if segment else "no samples")
     if packed.samples < packing.min_seconds * rate:
@@ -119,7 +128,7 @@ def pack_clip(
 
 
 def cut_segment(
-    parts: Iterable[npt.NDArray[np.float32]], first: int, length: int, slack: int
+    parts: Iterable[npt.NDArray[np.float32]], first: int, length: int, slack: float
 ) -> Iterator[npt.NDArray[np.float32]]:
     """`length` samples of the parts: from sample `first` if there are more than length + slack, else from the start."""
     head: list[npt.NDArray[np.float32]] = []
@@ -143,8 +152,6 @@ def cut_segment(
 def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
     """The result of `use` for the blocks of the row's file. Raises Rejected, DecodeError."""
     path = row.path or b""
-    if row.offset is not None and os.path.splitext(path)[1].lower().decode(errors="replace") in HDF5_SUFFIXES:
-        return use(iter([_pack_row(path, row.offset)]))
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
@@ -161,32 +168,8 @@ def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
         raise Rejected("unreadable", "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
     if (status.st_size if row.size is None else row.size) == 0:
         raise Rejected("empty", "0 bytes")
-    if row.size is None:
+    if row.offset is None:
         return decode(Path(os.fsdecode(path)), use)
-    with _tar_member(path, row.offset or 0, row.size) as member:
-        return decode(member, use)
-
-
-def _pack_row(path: bytes, row: int) -> Block:
-    """A row of a PANNs pack, which contains int16 samples at the rate of its sample_rate attribute."""
-    try:
-        with open_pack(path) as pack:
-            rate = int(pack.attrs["sample_rate"])
-            samples = pack["waveform"][row].astype(np.float32) / np.float32(32768)
-    except (OSError, KeyError) as error:
-        raise Rejected("unreadable", str(error)) from error
-    return Block(samples, rate, f"hdf5 int16 {rate} Hz mono")
-
-
-@contextmanager
-def _tar_member(path: bytes, offset: int, size: int) -> Iterator[IO[bytes]]:
-    """A member of a tar as a file, without scanning the tar."""
-    member = tarfile.TarInfo()
-    member.offset_data, member.size = offset, size
-    try:
-        with tarfile.open(os.fsdecode(path), "r:") as tar:
-            file = tar.extractfile(member)
-            assert file
-            yield file
-    except (tarfile.TarError, OSError) as error:
-        raise Rejected("unreadable", str(error)) from error
+    container = container_of(path) or CONTAINERS[".tar"]
+    with container.open(path, row.offset, row.size) as sound:
+        return use(iter([sound])) if isinstance(sound, Block) else decode(sound, use)

@@ -28,7 +28,7 @@ from erann_dist.errors import UserError
 from erann_dist.formats import strict_json
 from erann_dist.storage.folder import Folder
 from shards.build import sha256
-from shards.sources.files import require_end
+from shards.sources.containers.tar import require_end
 from shards.sources.rows import safe_key
 
 _CODECS = ("flac", "wav")

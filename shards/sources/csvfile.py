@@ -3,6 +3,7 @@
 import csv
 import gzip
 import re
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ from typing import TextIO
 from erann_dist.errors import UsageError, UserError
 from erann_dist.storage.plain_file import require_plain_file
 
+_MAX_BYTES_IN_ZIP = 1 << 30
 
-def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, list[str]]]:
+
+def read_lines(path: Path | zipfile.Path, comment: str | None = None) -> Iterator[tuple[int, list[str]]]:
     """The number and the fields of each line; empty lines, and those that start with `comment`, are skipped.
 
     Raises UsageError when there is no such file, UserError when it is not CSV in UTF-8.
@@ -30,11 +33,13 @@ def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, li
         raise UsageError(f"{path}: no such file") from error
     except csv.Error as error:
         raise UserError(f"{path}:{number + 1}: {error}") from error
-    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a text file ({error})") from error
+    except (RuntimeError, NotImplementedError) as error:  # of zipfile: encrypted, or an unknown compression
+        raise UserError(f"{path}: {error}") from error
 
 
-def read_table(path: Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
+def read_table(path: Path | zipfile.Path, columns: tuple[str, ...]) -> Iterator[tuple[str, dict[str, str]]]:
     """The lines after a header line, as FILE:LINE and a value for each of the header's columns.
 
     Raises what read_lines raises, and UserError when one of `columns` is not in the header or a line has a different
@@ -58,7 +63,11 @@ def fold_number(where: str, text: str) -> int:
     return int(text)
 
 
-def _open(path: Path) -> TextIO:
+def _open(path: Path | zipfile.Path) -> TextIO:
+    if isinstance(path, zipfile.Path):
+        if path.root.getinfo(path.at).file_size > _MAX_BYTES_IN_ZIP:
+            raise UserError(f"{path}: unpacks to more than {_MAX_BYTES_IN_ZIP:,} bytes; is it the right file?")
+        return path.open(encoding="utf-8-sig", newline="")
     if path.exists():
         require_plain_file(path)
     if path.suffix == ".gz":
