@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from erann_dist.data.audio import LOSSLESS_SUFFIXES, SUFFIXES
 from erann_dist.errors import UsageError, UserError
+from erann_dist.words import count
 from shards.sources.containers import COMPRESSED_TARS, CONTAINERS, Container, Damaged, container_of
 from shards.sources.rows import CANDIDATES, PLACE, printable
 
@@ -236,9 +237,8 @@ def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterat
         waiting += reversed(folders)
     if compressed:
         some = ", ".join(printable(name) for name in compressed[:_EXAMPLES]) + ", …" * (len(compressed) > _EXAMPLES)
-        warnings.append(
-            f"{printable(root)}: {len(compressed):,} compressed tars are not read: {some}{_unpack(compressed[0])}"
-        )
+        tars = count(len(compressed), "compressed tar")
+        warnings.append(f"{printable(root)}: not read: {tars} ({some}){_unpack(compressed[0])}")
 
 
 def _unpack(name: bytes) -> str:
