@@ -133,8 +133,13 @@ class Plan:
     @cached_property
     def _rows_hash(self) -> str:
         rows = self.source.rows.drop_columns(_PLACE_COLUMNS)
-        grouped = rows["group"].null_count < len(rows)  # which decides the rows' order
-        return content_hash(rows if grouped else rows.drop_columns("group"))
+        return content_hash(rows if self._is_grouped else rows.drop_columns("group"))
+
+    @property
+    def _is_grouped(self) -> bool:
+        """Whether some rows are read together, so that they are in the same shard: those of a Parquet row group."""
+        group = self.source.rows["group"]
+        return group.null_count < len(group)
 
     @cached_property
     def _order(self) -> npt.NDArray[np.int64]:
@@ -151,11 +156,11 @@ class Plan:
             rows = rows[pc.and_(first, pc.is_in(table["key"], value_set=self.assigned)).to_numpy()]
         if self.packing.order == "source" or not len(rows):
             return rows
+        if not self._is_grouped:
+            return rows[permute(np.arange(len(rows)), len(rows), keyed_hash(_SHUFFLE_SEED, SHARD_DEAL))]
         unit, units = _read_together(table.select(["path", "group"]).take(pa.array(rows)))
         place = np.empty(units, np.int64)  # of each unit in the shuffled order
         place[permute(np.arange(units), units, keyed_hash(_SHUFFLE_SEED, SHARD_DEAL))] = np.arange(units)
-        if units == len(rows):
-            return rows[np.argsort(place)]
         offset = table["offset"].take(pa.array(rows)).fill_null(0).to_numpy()
         return rows[np.lexsort((offset, place[unit]))]
 
@@ -205,8 +210,6 @@ class Plan:
 def _read_together(rows: pa.Table) -> tuple[npt.NDArray[np.int64], int]:
     """A number for each row, the same for those of one path and group, in the order of occurrence; and how many."""
     group = rows["group"]
-    if group.null_count == len(group):
-        return np.arange(len(group)), len(group)
     path = rows["path"].combine_chunks().dictionary_encode().indices.fill_null(0).to_numpy().astype(np.int64)
     keys = np.stack([path, group.fill_null(-1).to_numpy()], 1)
     alone = pc.is_null(group).to_numpy()

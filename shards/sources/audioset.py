@@ -144,7 +144,7 @@ def _find(listed: pa.Table, stems: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]
 def _shared(keys: pa.ChunkedArray, place: pa.Array, is_segment: pa.Array) -> pa.Array:
     """Whether a file without times in its name was found for several segments: it can't be each of them."""
     whole = pc.if_else(is_segment, None, place)
-    if pc.count_distinct(whole).as_py() == len(whole) - whole.null_count:
+    if np.bincount(whole.drop_null().to_numpy(), minlength=1).max() < 2:
         return pa.repeat(pa.scalar(False), len(whole))
     first = pc.index_in(keys, value_set=keys.combine_chunks())
     once = pc.if_else(pc.equal(first.combine_chunks(), pa.array(np.arange(len(first)))), whole, None)  # not twice

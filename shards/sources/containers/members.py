@@ -73,16 +73,16 @@ class _Section(io.RawIOBase):
 
 
 def section(file: IO[bytes], start: int, size: int) -> IO[bytes]:
-    """`size` bytes of an open, unbuffered file, from byte `start`, as a file. Reading past the file's end is an
+    """`size` bytes of an open file, from byte `start`, as a file. Reading past the file's end is an
     OSError."""
     return io.BufferedReader(_Section(file, start, size), _BUFFER)
 
 
 @contextmanager
 def opened(path: bytes) -> Iterator[IO[bytes]]:
-    """An archive, open for unbuffered reading. Raises DecodeError when it can't be opened; errors of the body pass."""
+    """An archive, open for reading. Raises DecodeError when it can't be opened; errors of the body pass."""
     try:
-        file = open(path, "rb", buffering=0)  # noqa: SIM115 - only this error is the archive's
+        file = open(path, "rb")  # noqa: SIM115 - only this error is the archive's
     except OSError as error:
         raise DecodeError(error.strerror or str(error)) from error
     with file:
