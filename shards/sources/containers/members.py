@@ -73,8 +73,7 @@ class _Section(io.RawIOBase):
 
 
 def section(file: IO[bytes], start: int, size: int) -> IO[bytes]:
-    """`size` bytes of an open file, from byte `start`, as a file. Reading past the file's end is an
-    OSError."""
+    """`size` bytes of an open file, from byte `start`, as a file. Raises OSError on reading past the file's end."""
     return io.BufferedReader(_Section(file, start, size), _BUFFER)
 
 
