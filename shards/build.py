@@ -39,13 +39,14 @@ from erann_dist.errors import UserError
 from erann_dist.formats import strict_json, strict_parquet
 from erann_dist.storage.folder import Folder
 from erann_dist.words import count
-from shards.clip import Packing
+from shards.clip import OLDER, Packing
 from shards.packer import RowsToPack, end_tar, pack_rows
 from shards.sources.rows import Source, SourceRow
 
 _SHUFFLE_SEED = 0
 _STATE = ".pack/"
-_PLACE_COLUMNS = ["path", "offset", "size"]  # where the files are now, which may change without changing the set
+# Where the files are now, which may change without changing the set.
+_PLACE_COLUMNS = ["path", "offset", "size", "shared", "candidates"]
 # A row's outcome: a clip or, with a reason, a row of the report.
 OUTCOME_SCHEMA = pa.schema([*CLIP_SCHEMA, REPORT_SCHEMA.field("reason"), REPORT_SCHEMA.field("detail")])
 _REQUESTS = 16  # concurrent reads or deletions of the state's small files
@@ -76,7 +77,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """The result of a shard: an outcome for each of its rows (OUTCOME_SCHEMA), and the tar's row in shards.parquet."""
+    """The result of a shard: an outcome for each of its rows and for each further file that failed (OUTCOME_SCHEMA),
+    and the tar's row in shards.parquet."""
 
     outcomes: pa.Table
     shard: dict[str, Any]
@@ -121,10 +123,8 @@ class Plan:
         return self._digest(asdict(self.packing))
 
     def is_of(self, info: SetInfo) -> bool:
-        """Whether a finished set is of this plan: of its source and options, but for one that older sets lack."""
-        options = asdict(self.packing)
-        if "assign" not in info.packing:
-            del options["assign"]
+        """Whether a finished set is of this plan: of its source and options, but for those that older sets lack."""
+        options = {name: v for name, v in asdict(self.packing).items() if name in info.packing or name not in OLDER}
         return info.source_hash == self._digest(options)
 
     def _digest(self, packing: dict[str, Any]) -> str:
@@ -133,11 +133,21 @@ class Plan:
 
     @cached_property
     def _rows_hash(self) -> str:
-        return content_hash(self.source.rows.drop_columns(_PLACE_COLUMNS))
+        rows = self.source.rows.drop_columns(_PLACE_COLUMNS)
+        return content_hash(rows if self._is_grouped else rows.drop_columns("group"))
+
+    @property
+    def _is_grouped(self) -> bool:
+        """Whether some rows are read together, so that they are in the same shard: those of a Parquet row group."""
+        group = self.source.rows["group"]
+        return group.null_count < len(group)
 
     @cached_property
     def _order(self) -> npt.NDArray[np.int64]:
-        """The assigned rows, shuffled with a fixed key, so that each shard is a representative sample, or in order."""
+        """The assigned rows, shuffled with a fixed key, so that each shard is a representative sample, or in order.
+
+        Rows that are read together are shuffled as one, and stay in the order in which they are read.
+        """
         table = self.source.rows
         rows = np.arange(len(table))
         if self.packing.assign == "present" and self.assigned is None:
@@ -147,13 +157,28 @@ class Plan:
             rows = rows[pc.and_(first, pc.is_in(table["key"], value_set=self.assigned)).to_numpy()]
         if self.packing.order == "source" or not len(rows):
             return rows
-        return rows[permute(np.arange(len(rows)), len(rows), keyed_hash(_SHUFFLE_SEED, SHARD_DEAL))]
+        if not self._is_grouped:
+            return rows[permute(np.arange(len(rows)), len(rows), keyed_hash(_SHUFFLE_SEED, SHARD_DEAL))]
+        unit, units = _read_together(table.select(["path", "group"]).take(pa.array(rows)))
+        place = np.empty(units, np.int64)  # of each unit in the shuffled order
+        place[permute(np.arange(units), units, keyed_hash(_SHUFFLE_SEED, SHARD_DEAL))] = np.arange(units)
+        offset = table["offset"].take(pa.array(rows)).fill_null(0).to_numpy()
+        return rows[np.lexsort((offset, place[unit]))]
 
-    def left_out(self) -> pa.Table:
-        """The rows that are assigned to no shard (OUTCOME_SCHEMA), with their reasons."""
+    def left_out(self, outcomes: pa.Table) -> pa.Table:
+        """The rows that are assigned to no shard (OUTCOME_SCHEMA), with their reasons.
+
+        outcomes: of the shards. A duplicate whose file was tried in another row's place is among them.
+        """
         if self.packing.assign == "all":
             return OUTCOME_SCHEMA.empty_table()
         rows = self.source.rows.filter(pc.is_valid(self.source.rows["reason"]))
+        own = self.source.rows.filter(pc.is_valid(self.source.rows["candidates"]))
+        source = own["source"].take(pc.index_in(outcomes["key"], value_set=own["key"].combine_chunks()))
+        tried = outcomes.filter(pc.not_equal(outcomes["source"], source))
+        if len(tried):
+            names = (pc.binary_join_element_wise(t["key"], t["source"], "\n") for t in (rows, tried))
+            rows = rows.filter(pc.invert(pc.is_in(next(names), value_set=next(names).combine_chunks())))
         about = ("key", "labels", "split", "fold", "source", "reason", "detail")
         columns = [
             rows[field.name].cast(field.type) if field.name in about else pa.nulls(len(rows), field.type)
@@ -183,6 +208,19 @@ class Plan:
         return f"{_STATE}{self.digest[:16]}/"
 
 
+def _read_together(rows: pa.Table) -> tuple[npt.NDArray[np.int64], int]:
+    """A number for each row, the same for those of one path and group, in the order of occurrence; and how many."""
+    group = rows["group"]
+    path = rows["path"].combine_chunks().dictionary_encode().indices.fill_null(0).to_numpy().astype(np.int64)
+    keys = np.stack([path, group.fill_null(-1).to_numpy()], 1)
+    alone = pc.is_null(group).to_numpy()
+    keys[alone] = np.stack([np.full(alone.sum(), -1), np.flatnonzero(alone)], 1)
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse.reshape(-1)], len(first)
+
+
 def build_shard(task: ShardTask, on_progress: Callable[[Progress], None] = lambda progress: None) -> ShardResult:
     """Decode, encode and write one shard. It appears under its name once it is complete. Same rows give the same bytes.
 
@@ -194,8 +232,9 @@ def build_shard(task: ShardTask, on_progress: Callable[[Progress], None] = lambd
     rows = [SourceRow(**fields) for fields in task.rows.to_pylist()]
     with task.folder.writing(task.name) as file:
         for outcome in pack_rows(file, RowsToPack(rows, task.label_ids, task.packing)):
+            others = outcome.pop("others", [])
             packed = "size" in outcome
-            outcomes.append(outcome | ({"shard": task.shard} if packed else {}))
+            outcomes += [outcome | ({"shard": task.shard} if packed else {}), *others]
             size = progress.bytes + outcome.get("size", 0)
             progress = Progress(progress.rows + 1, size, progress.rejected + (not packed))
             on_progress(progress)
@@ -300,7 +339,8 @@ def finish(plan: Plan) -> SetInfo:
     """Write the tables: the folder is a shard set. Raises UserError, and clears the folder, when no clip was packed."""
     source, folder = plan.source, plan.folder
     results = kept(plan, range(plan.num_shards))
-    outcomes = pa.concat_tables([*(result.outcomes for result in results), plan.left_out()])
+    outcomes = pa.concat_tables([result.outcomes for result in results] or [OUTCOME_SCHEMA.empty_table()])
+    outcomes = pa.concat_tables([outcomes, plan.left_out(outcomes)])
     packed = pc.is_null(outcomes["reason"])
     clips = outcomes.filter(packed).select(CLIP_SCHEMA.names).replace_schema_metadata()
     report = outcomes.filter(pc.invert(packed)).select(REPORT_SCHEMA.names).replace_schema_metadata()

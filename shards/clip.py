@@ -4,7 +4,6 @@ import errno
 import math
 import os
 import stat
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ import numpy.typing as npt
 
 from erann_dist import SAMPLE_RATE
 from erann_dist.data.audio import Block, Codec, DecodeError, NoSamples, decode, encode, resample, to_pcm16
-from shards.sources.files import HDF5_SUFFIXES, open_pack
+from shards.sources.containers import CONTAINERS, container_of
 from shards.sources.rows import SourceRow
 from shards.sources.tars import copy_member, is_remote
 
@@ -44,6 +43,14 @@ class Packing:
     skip_silent: bool = False
     # Which rows are assigned to shards: those that have a file, or all, as in sets that do not say which.
     assign: Literal["present", "all"] = "present"
+    # Which of a clip's files are tried, when one can't be decoded.
+    tries: Literal["all", "first"] = "all"
+    # What a file without times in its name is that several segments share: the whole recording, or, if it is short,
+    # each of the segments.
+    shared: Literal["recording", "segment"] = "recording"
+
+
+OLDER = {"assign": "all", "tries": "first", "shared": "segment"}  # the options that older sets lack, and what they mean
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,15 @@ def pack_clip(
     the first.
 
     A file longer than the row's segment by more than a second is treated as the whole recording, and the segment is cut
-    out of it; any other file is treated as the segment itself, and at most the segment's length is kept. Nothing is
-    padded. Samples beyond full scale are clipped. Raises Rejected; OSError when `file` can't be written.
+    out of it; so is, at any length, a file of which other rows are segments too. Any other file is treated as the
+    segment itself, and at most the segment's length is kept. Nothing is padded. Samples beyond full scale are clipped.
+    Raises Rejected; OSError when `file` can't be written.
     """
     if row.reason:
         raise Rejected(row.reason, row.detail)
     rate, segment = packing.sample_rate, None
+    is_recording = bool(row.shared) and packing.shared == "recording"
+    slack = -math.inf if is_recording else round(_WHOLE_RECORDING_SECONDS * rate)
     if row.start is not None and row.end is not None:
         segment = round(row.start * rate), round((row.end - row.start) * rate)
 
@@ -89,9 +99,7 @@ def pack_clip(
         def pcm() -> Iterator[npt.NDArray[np.int16]]:
             nonlocal count, peak
             samples = resample(noted(), rate)
-            for part in (
-                cut_segment(samples, *segment, slack=round(_WHOLE_RECORDING_SECONDS * rate)) if segment else samples
-            ):
+            for part in cut_segment(samples, *segment, slack) if segment else samples:
                 low, high = float(part.min(initial=0)), float(part.max(initial=0))
                 if not (math.isfinite(low) and math.isfinite(high)):  # min and max propagate NaN
                     raise Rejected("unreadable", "non-finite samples")
@@ -110,6 +118,8 @@ def pack_clip(
         raise Rejected("empty", str(error)) from error
     except DecodeError as error:
         raise Rejected("unreadable", str(error)) from error
+    if not packed.samples and segment and is_recording:
+        raise Rejected("empty", "ends before the segment; several segments share this file: name each by its times")
     if not packed.samples:
         raise Rejected("empty", "no sound in the segment" if segment else "no samples")
     if packed.samples < packing.min_seconds * rate:
@@ -127,7 +137,7 @@ def first_block(row: SourceRow) -> Block:
 
 
 def cut_segment(
-    parts: Iterable[npt.NDArray[np.float32]], first: int, length: int, slack: int
+    parts: Iterable[npt.NDArray[np.float32]], first: int, length: int, slack: float
 ) -> Iterator[npt.NDArray[np.float32]]:
     """`length` samples of the parts: from sample `first` if there are more than length + slack, else from the start."""
     head: list[npt.NDArray[np.float32]] = []
@@ -154,8 +164,6 @@ def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
     if is_remote(path):
         with _remote_member(row, path) as member:
             return decode(member, use)
-    if row.offset is not None and os.path.splitext(path)[1].lower().decode(errors="replace") in HDF5_SUFFIXES:
-        return use(iter([_pack_row(path, row.offset)]))
     try:
         status = os.stat(path)
     except FileNotFoundError as error:
@@ -172,21 +180,11 @@ def _with_sound(row: SourceRow, use: Callable[[Iterator[Block]], T]) -> T:
         raise Rejected("unreadable", "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file")
     if (status.st_size if row.size is None else row.size) == 0:
         raise Rejected("empty", "0 bytes")
-    if row.size is None:
+    if row.offset is None:
         return decode(Path(os.fsdecode(path)), use)
-    with _tar_member(path, row.offset or 0, row.size) as member:
-        return decode(member, use)
-
-
-def _pack_row(path: bytes, row: int) -> Block:
-    """A row of a PANNs pack, which contains int16 samples at the rate of its sample_rate attribute."""
-    try:
-        with open_pack(path) as pack:
-            rate = int(pack.attrs["sample_rate"])
-            samples = pack["waveform"][row].astype(np.float32) / np.float32(32768)
-    except (OSError, KeyError) as error:
-        raise Rejected("unreadable", str(error)) from error
-    return Block(samples, rate, f"hdf5 int16 {rate} Hz mono")
+    container = container_of(path) or CONTAINERS[".tar"]
+    with container.open(path, row.offset, row.size) as sound:
+        return use(iter([sound])) if isinstance(sound, Block) else decode(sound, use)
 
 
 @contextmanager
@@ -200,17 +198,3 @@ def _remote_member(row: SourceRow, path: bytes) -> Iterator[IO[bytes]]:
         except FileNotFoundError as error:
             raise Rejected("missing", "gone") from error
         yield file
-
-
-@contextmanager
-def _tar_member(path: bytes, offset: int, size: int) -> Iterator[IO[bytes]]:
-    """A member of a tar as a file, without scanning the tar."""
-    member = tarfile.TarInfo()
-    member.offset_data, member.size = offset, size
-    try:
-        with tarfile.open(os.fsdecode(path), "r:") as tar:
-            file = tar.extractfile(member)
-            assert file
-            yield file
-    except (tarfile.TarError, OSError) as error:
-        raise Rejected("unreadable", str(error)) from error

@@ -40,29 +40,50 @@ class RowsToPack:
 def pack_rows(file: BinaryIO, work: RowsToPack) -> Iterator[dict[str, Any]]:
     """Append the rows' clips to the file as members of a tar, and yield each row's outcome, in order.
 
-    An outcome is a dict with the manifest's columns except shard, or with the report's. The caller must not rely on the
-    file's position meanwhile. Raises UserError when the process can't be started, OSError when the file can't be
+    An outcome is a dict with the manifest's columns except shard, or with the report's. Where further files of the row
+    were tried, it has under "others" the report's columns for each of those that failed. The caller must not rely on
+    the file's position meanwhile. Raises UserError when the process can't be started, OSError when the file can't be
     written or a disk fails.
     """
     end = file.seek(0, os.SEEK_END)
     todo = deque(work.rows)
     suspect: SourceRow | None = None
+    failed: list[dict[str, Any]] = []  # the outcomes of the first row's files that ended a process
     while todo:
         with _Process(file, RowsToPack(list(todo), work.label_ids, work.packing)) as process:
             for message in process:
                 if message is not None:
-                    outcome, end = message
+                    attempts, end = message
                     todo.popleft()
-                    yield outcome
+                    yield _outcome(failed + attempts)
+                    failed = []
         if todo:
             # Undo the partial write; the next process continues from there.
             os.ftruncate(file.fileno(), end)
             os.lseek(file.fileno(), end, os.SEEK_SET)
             # The process may have been killed for another reason: only a second failure is the row's fault.
-            if suspect is todo[0]:
-                yield _rejected(todo.popleft(), "unreadable", process.end)
-            else:
+            if suspect is not todo[0]:
                 suspect = todo[0]
+                continue
+            failed.append(_rejected(todo[0], "unreadable", process.end))
+            if _next_file(todo[0], work.packing):
+                todo[0] = todo[0].with_next_file()
+            else:
+                todo.popleft()
+                yield _outcome(failed)
+                failed = []
+
+
+def _next_file(row: SourceRow, packing: Packing) -> bool:
+    """Whether there is another file to try for a row that was rejected."""
+    return bool(row.candidates) and row.reason is None and packing.tries == "all"
+
+
+def _outcome(attempts: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row's outcome: that of the file that was packed, which was the last to be tried, or of the row's own file."""
+    *failed, last = attempts
+    chosen, others = (last, failed) if "size" in last else (attempts[0], attempts[1:])
+    return chosen | ({"others": others} if others else {})
 
 
 class _Process:
@@ -133,16 +154,26 @@ def serve(connection: Connection, file: BinaryIO) -> None:
     connection.send(None)
     try:
         for row in work.rows:
-            try:
-                outcome = _pack_row(row, work, file, connection)
-            except Rejected as rejection:
-                outcome = _rejected(row, *rejection.args)
+            attempts = list(_attempts(row, work, file, connection))
             file.flush()
-            connection.send((outcome, file.tell()))
+            connection.send((attempts, file.tell()))
     except ConnectionError:
         return
     except (OSError, UserError) as error:
         connection.send(error)
+
+
+def _attempts(row: SourceRow, work: RowsToPack, file: BinaryIO, connection: Connection) -> Iterator[dict[str, Any]]:
+    """The outcome of each of the row's files that is tried: until one is packed. Raises what _pack_row raises."""
+    while True:
+        try:
+            yield _pack_row(row, work, file, connection)
+            return
+        except Rejected as rejection:
+            yield _rejected(row, *rejection.args)
+        if not _next_file(row, work.packing):
+            return
+        row = row.with_next_file()
 
 
 def _pack_row(row: SourceRow, work: RowsToPack, file: BinaryIO, connection: Connection) -> dict[str, Any]:

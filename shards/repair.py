@@ -11,7 +11,7 @@ from erann_dist.errors import UserError
 from erann_dist.formats import strict_json
 from erann_dist.storage.folder import Folder
 from shards.build import Plan, ShardTask, versions
-from shards.clip import UNDECODED, Packing
+from shards.clip import OLDER, UNDECODED, Packing
 from shards.sources.rows import Source
 
 
@@ -57,7 +57,7 @@ def packing_of(folder: Folder, info: SetInfo) -> Packing:
     if not info.packing:
         raise UserError(f"{folder}: was indexed, not packed; restore the tars concerned and index them again")
     where, advice = f"{folder}/{MANIFEST}: packing", "pack the set again"
-    options = {"assign": "all"} | info.packing  # which older sets do not have
+    options = OLDER | info.packing
     packing = strict_json.read(Packing, strict_json.dumps(options).encode(), where, advice)
     if packing.clips_per_shard < 1 or (packing.sample_rate, packing.codec) != (info.sample_rate, info.codec):
         raise UserError(f"{where}: damaged (not the set's own rate and codec, or no clips in a shard); {advice}")

@@ -27,7 +27,7 @@ Segments = Annotated[
 Audio = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with any mix of audio files, tars of clips and PANNs' HDF5 packs; or a single archive.",
+        help="Folder with any mix of audio files and archives (tar, zip, Parquet, HDF5); or a single archive.",
         rich_help_panel=_AUDIOSET,
     ),
 ]
@@ -39,7 +39,7 @@ Classes = Annotated[
         rich_help_panel=_AUDIOSET,
     ),
 ]
-Root = Annotated[Path | None, typer.Option(help="The data set's folder.", rich_help_panel=_OTHERS)]
+Root = Annotated[Path | None, typer.Option(help="The data set's folder, or an archive of it.", rich_help_panel=_OTHERS)]
 Esc10 = Annotated[bool, typer.Option("--esc10", help="esc50: only ESC-10's ten classes.", rich_help_panel=_OTHERS)]
 Labels = Annotated[
     Path | None,

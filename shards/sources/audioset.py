@@ -46,6 +46,7 @@ def read_audioset(segments: Path, audio: Path, classes: Path = CLASSES) -> Sourc
         "end": pc.add(start, pc.subtract(listed["end"], listed["start"])),
         "reason": pc.if_else(mislabelled, "wrong label", None),
         "detail": pc.binary_join_element_wise(unknown, classes.name, " is not in "),
+        "shared": _shared(listed["key"], place, is_segment),
     }
     nulls = {field.name: pa.nulls(count, field.type) for field in ROW_SCHEMA if field.name not in columns}
     rows = pa.table({**columns, **nulls}).select(ROW_SCHEMA.names).cast(ROW_SCHEMA)
@@ -151,6 +152,18 @@ def _find(listed: pa.Table, stems: pa.ChunkedArray) -> tuple[pa.Array, pa.Array]
             found = pc.struct_field(pc.extract_regex(stems.combine_chunks(), pattern), "id")
             place = pc.coalesce(place, pc.index_in(listed["ytid"].combine_chunks().cast(pa.binary()), value_set=found))
     return place, is_segment
+
+
+def _shared(keys: pa.ChunkedArray, place: pa.Array, is_segment: pa.Array) -> pa.Array:
+    """Whether a file without times in its name was found for several segments: it can't be each of them."""
+    whole = pc.if_else(is_segment, None, place)
+    if np.bincount(whole.drop_null().to_numpy(), minlength=1).max() < 2:
+        return pa.repeat(pa.scalar(False), len(whole))
+    first = pc.index_in(keys, value_set=keys.combine_chunks())
+    once = pc.if_else(pc.equal(first.combine_chunks(), pa.array(np.arange(len(first)))), whole, None)  # not twice
+    counts = once.drop_null().value_counts()
+    several = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    return pc.and_(pc.is_valid(whole), pc.is_in(whole, value_set=several))
 
 
 # For the user: what _timed_names, _plain_names and _TITLED search for.

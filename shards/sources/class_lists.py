@@ -8,7 +8,7 @@ from pathlib import Path
 
 from erann_dist.data.manifest import MAX_LABELS
 from erann_dist.errors import UserError
-from shards.sources.csvfile import read_lines, read_text_lines
+from shards.sources.csvfile import ListFile, read_lines, read_text_lines
 
 _NAME_COLUMNS = ("display_name", "label", "name", "class", "category")  # in a header, the first of them that is there
 _MID = re.compile(r"/[a-z]/\S+")  # of Freebase, as in AudioSet's and FSD50K's lists
@@ -52,7 +52,7 @@ def read_class_list(path: Path) -> ClassList:
     return _checked(path, [row[id_column] for row in rows], [row[column] for row in rows])
 
 
-def require_few_labels(where: Path, labels: Sequence[str]) -> None:
+def require_few_labels(where: ListFile, labels: Sequence[str]) -> None:
     """Raise UserError, naming the file or folder, when there are more labels than a shard set can have."""
     if len(labels) > MAX_LABELS:
         raise UserError(

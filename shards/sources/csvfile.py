@@ -5,6 +5,7 @@ import csv
 import gzip
 import io
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from typing import BinaryIO, TextIO, cast
 from erann_dist.errors import UsageError, UserError
 from erann_dist.storage.plain_file import require_plain_file
 
+ListFile = Path | zipfile.Path
+_MAX_BYTES_IN_ZIP = 1 << 30
 _HEAD_BYTES = 4096  # that are searched for a byte order mark or, without one, for zeros, which no UTF-8 text contains
 _QUOTED = r'"(?:[^"]|"")*+"'
 
 
-def read_lines(path: Path, comment: str | None = None) -> Iterator[tuple[int, list[str]]]:
+def read_lines(path: ListFile, comment: str | None = None) -> Iterator[tuple[int, list[str]]]:
     """The number and the fields of each line; lines without content, and those that start with `comment`, are skipped.
 
     The text is UTF-8 or, with a byte order mark, UTF-16. Fields are separated by tabs in a file named .tsv, otherwise
@@ -49,7 +52,7 @@ def read_header(path: Path) -> list[str]:
     return [name.strip() for name in fields]
 
 
-def read_table(path: Path, columns: tuple[str, ...], header: bool = True) -> Iterator[tuple[str, dict[str, str]]]:
+def read_table(path: ListFile, columns: tuple[str, ...], header: bool = True) -> Iterator[tuple[str, dict[str, str]]]:
     """The lines after a header line, as FILE:LINE and a value for each of the header's columns.
 
     header: whether there is one; without it the columns are named by their numbers, from "0". Raises what read_lines
@@ -91,7 +94,7 @@ def _through_first_with_content(lines: Iterable[str], comment: str | None) -> It
             return
 
 
-def _delimiter(path: Path, first: str) -> str:
+def _delimiter(path: ListFile, first: str) -> str:
     if ".tsv" in path.suffixes[-2:]:
         return "\t"
     found = re.search("[,;\t]", re.sub(_QUOTED, "", first))
@@ -112,7 +115,7 @@ def _cleaned(lines: Iterable[str], comment: str | None, delimiter: str) -> Itera
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
+def _opened(path: ListFile) -> Iterator[TextIO]:
     """The file as text, its line ends untouched. Raises UsageError, UserError."""
     encoding = "UTF-8"
     try:
@@ -131,11 +134,13 @@ def _opened(path: Path) -> Iterator[TextIO]:
             f"{path}{place}: not a text file in {encoding} ({error.reason}); save it as UTF-8, or convert it: "
             "iconv -f latin1 -t utf-8"
         ) from error
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: not a text file ({error})") from error
+    except (RuntimeError, NotImplementedError) as error:  # of zipfile: encrypted, or an unknown compression
+        raise UserError(f"{path}: {error}") from error
 
 
-def _first_undecodable_line(path: Path) -> str:
+def _first_undecodable_line(path: ListFile) -> str:
     with _binary(path) as file:
         for number, line in enumerate(file, 1):
             try:
@@ -145,7 +150,11 @@ def _first_undecodable_line(path: Path) -> str:
     return ""
 
 
-def _binary(path: Path) -> BinaryIO:
+def _binary(path: ListFile) -> BinaryIO:
+    if isinstance(path, zipfile.Path):
+        if path.root.getinfo(path.at).file_size > _MAX_BYTES_IN_ZIP:
+            raise UserError(f"{path}: unpacks to more than {_MAX_BYTES_IN_ZIP:,} bytes; is it the right file?")
+        return cast(BinaryIO, path.open("rb"))
     if path.exists():
         require_plain_file(path)
     return cast(BinaryIO, gzip.open(path)) if path.suffix == ".gz" else path.open("rb")

@@ -1,7 +1,6 @@
-"""Finds the sound files below a folder: plain files, members of tars, and the clips of PANNs' HDF5 packs."""
+"""Finds the sound files below a folder: plain files, and the clips in archives of any kind in CONTAINERS."""
 
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,30 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist.data.audio import LOSSLESS_SUFFIXES, SUFFIXES
 from erann_dist.errors import UsageError, UserError
-from shards.sources.rows import FileCounts, printable
+from erann_dist.words import count
+from shards.sources.containers import COMPRESSED_TARS, CONTAINERS, Container, Damaged, container_of
+from shards.sources.rows import CANDIDATES, PLACE, FileCounts, printable
 
 FILE_SCHEMA = pa.schema(
     [
         ("stem", pa.binary()),  # the name without folder and suffix
         ("name", pa.binary()),  # relative to the folder; ARCHIVE/NAME for a clip in an archive
-        ("path", pa.binary()),  # these three: see ROW_SCHEMA
+        ("path", pa.binary()),  # these four: see ROW_SCHEMA
         ("offset", pa.int64()),
         ("size", pa.int64()),
+        ("group", pa.int64()),
         ("lossy", pa.bool_()),
     ]
 )
-HDF5_SUFFIXES = (".h5", ".hdf5")
 _CHUNK = 65_536  # rows held as Python objects at a time; two million at once would take a gigabyte
 
 HIDDEN = "hidden"  # under which passed_over counts hidden sound files and folders
 _EXAMPLES = 3  # How many names a note lists.
-_MOST_FOLDERS = 20_000  # that are searched for a data set's own list
-_Found = tuple[bytes, bytes, int | None, int | None]  # name, path, offset, size
+_Found = tuple[bytes, bytes, int | None, int | None, int | None]  # name, path, offset, size, group
 
 
 @dataclass(frozen=True)
@@ -101,33 +102,6 @@ def find_audio(folder: Path) -> AudioFiles:
     return AudioFiles(folder, table, dict(sorted(passed_over.items())), warnings)
 
 
-def find_list(root: Path, name: str) -> Path:
-    """The data set's own list of that name, in the folder or below it; of several the one that is nearest.
-
-    Raises UsageError when there is none.
-    """
-    waiting = [root]
-    for folder in waiting:  # grows: level by level
-        try:
-            with os.scandir(folder) as found:
-                entries = sorted(found, key=lambda entry: entry.name)
-        except OSError:
-            continue
-        for entry in entries:
-            if entry.name == name and entry.is_file():
-                return folder / name
-        waiting += [folder / entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-        if len(waiting) > _MOST_FOLDERS:
-            break
-    raise UsageError(f"{root}: no {name} in it or below it; --root is the folder that the data set was unpacked to")
-
-
-def sound_folder(path: Path) -> Path:
-    """The folder of a list's clips: audio, next to the list's folder or to the list; otherwise the list's folder."""
-    candidates = (path.parent.parent / "audio", path.parent / "audio")
-    return next((folder for folder in candidates if folder.is_dir()), path.parent)
-
-
 def _with_sizes(table: pa.Table) -> pa.Table:
     """The files with their bytes and suffixes, and whether they are empty while another of that stem is not.
 
@@ -174,23 +148,48 @@ def locate(rows: pa.Table, place: pa.Array, files: AudioFiles) -> pa.Table:
 
 
 def with_files(rows: pa.Table, place: pa.Array, files: AudioFiles) -> pa.Table:
-    """The rows with path, offset, size and source of file place[i], where that is not null."""
+    """The rows with path, offset, size, group and source of file place[i], where that is not null."""
     taken = files.table.take(place)
-    for name in ("path", "offset", "size"):
+    for name in PLACE:
         rows = _replace(rows, name, taken[name])
     names = zip(taken["name"].to_pylist(), rows["source"].to_pylist(), strict=True)
     return _replace(rows, "source", [wanted if name is None else printable(name) for name, wanted in names])
 
 
 def report_duplicates(rows: pa.Table) -> pa.Table:
-    """The rows; of those with the same key, all but the first are reported as duplicates."""
+    """The rows; of those with the same key, all but the first are reported as duplicates.
+
+    Their files become the first's candidates: they are tried, in order, when its own file can't be decoded.
+    """
     first = pc.index_in(rows["key"], value_set=rows["key"].combine_chunks()).to_numpy()
     again = first != np.arange(len(rows))
     if not again.any():
         return rows
+    rows = _with_candidates(rows, first, np.flatnonzero(again))
     before = pc.binary_join_element_wise(rows["source"].take(pa.array(first)), "comes first and has the same key", " ")
     rows = _replace(rows, "detail", pc.if_else(pa.array(again), before, rows["detail"]))
     return _replace(rows, "reason", pc.if_else(pa.array(again), "duplicate", rows["reason"]))
+
+
+def _with_candidates(rows: pa.Table, first: npt.NDArray[np.int64], again: npt.NDArray[np.int64]) -> pa.Table:
+    """The rows `first` with the files of the rows `again`, which have the same keys, where the labels are the same."""
+    one, other = rows.take(pa.array(first[again])), rows.take(pa.array(again))
+    usable = pc.and_(pc.is_valid(one["path"]), pc.is_valid(other["path"]))
+    usable = pc.and_(usable, pc.and_(pc.is_null(one["reason"]), pc.is_null(other["reason"])))
+    places = [pc.fill_null(pc.not_equal(one[name], other[name]), False) for name in ("path", "offset")]
+    usable = pc.and_(usable, pc.or_(*places)).to_numpy()  # the row itself may stand twice in a list
+    usable[usable] = [
+        a == b for a, b in zip(*(each["labels"].filter(usable).to_pylist() for each in (one, other)), strict=True)
+    ]
+    again = again[usable]
+    if not len(again):
+        return rows
+    order = np.argsort(first[again], kind="stable")
+    files = rows.select([field.name for field in CANDIDATES]).take(pa.array(again[order])).combine_chunks()
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(first[again], minlength=len(rows)))])
+    values = pa.StructArray.from_arrays([column.combine_chunks() for column in files.columns], fields=list(CANDIDATES))
+    lists = pa.ListArray.from_arrays(offsets.astype(np.int32), values)
+    return _replace(rows, "candidates", pc.if_else(pc.equal(pc.list_value_length(lists), 0), None, lists))
 
 
 def _replace(rows: pa.Table, name: str, values: Any) -> pa.Table:
@@ -201,17 +200,22 @@ def _replace(rows: pa.Table, name: str, values: Any) -> pa.Table:
 
 def _table(found: list[_Found]) -> pa.Table:
     splits = [name.rpartition(b"/")[2].rpartition(b".") for name, *_ in found]
-    columns = {name: [row[i] for row in found] for i, name in enumerate(("name", "path", "offset", "size"))}
+    columns = {name: [row[i] for row in found] for i, name in enumerate(("name", *PLACE))}
     stems = [stem if dot else suffix for stem, dot, suffix in splits]
     lossy = [b"." + suffix.lower() not in LOSSLESS_SUFFIXES for _, _, suffix in splits]
     return pa.Table.from_pydict({"stem": stems, "lossy": lossy, **columns}, FILE_SCHEMA)
 
 
 def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterator[_Found]:
-    """Raises UserError for an archive that can't be opened at all."""
+    """Raises UsageError for a file that is no archive, UserError when a library for archives is not installed."""
     if os.path.isfile(root):
-        yield from _archived(root, b"", warnings)
+        container = container_of(root)
+        if container is None:
+            kinds = ", ".join(CONTAINERS)
+            raise UsageError(f"{printable(root)}: neither a folder nor an archive of clips ({kinds}){_unpack(root)}")
+        yield from _archived(root, container, b"", warnings)
         return
+    compressed = []
     seen = set()  # folders, so that a link to a parent causes no endless loop
     waiting = [root]
     while waiting:
@@ -232,79 +236,35 @@ def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterat
             name = entry.path[len(root) + 1 :]
             if is_folder := os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 folders.append(entry.path)
-            elif suffix == ".tar" or suffix in HDF5_SUFFIXES:
-                yield from _archived(entry.path, name + b"/", warnings)
+            elif container := CONTAINERS.get(suffix):
+                yield from _archived(entry.path, container, name + b"/", warnings)
                 continue
             if suffix in SUFFIXES:  # also a folder of such a name, so that it is reported
-                yield name, entry.path, None, None
+                yield name, entry.path, None, None, None
+            elif not is_folder and _unpack(entry.name):
+                compressed.append(name)
             elif not is_folder:
                 passed_over[suffix or "none"] += 1
         waiting += reversed(folders)
+    if compressed:
+        some = ", ".join(printable(name) for name in compressed[:_EXAMPLES]) + ", …" * (len(compressed) > _EXAMPLES)
+        tars = count(len(compressed), "compressed tar")
+        warnings.append(f"{printable(root)}: not read: {tars} ({some}){_unpack(compressed[0])}")
 
 
-def _archived(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_Found]:
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix == b".tar":
-        yield from _tar_members(path, prefix, warnings)
-    elif suffix.decode(errors="replace") in HDF5_SUFFIXES:
-        yield from _pack_rows(path, prefix)
-    else:
-        raise UsageError(f"{printable(path)}: neither a folder, nor a .tar, nor a PANNs pack (.h5)")
+def _unpack(name: bytes) -> str:
+    """What to do about a compressed tar; empty for other files."""
+    if not name.lower().endswith(tuple(suffix.encode() for suffix in COMPRESSED_TARS)):
+        return ""
+    return f"; single clips in it can't be reached without unpacking: tar -xf {printable(os.path.basename(name))}"
 
 
-def _tar_members(path: bytes, prefix: bytes, warnings: list[str]) -> Iterator[_Found]:
-    """The sound files in a tar. Their names are never used as paths, so that a name such as ../x.wav does no harm."""
-    count = links = 0
+def _archived(path: bytes, container: Container, prefix: bytes, warnings: list[str]) -> Iterator[_Found]:
+    """The clips in an archive. What is wrong with it becomes a warning: the others are still of use."""
+    notes: list[str] = []
     try:
-        with tarfile.open(os.fsdecode(path), "r:") as tar:
-            for member in tar:
-                suffix = os.path.splitext(member.name)[1].lower()
-                if suffix in SUFFIXES and not os.path.basename(member.name).startswith("."):
-                    if member.isreg():
-                        count += 1
-                        yield prefix + os.fsencode(member.name), path, member.offset_data, member.size
-                    elif not member.isdir():
-                        links += 1
-                tar.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps every header
-            require_end(tar)
-        if links:
-            warnings.append(
-                f"{printable(path)}: skipped {links} links to sound files; only the files themselves are used"
-            )
-    except (tarfile.TarError, OSError) as error:
-        warnings.append(f"{printable(path)}: damaged after its {count} readable clips ({error}); fetch it again")
-
-
-def require_end(tar: tarfile.TarFile) -> None:
-    """Raise tarfile.ReadError unless the members that were read are followed by a tar's end.
-
-    tarfile itself treats a damaged header, or a file truncated before one, as the end.
-    """
-    assert tar.fileobj
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError("truncated, or a damaged header")
-
-
-def _pack_rows(path: bytes, prefix: bytes) -> Iterator[_Found]:
-    """The clips of a PANNs pack, which has audio_name, such as Y--1yEIfaOVA.wav, and waveform (clips, samples) int16.
-
-    Source: utils/dataset.py of github.com/qiuqiangkong/audioset_tagging_cnn.
-    """
-    with open_pack(path) as pack:
-        if "audio_name" not in pack or "waveform" not in pack:
-            raise UserError(f"{printable(path)}: not a PANNs pack, which contains audio_name and waveform")
-        for row, name in enumerate(pack["audio_name"][:]):
-            yield prefix + name, path, row, None
-
-
-def open_pack(path: bytes):  # type: ignore[no-untyped-def]  # h5py is optional
-    """An HDF5 file, open for reading. Raises UserError when it is not HDF5, or h5py is not installed."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise UserError(f"{printable(path)}: reading HDF5 needs h5py: pip install 'erann-dist[hdf5]'") from error
-    try:
-        return h5py.File(os.fsdecode(path), "r")
-    except OSError as error:
-        raise UserError(f"{printable(path)}: not an HDF5 file ({error})") from error
+        for name, offset, size, group in container.members(path, notes):
+            yield prefix + name, path, offset, size, group
+    except (Damaged, OSError) as error:
+        notes.append(str(error))
+    warnings += [f"{printable(path)}: {note}" for note in notes]

@@ -18,7 +18,7 @@ from erann_dist.words import count
 from shards.sources.class_lists import ClassList, read_class_list, require_few_labels
 from shards.sources.csvfile import fold_number, read_header, read_table, read_text_lines
 from shards.sources.files import find_audio, report_duplicates, with_files
-from shards.sources.rows import FileCounts, Source, SourceRow, printable, rows_table, safe_key
+from shards.sources.rows import PLACE, FileCounts, Source, SourceRow, printable, rows_table, safe_key
 
 METADATA = "metadata.csv"  # of the Hub's audiofolder: huggingface.co/docs/datasets/audio_dataset
 SPLITS = frozenset("train val valid validation test dev eval evaluation".split())  # names of folders
@@ -271,7 +271,7 @@ def _with_listed_files(
         return [row if there else _missing(row) for row, there in zip(rows, is_there, strict=True)], [str(error)], None
     names = pa.array([os.fsencode(os.path.normpath(name)) for name in listed], pa.binary())
     place = pc.index_in(names, value_set=files.table["name"].combine_chunks())
-    clips = files.table.select(["path", "offset", "size"]).take(place).to_pylist()
+    clips = files.table.select(list(PLACE)).take(place).to_pylist()
     found = [
         row if there else replace(row, **clip) if clip["path"] is not None else _missing(row)
         for row, there, clip in zip(rows, is_there, clips, strict=True)

@@ -1,4 +1,4 @@
-"""FSD50K (Fonseca 2022), multi-label, with its official splits: the lists and the clips, anywhere in a folder.
+"""FSD50K (Fonseca 2022), multi-label, with its official splits: lists and clips, anywhere in a folder or in zips.
 
 The lists are FSD50K.ground_truth/{dev,eval,vocabulary}.csv: zenodo.org/records/4060432.
 """
@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 
 from erann_dist.errors import UserError
 from shards.sources.class_lists import require_few_labels
-from shards.sources.csvfile import read_lines, read_table
-from shards.sources.files import find_audio, find_list, locate
+from shards.sources.csvfile import ListFile, read_lines, read_table
+from shards.sources.files import find_audio, locate
+from shards.sources.lists import find_list, next_to, no_list
 from shards.sources.rows import Source, SourceRow, rows_table, safe_key
 
 _SPLITS = {"dev": ("train", "val"), "eval": ("eval",)}
@@ -24,16 +25,18 @@ def read_fsd50k(root: Path) -> Source:
     Raises UsageError or UserError: which file, which line, what is wrong.
     """
     vocabulary = find_list(root, "vocabulary.csv")
+    if vocabulary is None:
+        raise no_list(root, "vocabulary.csv")
     mids, names = _read_vocabulary(vocabulary)
     index = {name: i for i, name in enumerate(names)}
     rows = []
     for part in _SPLITS:
-        path = vocabulary.with_name(f"{part}.csv")
+        path = next_to(vocabulary, f"{part}.csv")
         if path.exists():
             rows += list(_rows(path, part, index, vocabulary.name))
     if not rows:
-        raise UserError(f"{vocabulary.parent}: neither dev.csv nor eval.csv, with a clip, next to vocabulary.csv")
-    files = find_audio(vocabulary.parent.parent if vocabulary.parent != root else root)
+        raise UserError(f"{vocabulary}: neither dev.csv nor eval.csv, with a clip, next to it")
+    files = find_audio(vocabulary.parent.parent if isinstance(vocabulary, Path) and vocabulary.parent != root else root)
     stems = pa.array([row.source.encode() for row in rows])
     place = pc.index_in(stems, value_set=files.table["stem"].combine_chunks())
     table = locate(rows_table(rows), place, files)
@@ -42,7 +45,7 @@ def read_fsd50k(root: Path) -> Source:
     return Source("fsd50k", "tagging", mids, labels, table, files.notes(counts), counts)
 
 
-def _read_vocabulary(path: Path) -> tuple[list[str], list[str]]:
+def _read_vocabulary(path: ListFile) -> tuple[list[str], list[str]]:
     """MIDs and names, in the list's order: index, name, MID."""
     mids: list[str] = []
     names: list[str] = []
@@ -57,7 +60,7 @@ def _read_vocabulary(path: Path) -> tuple[list[str], list[str]]:
     return mids, names
 
 
-def _rows(path: Path, part: str, index: dict[str, int], vocabulary: str) -> Iterator[SourceRow]:
+def _rows(path: ListFile, part: str, index: dict[str, int], vocabulary: str) -> Iterator[SourceRow]:
     columns = ("fname", "labels", "split") if part == "dev" else ("fname", "labels")
     for where, line in read_table(path, columns):
         split = line.get("split", "eval")

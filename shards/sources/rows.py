@@ -3,9 +3,9 @@
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -16,13 +16,17 @@ if TYPE_CHECKING:  # a decoder process starts in half the time without S3 and Pa
 
 _SAFE = re.compile("[A-Za-z0-9_-]+")
 
+# Another file of the same clip; the columns are ROW_SCHEMA's.
+CANDIDATES = pa.struct([("path", pa.binary()), ("offset", pa.int64()), ("size", pa.int64()), ("source", pa.string())])
+PLACE = ("path", "offset", "size", "group")  # the columns that say where the sound is
 ROW_SCHEMA = pa.schema(
     [
         ("key", pa.string()),  # unique; see safe_key
         ("labels", pa.list_(pa.int16())),  # label indices, ascending
         ("path", pa.binary()),  # absolute, of the file to open, in the file system's bytes; null when not found
-        ("offset", pa.int64()),  # of a clip inside its tar, in bytes; or its row in a PANNs pack
-        ("size", pa.int64()),  # of a clip inside its tar, in bytes
+        ("offset", pa.int64()),  # of a clip in an archive, in its kind's unit: a byte, or a row; null for a file
+        ("size", pa.int64()),  # of a clip in an archive, in bytes, where it is known
+        ("group", pa.int64()),  # rows of one archive with the same number are read together; null: on its own
         ("source", pa.string()),  # the file relative to the audio folder, or what was searched for
         ("split", pa.string()),
         ("fold", pa.int8()),
@@ -30,6 +34,8 @@ ROW_SCHEMA = pa.schema(
         ("end", pa.float64()),
         ("reason", pa.string()),  # why it can't be packed, when that is known before anything is decoded
         ("detail", pa.string()),
+        ("shared", pa.bool_()),  # whether other rows are segments of the same file, which is the whole recording then
+        ("candidates", pa.list_(CANDIDATES)),  # further files, tried in order when the first can't be decoded
     ]
 )
 
@@ -44,12 +50,20 @@ class SourceRow:
     source: str
     offset: int | None = None
     size: int | None = None
+    group: int | None = None
     split: str | None = None
     fold: int | None = None
     start: float | None = None
     end: float | None = None
     reason: str | None = None
     detail: str | None = None
+    shared: bool | None = None
+    candidates: list[dict[str, Any]] | None = None
+
+    def with_next_file(self) -> "SourceRow":
+        """The same clip from the first of its candidates."""
+        file, *rest = self.candidates or []
+        return replace(self, **file, candidates=rest)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from erann_dist.data.manifest import MAX_LABELS
 from erann_dist.errors import UsageError, UserError
 from erann_dist.formats import strict_json
 from shards.sources.class_lists import ClassList
-from shards.sources.files import require_end
+from shards.sources.containers.tar import require_end
 from shards.sources.rows import printable
 
 _MAX_TEXT_BYTES = 1_000_000  # of an annotation

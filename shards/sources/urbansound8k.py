@@ -1,4 +1,5 @@
-"""UrbanSound8K (Salamon 2014), with its ten official folds: a folder in which UrbanSound8K.csv and the clips are."""
+"""UrbanSound8K (Salamon 2014), with its ten official folds: a folder or zip with UrbanSound8K.csv and the
+clips, or the Parquet files of the Hugging Face Hub (danavery/urbansound8K)."""
 
 from pathlib import Path
 
@@ -6,8 +7,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from erann_dist.errors import UserError
-from shards.sources.csvfile import fold_number, read_table
-from shards.sources.files import find_audio, find_list, locate, sound_folder
+from shards.sources.csvfile import fold_number
+from shards.sources.files import find_audio, locate
+from shards.sources.lists import read_list
 from shards.sources.rows import Source, SourceRow, rows_table, safe_key
 
 # In the order of classID; source: urbansounddataset.weebly.com/urbansound8k.html.
@@ -23,9 +25,9 @@ def read_urbansound8k(root: Path) -> Source:
     Raises UsageError or UserError: which file, which line, what is wrong. A row whose classID disagrees with its class,
     or with the file's name (RECORDING-CLASSID-occurrence-slice), is reported as a wrong label.
     """
-    path = find_list(root, "UrbanSound8K.csv")
+    found = read_list(root, "UrbanSound8K.csv", _COLUMNS)
     listed = []
-    for where, line in read_table(path, _COLUMNS):
+    for where, line in found.lines:
         try:
             label, fold = int(line["classID"]), fold_number(where, line["fold"])
         except ValueError as error:
@@ -38,8 +40,8 @@ def read_urbansound8k(root: Path) -> Source:
             row = SourceRow(row.key, [], None, stem, fold=fold, reason="wrong label", detail=detail)
         listed.append((stem, row))
     if not listed:
-        raise UserError(f"{path}: lists no clip")
-    files = find_audio(sound_folder(path))
+        raise UserError(f"{found.name}: lists no clip")
+    files = find_audio(found.sound)
     stems = pa.array([stem.encode() for stem, _ in listed])
     place = pc.index_in(stems, value_set=files.table["stem"].combine_chunks())
     rows = locate(rows_table(row for _, row in listed), place, files)
