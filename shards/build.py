@@ -120,10 +120,12 @@ class Plan:
         return self._digest(asdict(self.packing))
 
     def is_of(self, info: SetInfo) -> bool:
-        """Whether a finished set is of this plan: of its source and options, but for one that older sets lack."""
+        """Whether a finished set is of this plan: of its source and options, but for those that older sets lack."""
         options = asdict(self.packing)
-        if "assign" not in info.packing:
-            del options["assign"]
+        for name in ("assign", "channels", "min_intact"):
+            # Those sets have the channels' mean.
+            if name not in info.packing and (name != "channels" or options[name] == "mean"):
+                del options[name]
         return info.source_hash == self._digest(options)
 
     def _digest(self, packing: dict[str, Any]) -> str:

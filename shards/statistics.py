@@ -18,6 +18,7 @@ EXAMPLES = 16_000_000  # the AudioSet recipe's
 EXAMPLES_ORIGIN = "500,000 iterations, our default for a number that the paper leaves out, of its batch of 32"
 OVERLOADED = 1.0  # of full scale: a clip with a higher peak was clipped when it was packed
 NEAR_SILENCE = 1e-4  # -80 dB of full scale
+CONDITION = ["lost", "channel_peak"]
 _BINS = 20  # of the histogram, approximately
 
 
@@ -28,7 +29,7 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
     report, without duplicates; for an indexed set no list is known, and figures relative to it are None. Raises
     UserError when there is no shard set or it can't be read.
     """
-    info, clips = read_manifest(folder, ["key", "labels", "split", "fold", "samples", "peak", "format"])
+    info, clips = read_manifest(folder, ["key", "labels", "split", "fold", "samples", "peak", "format", *CONDITION])
     tars = read_table(folder, SHARDS, ["size"])
     report = read_table(folder, REPORT)
     indexed = not info.packing
@@ -64,9 +65,21 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
         "durations": _durations(samples, info.sample_rate),
         "formats": None if indexed else _formats(clips["format"]),
         "peaks": None if indexed else _peaks(clips["peak"].to_numpy()),
+        "condition": None if indexed else condition(clips),
         "reasons": _reasons(report, len(clips) + len(report)),
         "balanced": _balanced(counts, row, label, len(clips), examples),
         "recordings": _recordings(info.name, pa.concat_tables([t.select(["key", "fold"]) for t in (clips, report)])),
+    }
+
+
+def condition(clips: pa.Table) -> dict[str, Any]:
+    """How many clips (with the columns CONDITION) were damaged in the source, how many seconds they lack, and how many
+    have channels that cancel each other in their mean."""
+    damaged, lost = clips["lost"].drop_null(), pc.sum(clips["lost"]).as_py()
+    return {
+        "damaged": len(damaged),
+        "seconds_lost": round(lost or 0.0, 3),
+        "opposite_phase": len(clips) - clips["channel_peak"].null_count,
     }
 
 

@@ -20,6 +20,7 @@ from shards import build
 from shards.build import Plan, Progress, ShardTask
 from shards.clip import Packing
 from shards.sources.rows import Source
+from shards.statistics import CONDITION, condition
 
 _REFRESH_SECONDS = 0.5
 
@@ -60,7 +61,7 @@ def require_coverage(packed: dict[str, Any], max_missing: float) -> None:
 
 def summary(folder: Folder) -> dict[str, Any]:
     """What a finished shard set holds."""
-    info, clips = read_manifest(folder, ["samples"])
+    info, clips = read_manifest(folder, ["samples", *CONDITION])
     samples = clips["samples"]
     tars = read_table(folder, SHARDS)
     reasons = Counter(read_table(folder, REPORT)["reason"].to_pylist())
@@ -73,6 +74,7 @@ def summary(folder: Folder) -> dict[str, Any]:
         "bytes": pc.sum(tars["size"]).as_py(),
         "not_packed": dict(sorted(reasons.items())),
         "missing_share": round(absent / (len(samples) + absent), 6),
+        **condition(clips),
         "content_hash": info.content_hash,
     }
 

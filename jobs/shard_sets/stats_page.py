@@ -7,7 +7,7 @@ from markupsafe import Markup
 from jobs.html import page
 from jobs.html.figure import FILL, INK, PALE, SOFT
 from jobs.html.page import percent
-from jobs.terminal.show import size
+from jobs.terminal.show import condition_lines, size
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN
 
 _FORMATS = 20  # Rows of the table of formats.
@@ -186,6 +186,7 @@ def _formats(result: dict[str, Any]) -> Markup:
         page.element(
             "peaks", f"{loud:,}", percent(loud / result["clips"]), f"{quiet:,}", percent(quiet / result["clips"])
         ),
+        *map(page.paragraph, condition_lines(result["condition"])),
     )
 
 

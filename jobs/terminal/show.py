@@ -60,6 +60,24 @@ def packed_page(result: dict[str, Any]) -> None:
         f"{count(result['tars'], 'tar')} of "
         f"{result['bytes'] / 1e6:.1f} MB in total; not packed: {reasons or 'none'}"
     )
+    for line in condition_lines(result):
+        console.print(line)
+
+
+def condition_lines(found: dict[str, Any]) -> list[str]:
+    """What is wrong with packed clips' sources, a line for each kind (shards.statistics.condition)."""
+    lines = []
+    if found.get("damaged"):
+        lines.append(
+            f"{count(found['damaged'], 'clip')} with a damaged source: {found['seconds_lost']:,.1f} s could not be "
+            "decoded (the manifest's column lost)"
+        )
+    if found.get("opposite_phase"):
+        lines.append(
+            f"{count(found['opposite_phase'], 'clip')} nearly silent, as the source's channels are in opposite phase "
+            "(column channel_peak); --channels loudest keeps them"
+        )
+    return lines
 
 
 def verified_page(result: dict[str, Any]) -> None:
