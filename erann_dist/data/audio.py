@@ -100,12 +100,12 @@ def decode(file: Path | IO[bytes], consume: Callable[[Iterator[Block]], T], chan
     channel: its number, or that of the last if the file has fewer; None for the mean of all.
 
     libsndfile reads WAV and AIFF (up to 20 times as fast as FFmpeg there), FFmpeg everything else (it does not rely on
-    a FLAC header for the length); when one fails, the other is tried from the start, and never gives less. So is libsndfile
-    where FFmpeg finds a FLAC damaged: it reads some with wrong headers. (Its other decoders hide what they can't read.)
-    The length is never taken from the
-    file's header: only decoded samples count. What can't be decoded is skipped, and the next block has the seconds that
-    are missing before it, as far as the timestamps or the header show them; an empty block at the end has those of the
-    end. Raises DecodeError when nothing can be decoded, or when the file can't be read to its end.
+    a FLAC header for the length). When one fails, the other is tried from the start, and is no use if it gives less.
+    A FLAC that FFmpeg finds damaged may be intact to libsndfile, whose other decoders hide what they can't read.
+
+    The length is never taken from the file's header: only decoded samples count. What can't be decoded is skipped, and
+    the next block has the seconds that are missing before it, as far as timestamps or header show them; an empty block
+    at the end has those of the end. Raises DecodeError when nothing can be decoded, or the file can't be read.
     """
     try:
         with _opened(file) as opened:

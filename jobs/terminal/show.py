@@ -75,7 +75,7 @@ def condition_lines(found: dict[str, Any]) -> list[str]:
     if found.get("opposite_phase"):
         lines.append(
             f"{count(found['opposite_phase'], 'clip')} nearly silent, as the source's channels are in opposite phase "
-            "(column channel_peak); --channels loudest keeps them"
+            "(column channel_peak); pack with --channels loudest to keep one of them"
         )
     return lines
 
