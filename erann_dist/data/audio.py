@@ -368,13 +368,12 @@ def _stream_blocks(
             if first is None:
                 first = pts * tick - end - gap
             late = pts * tick - first - end
-            if undecoded is not None:  # a clock that went back says nothing
-                gap = gap if late < -_JITTER_SECONDS else max(0.0, late)
-            elif late > _JITTER_SECONDS:
-                if is_broadcast and late > _CLOCK_RESET_SECONDS:
-                    first += late
-                elif end + late <= stated + 1:
-                    gap = late
+            if is_broadcast and late > _CLOCK_RESET_SECONDS:
+                first += late - gap
+            elif late < -_JITTER_SECONDS or end + late > max(stated, end) + 1:
+                pass  # a clock that went back, or a time that the file does not have
+            elif undecoded is not None or late > _JITTER_SECONDS:
+                gap = max(0.0, late)
         undecoded = None
         if gap < _TIMESTAMP_SECONDS:
             gap = 0.0
@@ -388,10 +387,12 @@ def _stream_blocks(
             interleave = av.AudioResampler(format="flt") if frame.format.is_planar and kind[2] > 2 else None
             lost += gap
             end += gap
-        end += frame.samples / rate
-        for part in interleave.resample(frame) if interleave else [frame]:
-            pieces.append(part.to_ndarray())
-            count += part.samples
+        if interleave:
+            pieces += [part.to_ndarray() for part in interleave.resample(frame)]
+        else:
+            pieces.append(frame.to_ndarray())
+        count += (samples := frame.samples)
+        end += samples / max(rate, 1)  # _mono rejects a rate of 0
     if kind is None and rest:
         return rest
     if kind is None:
@@ -422,7 +423,7 @@ def _frames(container: InputContainer, stream: AudioStream, tick: float) -> Iter
                     if isinstance(error, MemoryError):
                         raise
                     yield float((packet.duration or 0) * tick)
-                if packet.is_corrupt:
+                if packet.is_corrupt:  # a part of it is not there
                     yield 0.0
             return
         except av.error.FFmpegError as error:

@@ -150,6 +150,19 @@ def test_a_clock_that_starts_again_in_a_broadcast_is_no_gap(tmp_path: Path) -> N
     assert time_of(sound) == pytest.approx(2.5, abs=0.1)
 
 
+def test_a_time_that_the_file_does_not_have_is_no_gap(tmp_path: Path) -> None:
+    """The time of a Matroska cluster in the middle, 5 s, is damaged: it is a minute later."""
+    path = encode(tmp_path / "x.mka", chirp(12), "flac", form="matroska")
+    data = bytearray(path.read_bytes())
+    second = data.index(b"\x1f\x43\xb6\x75", data.index(b"\x1f\x43\xb6\x75") + 1)
+    place = data.index(b"\xe7\x82", second) + 2  # two bytes of milliseconds
+    data[place] = 0xFF
+    path.write_bytes(data)
+    sound, facts = packed(path)
+    assert (len(sound), facts.lost) == (12 * RATE, None)
+    assert time_of(packed(path, 7.0, 8.0)[0]) == pytest.approx(7.5, abs=0.1)
+
+
 def test_a_whole_recording_that_ends_before_the_segment(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "x.wav", chirp(12.4), RATE)
     with pytest.raises(Rejected) as rejection:
