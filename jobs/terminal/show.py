@@ -69,8 +69,8 @@ def condition_lines(found: dict[str, Any]) -> list[str]:
     lines = []
     if found.get("damaged"):
         lines.append(
-            f"{count(found['damaged'], 'clip')} with a damaged source: {found['seconds_lost']:,.1f} s could not be "
-            "decoded (the manifest's column lost)"
+            f"{count(found['damaged'], 'clip')} with a damaged source: {found['seconds_lost']:,.2f} s are missing "
+            "(the manifest's column lost)"
         )
     if found.get("opposite_phase"):
         lines.append(

@@ -172,7 +172,7 @@ def test_damaged_clips_and_channels_that_cancel_each_other(tmp_path: Path) -> No
     found = stats_of(tmp_path, clips, REPORT)["condition"]
     assert found == {"damaged": 2, "seconds_lost": 1.75, "opposite_phase": 1}
     assert condition_lines(found) == [
-        "2 clips with a damaged source: 1.8 s could not be decoded (the manifest's column lost)",
+        "2 clips with a damaged source: 1.75 s are missing (the manifest's column lost)",
         "1 clip nearly silent, as the source's channels are in opposite phase (column channel_peak); "
         "pack with --channels loudest to keep one of them",
     ]
