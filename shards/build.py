@@ -124,7 +124,11 @@ class Plan:
 
     def is_of(self, info: SetInfo) -> bool:
         """Whether a finished set is of this plan: of its source and options, but for those that older sets lack."""
-        options = {name: v for name, v in asdict(self.packing).items() if name in info.packing or name not in OLDER}
+        options = {
+            name: value
+            for name, value in asdict(self.packing).items()
+            if name in info.packing or name not in OLDER or (name == "channels" and value != OLDER[name])
+        }
         return info.source_hash == self._digest(options)
 
     def _digest(self, packing: dict[str, Any]) -> str:

@@ -50,6 +50,8 @@ def write_listed_set(segments: Path, folder: Path) -> None:
         "crc32": numbers,
         "source": rows["source"],
         "format": pa.array(["pcm 44100 Hz mono"] * count),
+        "lost": pa.nulls(count),
+        "channel_peak": pa.nulls(count),
     }
     clips = pa.table(columns).select(CLIP_SCHEMA.names).cast(CLIP_SCHEMA)
     sizes = np.bincount(numbers // CLIPS_PER_SHARD)

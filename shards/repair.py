@@ -32,7 +32,7 @@ def repair_tasks(folder: Folder, source: Source, shards: Sequence[int]) -> list[
     if tasks is None:
         tasks = fitting(replace(plan, assigned=_assigned(folder, clips["key"])))
     if tasks is not None:
-        return tasks
+        return [replace(task, rows=_as_packed(folder, task.rows)) for task in tasks]
     raise UserError(
         f"{folder}: was packed from another source: {listed[shards[0]]['name']} would contain other clips; "
         "give the list, the folders and the classes that it was packed with"
@@ -50,6 +50,18 @@ def _assigned(folder: Folder, packed: pa.ChunkedArray) -> pa.Array:
     report = read_table(folder, REPORT, ["key", "reason"])
     undecoded = report.filter(pc.is_in(report["reason"], value_set=pa.array(UNDECODED)))["key"]
     return pa.concat_arrays([*packed.chunks, *undecoded.chunks])
+
+
+def _as_packed(folder: Folder, rows: pa.Table) -> pa.Table:
+    """The rows, with the reasons of those that could not be decoded when the set was packed, and perhaps can be now."""
+    report = read_table(folder, REPORT, ["key", "reason", "detail"])
+    undecoded = report.filter(pc.is_in(report["reason"], value_set=pa.array(UNDECODED))).combine_chunks()
+    place = pc.index_in(rows["key"], value_set=undecoded["key"].combine_chunks())
+    is_new = pc.and_(pc.is_valid(place), pc.is_null(rows["reason"]))
+    for name in ("reason", "detail"):
+        column = pc.if_else(is_new, undecoded[name].take(place), rows[name])
+        rows = rows.set_column(rows.column_names.index(name), rows.schema.field(name), column)
+    return rows.combine_chunks()
 
 
 def packing_of(folder: Folder, info: SetInfo) -> Packing:

@@ -23,6 +23,7 @@ OVERLOADED = 1.0  # of full scale: a clip with a higher peak was clipped when it
 NEAR_SILENCE = 1e-4  # -80 dB of full scale
 LEAST_RATE = round(2 * ERANN_MEL.f_max)  # Hz; a source with a lower rate leaves the upper mel bins empty
 _RATE = re.compile(r"\b([0-9]{1,9}) Hz")  # in the manifest's column `format`
+CONDITION = ["lost", "channel_peak"]
 _BINS = 20  # of the histogram, approximately
 
 
@@ -33,7 +34,7 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
     report, without duplicates; for an indexed set no list is known, and figures relative to it are None. Raises
     UserError when there is no shard set or it can't be read.
     """
-    info, clips = read_manifest(folder, ["key", "labels", "split", "fold", "samples", "peak", "format"])
+    info, clips = read_manifest(folder, ["key", "labels", "split", "fold", "samples", "peak", "format", *CONDITION])
     tars = read_table(folder, SHARDS, ["size"])
     report = read_table(folder, REPORT)
     files = _file_counts(folder, report)
@@ -73,6 +74,7 @@ def statistics(folder: Folder, examples: int = EXAMPLES) -> dict[str, Any]:
         "formats": None if indexed else _formats(clips["format"]),
         "low_rate": low_rate(info, clips["format"]),
         "peaks": None if indexed else _peaks(clips["peak"].to_numpy()),
+        "condition": None if indexed else condition(clips),
         "reasons": _reasons(report, len(clips) + len(report)),
         "balanced": _balanced(counts, row, label, len(clips), examples),
         "recordings": _recordings(info.name, pa.concat_tables([t.select(["key", "fold"]) for t in (clips, report)])),
@@ -98,6 +100,17 @@ def _file_counts(folder: Folder, report: pa.Table) -> dict[str, Any] | None:
         return None
     where = f"{folder}/{REPORT}: {FILE_COUNTS}"
     return strict_json.read(_FileCounts, text, where, "restore it, or pack the set again").model_dump()
+
+
+def condition(clips: pa.Table) -> dict[str, Any]:
+    """How many clips (with the columns CONDITION) were damaged in the source, how many seconds they lack, and how many
+    have channels that cancel each other in their mean."""
+    damaged, lost = clips["lost"].drop_null(), pc.sum(clips["lost"]).as_py()
+    return {
+        "damaged": len(damaged),
+        "seconds_lost": round(lost or 0.0, 3),
+        "opposite_phase": len(clips) - clips["channel_peak"].null_count,
+    }
 
 
 def shared_recordings(name: str, keys: Iterable[str], folds: Iterable[int | None]) -> dict[str, list[int]]:

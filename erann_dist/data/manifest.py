@@ -46,8 +46,12 @@ CLIP_SCHEMA = pa.schema(
         ("crc32", pa.uint32()),  # of the FLAC
         ("source", pa.string()),
         ("format", pa.string()),  # of the source: codec, rate, channels; null if indexed
+        ("lost", pa.float32()),  # seconds of the source that are missing or could not be decoded; null if intact
+        ("channel_peak", pa.float32()),  # of the source, if its channels cancel each other in their mean; else null
     ]
 )
+# Older sets lack these; without values they don't count in a set's hash.
+_ADDED = frozenset({"lost", "channel_peak"})
 SHARD_SCHEMA = pa.schema(
     [
         ("shard", pa.int32()),
@@ -212,7 +216,7 @@ def read_table(folder: Folder, name: str, columns: list[str] | None = None) -> p
 def _read(folder: Folder, name: str, columns: list[str] | None) -> pa.Table:
     schema, required = _TABLES[name]
     with _opened(folder, name) as file:
-        table = strict_parquet.read(file, f"{folder}/{name}", schema, required, _ADVICE, columns)
+        table = strict_parquet.read(file, f"{folder}/{name}", schema, required, _ADVICE, columns, optional=_ADDED)
     if not len(table) and name != REPORT:
         raise UserError(f"{folder}/{name}: has no rows; {_ADVICE}")
     return table
@@ -354,6 +358,9 @@ def _first_difference(a: SetInfo, b: SetInfo) -> str:
 
 def content_hash(table: pa.Table) -> str:
     """SHA-256 of the rows: the same for the same rows, however Arrow and Parquet represent them."""
+    table = table.drop_columns(
+        [name for name in _ADDED & {*table.column_names} if table[name].null_count == len(table)]
+    )
     digest = hashlib.sha256()
     for start in range(0, len(table), 65_536):
         for name, column in zip(table.column_names, table.slice(start, 65_536).columns, strict=True):

@@ -33,6 +33,7 @@ RANGES = {
     "size": Range(0, 2**60),
     "clips": Range(0),
     "samples": Range(1, 2**32),  # 27 hours
+    "lost": Range(0),
     "key": Range(pattern=r"^[^\x00-\x1f\x7f]+$"),
     "sha256": Range(pattern="^([0-9a-f]{64})?$"),
 }
@@ -51,21 +52,27 @@ def read(
     required: Collection[str],
     advice: str,
     columns: list[str] | None = None,
+    optional: Collection[str] = (),
 ) -> pa.Table:
     """The declared columns of a file, or some of them, with the file's metadata.
 
-    required: columns without nulls. advice: what to do about a damaged file. Raises UserError, which names the file and
-    the column.
+    required: columns without nulls. advice: what to do about a damaged file. optional: columns that older files lack;
+    they are null there. Raises UserError, which names the file and the column.
     """
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     try:
         parquet = pq.ParquetFile(arrow_file(file), page_checksum_verification=True)
         found = parquet.schema_arrow
-        if missing := [name for name in wanted.names if found.names.count(name) != 1]:
+        there = [name for name in wanted.names if name in found.names or name not in optional]
+        if missing := [name for name in there if found.names.count(name) != 1]:
             raise UserError(f"{where}: has no column {missing[0]}, or has it twice; {advice}")
         if parquet.metadata.num_rows > MAX_ROWS:
             raise UserError(f"{where}: {parquet.metadata.num_rows:,} rows are more than {MAX_ROWS:,}; {advice}")
-        table = parquet.read(wanted.names).select(wanted.names)
+        table = parquet.read(there).select(there)
+        for name in wanted.names:
+            if name not in there:
+                table = table.append_column(wanted.field(name), pa.nulls(len(table), wanted.field(name).type))
+        table = table.select(wanted.names)
         for field in wanted:
             _require_kind(where, field, table.schema.field(field.name).type, advice)
         table = table.cast(wanted.with_metadata(found.metadata))

@@ -186,6 +186,7 @@ def _step_finish(segments: Path, audio: Path, out: Path) -> dict[str, Any]:
         facts = {"shard": shard, "offset": 512, "size": 400_000, "samples": 441_000, "peak": 0.5, "crc32": shard}
         columns = {name: pa.array(np.full(len(rows), value), mask=~there) for name, value in facts.items()}
         columns["format"] = pa.array(np.where(there, "pcm 44100 Hz mono", ""), mask=~there)
+        columns |= {name: pa.nulls(len(rows)) for name in ("lost", "channel_peak")}
         for name in ("key", "labels", "source", "split", "fold", "reason", "detail"):
             columns[name] = rows[name]
         table = pa.table(columns).select(build.OUTCOME_SCHEMA.names).cast(build.OUTCOME_SCHEMA)

@@ -139,6 +139,13 @@ def pack(
             "--skip-silent", help="Leave out clips below -80 dB; they are reported.", rich_help_panel=_PACKING
         ),
     ] = False,
+    channels: Annotated[
+        Literal["mean", "left", "loudest"],
+        typer.Option(
+            help="What several channels become: their mean, the first, or the one with the most energy (slower).",
+            rich_help_panel=_PACKING,
+        ),
+    ] = "mean",
     max_missing: Annotated[
         float, typer.Option(min=0, max=1, help="Exit with code 1 if a larger fraction of the listed clips is missing.")
     ] = 1.0,
@@ -174,7 +181,7 @@ def pack(
             on_progress=status.update,
         )
         source = read_source(kind, options)
-    packing = Packing(sample_rate, codec, clips_per_shard, order, min_seconds, skip_silent)
+    packing = Packing(sample_rate, codec, clips_per_shard, order, min_seconds, skip_silent, channels=channels)
     try:
         result = run(source, folder, packing, address)
     except KeyboardInterrupt:

@@ -20,7 +20,7 @@ from shards import build
 from shards.build import Plan, Progress, ShardTask
 from shards.clip import Packing
 from shards.sources.rows import Source
-from shards.statistics import low_rate
+from shards.statistics import CONDITION, condition, low_rate
 
 _REFRESH_SECONDS = 0.5
 
@@ -61,7 +61,7 @@ def require_coverage(packed: dict[str, Any], max_missing: float) -> None:
 
 def summary(folder: Folder) -> dict[str, Any]:
     """What a finished shard set holds."""
-    info, clips = read_manifest(folder, ["samples", "format"])
+    info, clips = read_manifest(folder, ["samples", "format", *CONDITION])
     samples = clips["samples"]
     tars = read_table(folder, SHARDS)
     reasons = Counter(read_table(folder, REPORT)["reason"].to_pylist())
@@ -75,6 +75,7 @@ def summary(folder: Folder) -> dict[str, Any]:
         "not_packed": dict(sorted(reasons.items())),
         "low_rate": low_rate(info, clips["format"]),
         "missing_share": round(absent / (len(samples) + absent), 6),
+        **condition(clips),
         "content_hash": info.content_hash,
     }
 

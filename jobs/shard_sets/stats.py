@@ -10,7 +10,7 @@ from erann_dist.storage.folder import Folder
 from jobs.html.page import percent
 from jobs.outputs import check_output
 from jobs.shard_sets.stats_page import hours, html_page, times
-from jobs.terminal.show import console, low_rate_warning, size
+from jobs.terminal.show import condition_lines, console, low_rate_warning, size
 from shards.sources.rows import FileCounts
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN, statistics
 
@@ -82,6 +82,8 @@ def _facts(result: dict[str, Any]) -> Table:
     )
     if peaks:
         table.add_row("peaks", f"{peaks['overloaded']:,} overloaded, {peaks['near_silence']:,} near silence")
+    for line in condition_lines(result["condition"] or {}):
+        table.add_row("sources", line)
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     table.add_row("versions", versions or "unknown")
     for name in ("list", "content", "source"):

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from jobs.html import page
 from jobs.html.figure import FILL, INK, PALE, SOFT
 from jobs.html.page import percent
-from jobs.terminal.show import low_rate_warning, size
+from jobs.terminal.show import condition_lines, low_rate_warning, size
 from shards.sources.rows import FileCounts
 from shards.statistics import EXAMPLES, EXAMPLES_ORIGIN
 
@@ -191,6 +191,7 @@ def _formats(result: dict[str, Any]) -> Markup:
         page.element(
             "peaks", f"{loud:,}", percent(loud / result["clips"]), f"{quiet:,}", percent(quiet / result["clips"])
         ),
+        *map(page.paragraph, condition_lines(result["condition"])),
     )
 
 

@@ -62,6 +62,8 @@ def packed_page(result: dict[str, Any]) -> None:
     )
     if warning := low_rate_warning(result["low_rate"]):
         console.print(f"warning: {warning}")
+    for line in condition_lines(result):
+        console.print(line)
 
 
 def low_rate_warning(low: dict[str, Any] | None) -> str:
@@ -74,6 +76,22 @@ def low_rate_warning(low: dict[str, Any] | None) -> str:
         f"({rates}{', …' * (len(low['rates']) > 3)}): their mel bins above half that rate stay empty, up to ERANN's "
         f"{low['least_rate'] // 2:,} Hz; use originals with a higher rate if there are any"
     )
+
+
+def condition_lines(found: dict[str, Any]) -> list[str]:
+    """What is wrong with packed clips' sources, a line for each kind (shards.statistics.condition)."""
+    lines = []
+    if found.get("damaged"):
+        lines.append(
+            f"{count(found['damaged'], 'clip')} with a damaged source: {found['seconds_lost']:,.2f} s are missing "
+            "(the manifest's column lost)"
+        )
+    if found.get("opposite_phase"):
+        lines.append(
+            f"{count(found['opposite_phase'], 'clip')} nearly silent, as the source's channels are in opposite phase "
+            "(column channel_peak); pack with --channels loudest to keep one of them"
+        )
+    return lines
 
 
 def verified_page(result: dict[str, Any]) -> None:

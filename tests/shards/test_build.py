@@ -21,16 +21,25 @@ import pytest
 import soundfile
 import webdataset
 
-from erann_dist.data.manifest import MANIFEST, REPORT, SHARDS, content_hash, load_manifest, read_info
+from erann_dist.data.manifest import (
+    MANIFEST,
+    REPORT,
+    SHARDS,
+    content_hash,
+    load_manifest,
+    read_info,
+    read_manifest,
+)
 from erann_dist.errors import UserError
 from erann_dist.storage.folder import LocalFolder
 from shards import build
-from shards.build import Plan, Progress
+from shards.build import Plan, Progress, build_shard
 from shards.clip import REASONS, Packing
-from shards.repair import packing_of
+from shards.repair import packing_of, repair_tasks
 from shards.sources.audioset import read_audioset
 from shards.sources.folder import read_folder
 from shards.sources.rows import Source, SourceRow, rows_table
+from shards.verify import verify
 from tests.conftest import pack_here, write_tone_set
 
 RATE = 44_100
@@ -334,8 +343,47 @@ def test_a_set_that_was_packed_before_options_had_assign(tmp_path: Path) -> None
     assert len(list((tmp_path / "set").glob("*.tar"))) == 3
     plan = Plan(source, Packing(clips_per_shard=2), folder)
     info = read_info(folder)
-    older = {name: value for name, value in info.packing.items() if name != "assign"}
+    added = ("assign", "channels", "min_intact")
+    older = {name: value for name, value in info.packing.items() if name not in added}
     older_info = replace(info, packing=older, source_hash=plan._digest(older))
     assert plan.is_of(older_info)
     assert not plan.is_of(info)
-    assert packing_of(folder, older_info) == Packing(clips_per_shard=2, assign="all")
+    assert packing_of(folder, older_info) == Packing(clips_per_shard=2, assign="all", min_intact=0.0)
+    assert not Plan(source, Packing(clips_per_shard=2, channels="left"), folder).is_of(older_info)
+
+
+def test_a_set_whose_manifest_lacks_the_columns_added_since(tmp_path: Path) -> None:
+    """It is read with nulls there, and has the hash that it had."""
+    for name in ("a", "b"):
+        soundfile.write(tmp_path / f"{name}.wav", np.sin(np.arange(RATE)) * 0.5, RATE)
+    rows = [row(tmp_path / f"{name}.wav", name) for name in ("a", "b")]
+    folder = pack_here(source_of(*rows), tmp_path / "set")
+    table = pq.read_table(folder / MANIFEST)
+    older = table.drop_columns(["lost", "channel_peak"])
+    pq.write_table(older, folder / MANIFEST)
+    info, clips = read_manifest(LocalFolder(str(folder)))
+    assert content_hash(older) == content_hash(clips) == info.content_hash
+    assert clips["lost"].null_count == 2
+    assert not [problem for _, problems in verify(LocalFolder(str(folder))) for problem in problems]
+    damaged = clips.set_column(clips.column_names.index("lost"), "lost", pa.array([None, 0.5], pa.float32()))
+    assert content_hash(damaged) != info.content_hash
+
+
+def test_damage_is_in_the_manifest_and_repair_leaves_out_what_was_left_out(tmp_path: Path) -> None:
+    """An older version could not decode b: its set is rebuilt without b."""
+    for name in ("a", "b", "c"):
+        soundfile.write(tmp_path / f"{name}.wav", np.sin(np.arange(RATE)) * 0.5, RATE)
+    data = (tmp_path / "a.wav").read_bytes()
+    (tmp_path / "a.wav").write_bytes(data[: len(data) // 2])
+    good = (tmp_path / "b.wav").read_bytes()
+    (tmp_path / "b.wav").write_bytes(b"not sound")
+    source = source_of(*(row(tmp_path / f"{name}.wav", name) for name in ("a", "b", "c")))
+    folder = pack_here(source, tmp_path / "set")
+    _, clips = read_manifest(LocalFolder(str(folder)), ["key", "lost"])
+    lost = dict(zip(clips["key"].to_pylist(), clips["lost"].to_pylist(), strict=True))
+    assert lost == {"a": pytest.approx(0.5, abs=0.01), "c": None}
+    (tmp_path / "b.wav").write_bytes(good)
+    (task,) = repair_tasks(LocalFolder(str(folder)), source, [0])
+    result = build_shard(task)
+    reasons = dict(zip(result.outcomes["key"].to_pylist(), result.outcomes["reason"].to_pylist(), strict=True))
+    assert reasons == {"a": None, "b": "unreadable", "c": None}

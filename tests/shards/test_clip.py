@@ -121,7 +121,7 @@ def test_segments_are_cut_from_whole_recordings_only(tmp_path: Path) -> None:
     assert len(packed(tmp_path / "short.wav", 5, 15)[0]) == 4 * RATE
     with pytest.raises(Rejected, match="empty") as rejection:
         packed(tmp_path / "whole.wav", 70.0, 80.0)
-    assert rejection.value.args == ("empty", "no sound in the segment")
+    assert rejection.value.args == ("empty", "ends after 60.00 s, before the segment from 70 to 80 s")
 
 
 @given(st.lists(st.integers(0, 50), max_size=12), st.integers(0, 200), st.integers(1, 100), st.integers(0, 20))

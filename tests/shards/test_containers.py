@@ -90,7 +90,7 @@ def test_audioset_from_the_hub(tmp_path: Path) -> None:
         hub_audioset(tmp_path / "hub" / "data" / split / "00.parquet", ids, partial(level, IDS.index(ids[0])))
     source = read_audioset(segments(tmp_path / "balanced_train_segments.csv", IDS[:20]), tmp_path / "hub")
     assert {row.source for row in rows_of(source)} == {f"data/bal_train/00.parquet/{ytid}.flac" for ytid in IDS[:20]}
-    assert "10 of 30 sound files match no clip" in source.notes[0]
+    assert "30 sound files found, 20 matched, 10 unmatched" in source.notes[0]
     assert peaks(pack_here(source, tmp_path / "shards")) == {
         f"{ytid}_30000": (i + 1) / 100 for i, ytid in enumerate(IDS[:20])
     }
@@ -556,8 +556,12 @@ def test_a_file_that_two_segments_share_is_the_whole_recording(
     path = write(tmp_path / "s.csv", line.format(ytid, 0, 10), line.format(ytid, 30, 40))
     folder = pack_here(read_audioset(path, tmp_path / "audio"), tmp_path / "shards", sample_rate=1000)
     assert peaks(folder) == {f"{ytid}_{start * 1000}": peak for start, peak in packed.items()}
-    assert [(reason, detail.split(";")[0]) for _, reason, detail in report(folder)] == [
-        ("empty", "ends before the segment")
+    assert [(reason, detail) for _, reason, detail in report(folder)] == [
+        (
+            "empty",
+            f"ends after {seconds:.2f} s, before the segment from 30 to 40 s; several segments share this file: name "
+            "each by its times",
+        )
     ] * (2 - len(packed))
     # The same file is the segment where it is the only one in the list, once or twice.
     for lines in ([line.format(ytid, 30, 40)], [line.format(ytid, 30, 40)] * 2):

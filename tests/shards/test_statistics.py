@@ -26,6 +26,7 @@ from erann_dist.data.sampling import BalancedSampler, class_lists
 from erann_dist.errors import UserError
 from erann_dist.storage.folder import open_folder
 from erann_dist.train import evaluation
+from jobs.terminal.show import condition_lines
 from shards.sources.audioset import read_audioset
 from shards.sources.ravdess import read_ravdess
 from shards.statistics import shared_recordings, statistics
@@ -201,6 +202,19 @@ def test_formats_and_peaks(small: dict[str, Any]) -> None:
         {"format": "flac mono", "clips": 1, "share": 0.25},
     ]
     assert small["peaks"] == {"overloaded": 1, "near_silence": 1}
+    assert small["condition"] == {"damaged": 0, "seconds_lost": 0.0, "opposite_phase": 0}
+
+
+def test_damaged_clips_and_channels_that_cancel_each_other(tmp_path: Path) -> None:
+    facts: list[dict[str, Any]] = [{"lost": 0.25}, {"lost": 1.5, "channel_peak": 0.5}, {}, {}]
+    clips = [clip | more for clip, more in zip(CLIPS, facts, strict=True)]
+    found = stats_of(tmp_path, clips, REPORT)["condition"]
+    assert found == {"damaged": 2, "seconds_lost": 1.75, "opposite_phase": 1}
+    assert condition_lines(found) == [
+        "2 clips with a damaged source: 1.75 s are missing (the manifest's column lost)",
+        "1 clip nearly silent, as the source's channels are in opposite phase (column channel_peak); "
+        "pack with --channels loudest to keep one of them",
+    ]
 
 
 def test_reasons_with_the_first_row_of_each(small: dict[str, Any]) -> None:
@@ -230,7 +244,7 @@ def test_an_indexed_set_has_no_list_to_be_measured_against(tmp_path: Path) -> No
     clips = [{**clip, "peak": None, "format": None} for clip in CLIPS]
     result = stats_of(tmp_path, clips, [], packing={}, versions={})
     assert result["indexed"]
-    assert result["formats"] is result["peaks"] is None
+    assert result["formats"] is result["peaks"] is result["condition"] is None
     coverage = result["coverage"]
     for part in (coverage, *coverage["splits"], *coverage["folds"], *result["per_class"]):
         assert part["listed"] is part["share"] is None

@@ -322,7 +322,7 @@ def test_progress(small: Path) -> None:
     st.lists(
         st.one_of(
             st.sampled_from(["a", "x-", "/", "{}", "{x}"]),
-            st.tuples(st.integers(0, 120), st.integers(0, 120), st.booleans()).map(
+            st.tuples(st.integers(0, 20), st.integers(0, 20), st.booleans()).map(
                 lambda r: f"{{{r[0]:0{3 * r[2]}d}..{r[1]:0{3 * r[2]}d}}}"
             ),
             st.lists(st.sampled_from(["a", "b", "07", "{1..3}"]), min_size=2, max_size=3).map(
