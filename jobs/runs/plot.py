@@ -106,7 +106,7 @@ def draw_evaluations(axes: Axes, evaluations: Sequence[Line]) -> None:
     ):
         if points := metric_points(evaluations, averaged=averaged):
             x, y = zip(*points, strict=True)
-            axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=5, label=label)
+            axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=5, label=label, clip_on=False)
             best = int(np.argmax(y))
             axes.annotate(
                 f"{y[best]:.4f}",
