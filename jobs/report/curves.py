@@ -48,7 +48,9 @@ def curves_of_several(runs: Sequence[tuple[str, Sequence[Line]]], name: str) -> 
             if key != _METRIC:
                 draw_curve(axes, steps, key, colour, alone=False)
             elif points := metric_points(evaluated):
-                axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, marker="o", markersize=3.5, clip_on=False)
+                axes.plot(
+                    *zip(*points, strict=True), color=colour, linewidth=1.3, marker="o", markersize=3.5, clip_on=False
+                )
 
     metric = next((metric_name(evaluated) for _, evaluated in found if len(metric_points(evaluated)) > 1), None)
     last = max((_last_step(lines) for _, lines in runs), default=0)
