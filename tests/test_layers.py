@@ -13,7 +13,9 @@ LAYERS = {
     "erann_dist": ". storage formats models recipe data log train".split(),
     "shards": "sources .".split(),
     "cluster": ". render preflight submit".split(),
-    "jobs": ". terminal html runs training shard_sets plan preflight report pipeline submission demo bench cli".split(),
+    "jobs": (
+        ". terminal html runs training recordings shard_sets plan preflight report pipeline submission demo bench cli"
+    ).split(),
 }
 PACKAGES = list(LAYERS)
 FILES = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts)

@@ -23,6 +23,10 @@ class AudioModel(nn.Module):
         self.num_classes = num_classes
         self.front_end = front_end
 
+    def embed(self, x: Tensor) -> Tensor:
+        """The pooled features of spectrograms x, before the fully connected layers: (B, D)."""
+        raise NotImplementedError(f"{self.name} has no embeddings")
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """mask: optional (B, 1, mel bins, frames) bool, SpecAugment's: where it is True, x becomes the mean, 0."""
         raise NotImplementedError

@@ -4,8 +4,11 @@ Six blocks of two 3×3 convolutions, each but the last followed by 2×2 average 
 the maximum plus the mean over time, and two FC layers.
 """
 
+import copy
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from erann_dist.models.base import AudioModel, Initialisation
 from erann_dist.models.mel_config import MelConfig
@@ -37,6 +40,14 @@ class ConvBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(c_out)
         self.pool = pool
         self.dropout = nn.Dropout(_BLOCK_DROPOUT)
+
+    def folded(self) -> nn.Module:
+        """The same for evaluation, with each BatchNorm folded into the convolution before it."""
+        block = copy.deepcopy(self)
+        block.conv1, block.conv2 = fuse_conv_bn_eval(self.conv1, self.bn1), fuse_conv_bn_eval(self.conv2, self.bn2)
+        for name in ("bn1", "bn2"):
+            block.add_module(name, nn.Identity())
+        return block
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -70,6 +81,12 @@ class CNN14(AudioModel):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, N) of log-mel spectrograms x (B, 1, mel bins, T). Raises ValueError for any other shape."""
+        x = self.dropout(F.relu(self.fc1(self.dropout(self.embed(x, mask)))))
+        logits: Tensor = self.fc2(x)
+        return logits
+
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The features (B, 2048) of log-mel spectrograms: maximum plus mean over time. mask, errors: as in forward."""
         bins = self.front_end.mel_bins
         if x.ndim != 4 or x.shape[1:3] != (1, bins) or x.shape[3] < 32:
             raise ValueError(f"{self.name} takes (B, 1, {bins}, T) with T >= 32, not {tuple(x.shape)}")
@@ -77,7 +94,4 @@ class CNN14(AudioModel):
         if mask is not None:
             x = x.masked_fill(mask, 0.0)
         x = self.blocks(x.transpose(2, 3)).mean(dim=3)
-        x = self.dropout(x.amax(dim=2) + x.mean(dim=2))
-        x = self.dropout(F.relu(self.fc1(x)))
-        logits: Tensor = self.fc2(x)
-        return logits
+        return x.amax(dim=2) + x.mean(dim=2)

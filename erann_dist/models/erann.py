@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from erann_dist.models.base import AudioModel, Initialisation
 from erann_dist.models.mel_config import ERANN_MEL
@@ -66,6 +67,10 @@ class ARB(nn.Module):
         reshapes = c_in != c_out or stride != (1, 1)
         self.shortcut = nn.Conv2d(c_in, c_out, 1, bias=False) if reshapes else None
 
+    def folded(self) -> nn.Module:
+        """The same for evaluation, with bn2 folded into conv1."""
+        return FoldedARB(self)
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.leaky_relu(self.bn1(x), NEGATIVE_SLOPE))
         # Faster than NCHW on CPU and on tensor cores. Converting here, not the weights, suits DeepSpeed, which
@@ -77,6 +82,33 @@ class ARB(nn.Module):
         # Slicing before a 1×1 convolution is the strided 1×1 convolution. Written as a stride it crashes in
         # backward on CPU in channels_last (torch 2.11 and 2.13).
         return h + self.shortcut(x[:, :, :: self.stride[0], :: self.stride[1]])
+
+
+class FoldedARB(nn.Module):
+    """An ARB for evaluation only: bn1 is a scale and a shift, bn2 is part of conv1, and memory is reused."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, block: ARB) -> None:
+        super().__init__()
+        bn = block.bn1
+        assert bn.running_mean is not None
+        assert bn.running_var is not None
+        scale = bn.weight.detach() / torch.sqrt(bn.running_var + bn.eps)
+        self.register_buffer("scale", scale[:, None, None])
+        self.register_buffer("shift", (bn.bias.detach() - bn.running_mean * scale)[:, None, None])
+        self.conv1 = fuse_conv_bn_eval(block.conv1, block.bn2)
+        self.conv2 = block.conv2
+        self.shortcut = block.shortcut
+        self.stride = block.stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu_(torch.addcmul(self.shift, x, self.scale), NEGATIVE_SLOPE)
+        h = F.leaky_relu_(self.conv1(h.contiguous(memory_format=ARB.memory_format)), NEGATIVE_SLOPE)
+        h = self.conv2(h)
+        # As in ARB.
+        return h.add_(x if self.shortcut is None else self.shortcut(x[:, :, :: self.stride[0], :: self.stride[1]]))
 
 
 class ERANN(AudioModel):
@@ -119,6 +151,12 @@ class ERANN(AudioModel):
         mask: optional (B, 1, 128, T) bool, SpecAugment's: where it is True, the output of the input BatchNorm is set to
         0, the mean. Raises ValueError for any other shape.
         """
+        logits: Tensor = self.fc2(F.leaky_relu(self.fc1(self.embed(x, mask)), NEGATIVE_SLOPE))
+        return logits
+
+    def embed(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The features (B, 128·W) of log-mel spectrograms x (B, 1, 128, T): their mean plus their maximum over time and
+        frequency. mask and errors: as in forward."""
         multiple = self.variant.frame_multiple
         if x.ndim != 4 or x.shape[1:3] != (1, MEL_BINS) or x.shape[3] < 1 or x.shape[3] % multiple:
             frames = "any T >= 1" if multiple == 1 else f"T a positive multiple of {multiple}"
@@ -127,9 +165,7 @@ class ERANN(AudioModel):
         if mask is not None:
             x = x.masked_fill(mask, 0.0)
         x = self.stages(x)
-        x = x.mean(dim=(2, 3)) + x.amax(dim=(2, 3))
-        logits: Tensor = self.fc2(F.leaky_relu(self.fc1(x), NEGATIVE_SLOPE))
-        return logits
+        return x.mean(dim=(2, 3)) + x.amax(dim=(2, 3))
 
 
 def _stage(c_in: int, c_out: int, stride: tuple[int, int]) -> nn.Sequential:

@@ -16,11 +16,14 @@ from jobs.terminal.show import (
     demo_page,
     evaluation_page,
     folds_page,
+    recordings_page,
     run_result_page,
     show,
     tagged_page,
     tags_page,
 )
+
+_RECORDINGS = "Recordings, with --out"
 
 
 def pretrain(
@@ -240,27 +243,50 @@ def evaluate(
 def tag(
     model: Model,
     sounds: Annotated[
-        list[str], typer.Argument(help="Audio files, or one shard set: its folder or s3://bucket/prefix.")
+        list[str],
+        typer.Argument(
+            help="Recordings: audio files, folders and patterns; or one shard set: its folder or s3://bucket/prefix."
+        ),
     ],
-    top: Annotated[int | None, typer.Option(min=1, help="Files: number of labels to print. Default: 5.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Shard set: the Parquet file to write.")] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Without --out: labels to print. Default: 5.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file to write: .parquet, .csv or .jsonl; for a shard set .parquet."),
+    ] = None,
+    window: Annotated[float, typer.Option(help="Length of a window in s.", rich_help_panel=_RECORDINGS)] = 10.0,
+    hop: Annotated[float, typer.Option(help="From one window to the next, in s.", rich_help_panel=_RECORDINGS)] = 5.0,
+    threshold: Annotated[
+        float, typer.Option(help="Probability at which a label is an event.", rich_help_panel=_RECORDINGS)
+    ] = 0.5,
+    audacity: Annotated[
+        Path | None,
+        typer.Option(help="Folder for a label track of each recording, for Audacity.", rich_help_panel=_RECORDINGS),
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Shard set: number of workers. Default: 1.")] = None,
     launcher: Annotated[
         Launcher | None,
         typer.Option(help="Shard set: what starts the workers. Default: none for one worker, otherwise ray."),
     ] = None,
-    device: Annotated[
-        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Shard set: device of the workers. Default: auto.")
-    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"] | None, typer.Option(help="The device. Default: auto.")] = None,
     as_json: Json = False,
 ) -> None:
+    from erann_dist.data.manifest import MANIFEST
+    from jobs.recordings.tag import TagOptions, tag_recordings
     from jobs.training import evaluate as jobs
 
-    sets = [sound for sound in sounds if "://" in sound or Path(sound).is_dir()]
+    sets = [sound for sound in sounds if "://" in sound or Path(sound, MANIFEST).exists()]
     if not sets:
-        if (out, workers, launcher, device) != (None, None, None, None):
-            raise UsageError(f"{sounds[0]}: --out, --workers, --launcher and --device are for shard sets, not files")
-        show(jobs.tag(model, [Path(sound) for sound in sounds], top or 5), as_json, tags_page)
+        if (workers, launcher) != (None, None):
+            raise UsageError(f"{sounds[0]}: --workers and --launcher are for shard sets")
+        if out is None:
+            if (device, audacity) != (None, None) or any(Path(sound).is_dir() for sound in sounds):
+                raise UsageError(f"{sounds[0]}: folders, --device and --audacity need --out FILE")
+            show(jobs.tag(model, [Path(sound) for sound in sounds], top or 5), as_json, tags_page)
+            return
+        if top is not None:
+            raise UsageError("--top: with --out all labels are written")
+        options = TagOptions(window, hop, threshold, audacity, device or "auto")
+        show(tag_recordings(model, sounds, out, options), as_json, recordings_page)
         return
     if len(sounds) > 1:
         raise UsageError(f"{sets[0]}: one command tags a single shard set; tag other sets and files separately")
@@ -272,6 +298,21 @@ def tag(
         result = jobs.tag_set(model, sets[0], out, launcher, workers, device or "auto", view.event)
     if is_first_process():
         show(result, as_json, tagged_page)
+
+
+def embed(
+    model: Model,
+    sounds: Annotated[list[str], typer.Argument(help="Recordings: audio files, folders and patterns.")],
+    out: Annotated[Path, typer.Option(help="The file to write: .parquet, .csv or .jsonl.")],
+    window: Annotated[float, typer.Option(help="Length of a window in s.")] = 10.0,
+    hop: Annotated[float | None, typer.Option(help="From one window to the next, in s. Default: --window.")] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="The device.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    from jobs.recordings.tag import embed_recordings
+
+    result = embed_recordings(model, sounds, out, window, hop or window, device)
+    show(result, as_json, recordings_page)
 
 
 def demo(
@@ -387,14 +428,23 @@ def add_to(app: typer.Typer) -> None:
         rich_help_panel="A trained model",
     )(evaluate)
     app.command(
-        help="Print the most likely labels of audio files in any format; or write the scores of every clip of a "
-        "shard set to a Parquet file."
+        help="Print the most likely labels of audio files in any format; with --out, write those of every window of "
+        "recordings of any length and a table of events, or the scores of every clip of a shard set."
         + examples(
             "erann tag runs/esc10 ../shared/data/esc10/audio/1-100032-A-0.ogg",
+            "erann tag runs/esc10 recordings/ --window 5 --hop 2.5 --threshold 0.3 --out tags.csv",
             "erann tag runs/esc10 s3://bucket/esc10 --out tags.parquet --workers 2",
         ),
         rich_help_panel="A trained model",
     )(tag)
+    app.command(
+        help="Write the model's features, the pooled vector before its fully connected layers, of every window of "
+        "recordings."
+        + examples(
+            "erann embed runs/esc10 recordings/ --window 5 --out embeddings.parquet",
+        ),
+        rich_help_panel="A trained model",
+    )(embed)
     app.command(
         help="Run the whole path on a small synthetic AudioSet: generate, pack, verify, pretrain on two workers, "
         "evaluate, tag."

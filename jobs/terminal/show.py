@@ -180,6 +180,16 @@ def tagged_page(result: dict[str, Any]) -> None:
     console.print(f"{result['shards']}: {count(result['clips'], 'clip')} tagged, written to {result['out']}")
 
 
+def recordings_page(result: dict[str, Any]) -> None:
+    """Of tags over time, and of embeddings."""
+    events = f", {count(result['events'], 'event')} to {result['events_out']}" if "events" in result else ""
+    unreadable = f"; {result['unreadable']} could not be read (column problem)" if result["unreadable"] else ""
+    console.print(
+        f"{count(result['recordings'], 'recording')}: {count(result['windows'], 'window')} written to {result['out']}"
+        f"{events}{unreadable}"
+    )
+
+
 def evaluation_page(metrics: dict[str, Any]) -> None:
     """The metrics, then the best and worst classes, those left out, and the hash of the list."""
     facts_page({name: value for name, value in metrics.items() if name != "list_hash"} | _selected(metrics))
