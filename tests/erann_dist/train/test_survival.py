@@ -222,7 +222,8 @@ def test_the_best_checkpoint_is_kept(tone_shards: Path, tmp_path: Path) -> None:
     settings = {"optim": {"examples": 96}, "checkpoint": {"every": 100, "keep_last": 1, "keep_best": 1}}
     recipe = small_recipe(tone_shards, tmp_path / "run", evaluate={"every": 1}, **settings)
     evaluated = of_kind(train_alone(recipe), Evaluated)
-    scores = {event.step: event.metrics["mAP"] for event in evaluated}
+    # The others are deleted with the last checkpoint, before that is evaluated.
+    scores = {event.step: event.metrics["mAP"] for event in evaluated if event.step < 6}
     best = min(scores, key=lambda step: (-scores[step], step))
     kept = {int(path.name.split("-")[1]) for path in tmp_path.glob("run/checkpoints/step-*")}
     assert kept == {best, 6}
@@ -309,7 +310,7 @@ def test_memory_that_is_too_small_says_what_would_fit(
     monkeypatch.setattr(ERANN, "forward", small)
     recipe = small_recipe(tone_shards, tmp_path / "run", optim={"global_batch": 12, "micro_batch": 4})
     with pytest.raises(
-        UserError, match=r"too small for optim.micro_batch=4 of 44100 samples; optim.micro_batch=2 would"
+        UserError, match=r"too small for optim.micro_batch=4 of 22050 samples; optim.micro_batch=2 would"
     ):
         train_alone(recipe)
 

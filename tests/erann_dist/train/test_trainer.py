@@ -227,6 +227,7 @@ def test_learns_the_tones(tone_shards: Path, tmp_path: Path) -> None:
         tone_shards,
         tmp_path / "learn",
         optim={"examples": 640, "micro_batch": 16},
+        data={"crop_s": 1.0},
         augment={"mixup": "none", "specaugment": False},
     )
     events = train_alone(recipe)
