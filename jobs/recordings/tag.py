@@ -1,6 +1,6 @@
 """Tags over time, and embeddings, of recordings of any length."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,11 +163,14 @@ def _scanned(
     info: ModelInfo,
     window: float,
     hop: float,
-) -> Any:
+) -> Iterator[Recording]:
     """The recordings' values, with progress."""
     with bar("recordings", len(files)) as progress:
         done = 0
-        on_seconds: Callable[[float], None] = lambda seconds: progress.update(done, f"{seconds:.0f} s")  # noqa: E731
+
+        def on_seconds(seconds: float) -> None:
+            progress.update(done, f"{seconds:.0f} s")
+
         for found in scan(files, compute, info.sample_rate, window, hop, info.pad_samples, on_seconds):
             yield found
             done += 1
