@@ -59,6 +59,7 @@ COMMANDS = [
     "pipeline",
     "evaluate",
     "tag",
+    "embed",
     "augment",
     "runs",
     "submit",
@@ -382,17 +383,36 @@ def test_tag_a_shard_set(erann, trained: Path, tone_shards: Path, tmp_path: Path
     np.testing.assert_allclose(np.sum(pq.read_table(out)["scores"].to_pylist(), axis=1), 1, atol=1e-5)
 
 
+def test_recordings_are_tagged_and_embedded(erann, trained: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        soundfile.write(tmp_path / f"{number}.wav", np.zeros(66_150), 44_100)
+    (tmp_path / "2.wav").write_text("no sound")
+    out, events = tmp_path / "tags.csv", tmp_path / "tags.events.csv"
+    told = erann("tag", trained, tmp_path, "--window", 1, "--hop", 0.5, "--out", out).out
+    assert f"3 recordings: 4 windows written to {out}" in told
+    assert "1 could not be read" in told
+    assert [len(path.read_text().splitlines()) > 1 for path in (out, events)] == [True, True]
+    result = json.loads(erann("embed", trained, tmp_path / "0.wav", "--out", tmp_path / "e.jsonl", "--json").out)
+    assert (result["windows"], result["size"]) == (1, 128)
+    (line,) = (tmp_path / "e.jsonl").read_text().splitlines()
+    assert len(json.loads(line)["vector"]) == 128
+
+
 def test_tagging_what_one_can_not(erann, trained: Path, tone_shards: Path, tmp_path: Path) -> None:
     model, clip, out = trained / "model", tmp_path / "a.wav", ["--out", tmp_path / "tags.parquet"]
     soundfile.write(clip, np.zeros(4410), 44_100)
-    for option in (out, ["--workers", 1], ["--launcher", "none"], ["--device", "cpu"]):
-        assert_refused(erann("tag", model, clip, *option), 2, "a.wav: .* are for shard sets, not files")
+    for option in (["--workers", 1], ["--launcher", "none"]):
+        assert_refused(erann("tag", model, clip, *option), 2, "a.wav: --workers and --launcher are for shard sets")
+    for place, *option in ([clip, "--device", "cpu"], [clip, "--audacity", "x"], [clip.parent]):
+        assert_refused(erann("tag", model, place, *option), 2, "folders, --device and --audacity need --out FILE")
+    assert_refused(erann("tag", model, clip, "--top", 3, *out), 2, "--top: with --out all labels are written")
     for sounds in ([clip, tone_shards], [tone_shards, tone_shards], [clip, "s3://bucket/set"]):
         assert_refused(erann("tag", model, *sounds, *out), 2, "one command tags a single shard set")
     assert_refused(erann("tag", model, tone_shards), 2, f"{tone_shards}: .* needs --out FILE.parquet")
     assert_refused(erann("tag", model, tone_shards, "--top", 3, *out), 2, "takes no --top")
     assert_refused(erann("tag", model, "gs://bucket/set", *out), 2, "a folder is a path or s3://bucket/prefix")
-    assert_refused(erann("tag", model, tmp_path, *out), 1, "no shard set here")
+    (tmp_path / "empty").mkdir()
+    assert_refused(erann("tag", model, tmp_path / "empty", *out), 2, "empty: no sound file in it or below it")
     assert_refused(erann("tag", model, tone_shards, "--out", tmp_path), 2, f"{tmp_path}: is a folder")
     assert_refused(erann("tag", model, tone_shards, "--workers", 2, "--launcher", "none", *out), 2, "runs 1 worker")
     slow = changed_model(trained, tmp_path / "rate", sample_rate=32_000)
