@@ -17,6 +17,9 @@ os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 # To detect faults soon, Ray Train checks its workers, and for preempted nodes, every second.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
+# A started cluster would begin with an idle worker for each CPU, which none of our actors uses, as they have an
+# environment of their own.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Workers are started where there is capacity. If it was taken in the meantime: how soon to look for capacity again.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
 

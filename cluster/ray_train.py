@@ -31,6 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 # Private: there is no other way to choose where the workers of one host meet. The test of open ports covers it.
 from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
 # Private: a worker's preemption notice can't be read elsewhere, as the public get_preemption_info() is a collective
@@ -188,11 +189,10 @@ def _fit(start: Start, use_gpu: bool, bundle: Bundle, storage: str, hang_timeout
     """Start the workers once and wait for them. Returns the error that ended them, if any."""
     # The training loop's own watchdog should detect a hang first.
     how = {"backend": "nccl" if use_gpu else "gloo", "timeout_s": round(2 * hang_timeout)}
-    embedded = ray.util.get_node_ip_address() == "127.0.0.1"
     trainer = _Trainer(
         _ray_worker,
         train_loop_config={"start": start},
-        torch_config=_InAFile(**how, path=f"{storage}/{start.number}") if embedded else TorchConfig(**how),
+        torch_config=_InAFile(**how, path=f"{storage}/{start.number}") if _is_embedded() else TorchConfig(**how),
         scaling_config=ScalingConfig(num_workers=start.workers, use_gpu=use_gpu, resources_per_worker=bundle),
         # Ray stores nothing of ours: checkpoints are in the run's folder. A reused name would silently resume.
         run_config=RunConfig(
@@ -215,9 +215,19 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]  # Ray's classes are Any
         """Do nothing: Ray's handler aborts the workers at Ctrl-C, before they have saved a checkpoint."""
 
     def _create_default_callbacks(self) -> list[Any]:
-        """Leave out Ray Datasets, for which Ray starts a process and loads ray.data in every worker."""
+        """Leave out what costs a process at each start and is not needed.
+
+        That is Ray Datasets, for which ray.data is loaded in every worker too; and on an embedded cluster, which ends
+        with the command, the actor that frees the workers' resources when the controller is lost.
+        """
         callbacks: list[Any] = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback) if _is_embedded() else DatasetsCallback
+        return [callback for callback in callbacks if not isinstance(callback, needless)]
+
+
+def _is_embedded() -> bool:
+    """Whether this process is connected to an embedded cluster, which listens on loopback only."""
+    return bool(ray.util.get_node_ip_address() == "127.0.0.1")
 
 
 @contextmanager
