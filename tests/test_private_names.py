@@ -38,7 +38,9 @@ PRIVATE = {
         "ray.train.torch.config:_set_torch_distributed_env_vars": "cluster/ray_train.py",
         "ray.train.torch.config:_TorchBackend": "cluster/ray_train.py",
         "ray.train.v2._internal.callbacks.datasets:DatasetsCallback": "cluster/ray_train.py",
-        "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback": "cluster/ray_train.py",
+        "ray.train.v2._internal.callbacks.placement_group_callback:PlacementGroupCleanerCallback": (
+            "cluster/ray_train.py"
+        ),
         "ray.train.v2._internal.exceptions:WorkerHealthCheckFailedError": "cluster/ray_train.py",
         "ray.train.v2._internal.exceptions:WorkerHealthCheckTimeoutError": "cluster/ray_train.py",
         "ray.train.v2._internal.execution.context:get_train_context": "cluster/ray_train.py",
