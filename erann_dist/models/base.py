@@ -4,6 +4,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from erann_dist.errors import UserError
 from erann_dist.models.mel_config import MelConfig
 
 # Of the weights. he: He et al. (2015), as each model's class describes; pytorch: the defaults of torch's layers.
@@ -24,8 +25,11 @@ class AudioModel(nn.Module):
         self.front_end = front_end
 
     def embed(self, x: Tensor) -> Tensor:
-        """The pooled features of spectrograms x, before the fully connected layers: (B, D)."""
-        raise NotImplementedError(f"{self.name} has no embeddings")
+        """The pooled features of spectrograms x, before the fully connected layers: (B, D).
+
+        Raises UserError when the model has none.
+        """
+        raise UserError(f"{self.name} has no embeddings: its class has no method embed")
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """mask: optional (B, 1, mel bins, frames) bool, SpecAugment's: where it is True, x becomes the mean, 0."""

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from erann_dist.errors import UserError
 from erann_dist.models.base import AudioModel
 from erann_dist.models.inference import inference_form
+from erann_dist.models.mel_config import ERANN_MEL
 from erann_dist.models.spec import build_model
 
 
@@ -37,6 +39,11 @@ def test_logits_and_features_are_the_models(name: str) -> None:
     assert folded.count("BatchNorm2d") == 1  # the input's
     with pytest.raises(RuntimeError, match="does not require grad"):
         form(x).sum().backward()
+
+
+def test_a_model_without_features_says_so() -> None:
+    with pytest.raises(UserError, match="X has no embeddings"):
+        AudioModel("X", 2, ERANN_MEL).embed(torch.zeros(1, 1, 128, 64))
 
 
 def test_features_have_the_papers_size() -> None:
