@@ -51,8 +51,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Three processes on two cores: tests that wait for their workers leave time to others.
 test: setup
-	$(BIN)/pytest tests --ignore tests/cluster --numprocesses 2 --dist worksteal
+	$(BIN)/pytest tests --ignore tests/cluster --numprocesses 3 --dist worksteal
 
 # Much of these tests' time is waiting for processes that start and end: two files of them at a time. SHARD=1/3 runs the
 # first third of the files.
