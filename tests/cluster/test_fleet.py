@@ -46,9 +46,10 @@ def same_models(one: Path, other: Path, folds: list[int]) -> bool:
 
 
 def spans(runs: Path) -> list[tuple[float, float]]:
-    """When each fold trained."""
-    lines = [read_log(LocalFolder(str(each))) for each in sorted(runs.glob("fold-*"))]
-    return [(each[0]["time"], each[-1]["time"]) for each in lines]
+    """When each fold's command wrote its recipe, which is its beginning, and when it ended."""
+    folds = sorted(runs.glob("fold-*"))
+    ends = [read_log(LocalFolder(str(fold)))[-1]["time"] for fold in folds]
+    return [((fold / "recipe.yaml").stat().st_mtime, end) for fold, end in zip(folds, ends, strict=True)]
 
 
 def most_at_once(times: list[tuple[float, float]]) -> int:
