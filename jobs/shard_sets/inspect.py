@@ -22,6 +22,7 @@ from jobs.terminal.show import console, size
 from shards.clip import Rejected, first_block
 from shards.sources.data_sets import DATA_SETS, Options, read_source
 from shards.sources.files import find_audio
+from shards.sources.lists import find_list, next_to
 from shards.sources.ravdess import NAME as RAVDESS_NAME
 from shards.sources.rows import Source, SourceRow, printable
 
@@ -151,7 +152,7 @@ def _findings(match: dict[str, Any]) -> Iterator[str]:
     elif match["packable"] is None:
         yield "names with videos' ids, or a segment list; give a list with --segments to see what matches"
     else:
-        yield f"{count(match['packable'], 'clip')} of {match['classes']:,} classes can be packed"
+        yield f"{count(match['packable'], 'clip')} of {count(match['classes'], 'class')} can be packed"
         if match["reasons"]:
             yield "not packed: " + ", ".join(f"{number:,} {reason}" for reason, number in match["reasons"].items())
         yield from match["notes"]
@@ -278,8 +279,10 @@ def _recognised(folder: Path, found: _Files, segments: Path | None) -> list[str]
     if segments:
         return ["audioset"]
     names = []
+    has_zips = any(path.lower().endswith(".zip") for kind in found.kinds.values() for path in kind.kept)
     for name, (own, others) in _OWN_LISTS.items():
-        if any(own in there and (not others or {*others} & {*there}) for there in found.lists.values()):
+        is_loose = any(own in there and (not others or {*others} & {*there}) for there in found.lists.values())
+        if is_loose or (has_zips and _is_in_zip(folder, own, others)):
             names.append(name)
     stems = [Path(path).stem for kind in found.kinds.values() if kind.kind == "sound" for path in kind.kept]
     if 2 * sum(bool(RAVDESS_NAME.fullmatch(stem)) for stem in stems) > len(stems):
@@ -287,6 +290,12 @@ def _recognised(folder: Path, found: _Files, segments: Path | None) -> list[str]
     if not names and (_segment_lists(found) or 2 * sum(map(_is_video, stems)) > len(stems)):
         names.append("audioset")
     return names or ["folder"]
+
+
+def _is_in_zip(folder: Path, own: str, others: tuple[str, ...]) -> bool:
+    """Whether a data set's list is in a zip, next to one of the others if there are any."""
+    path = find_list(folder, own)
+    return path is not None and (not others or any(next_to(path, other).exists() for other in others))
 
 
 def _is_video(stem: str) -> bool:

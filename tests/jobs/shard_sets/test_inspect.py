@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,18 @@ def test_the_real_data_sets_are_recognised(real_data: Path, name: str, data_set:
     assert result["command"] == command.format(shlex.quote(str(real_data / name)))
     assert len(result["sample"]) == 20
     assert json.loads(json.dumps(result)) == result
+
+
+def test_a_zip_of_a_data_set_is_recognised(real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = real_data / "esc10"
+    with zipfile.ZipFile(tmp_path / "ESC-50-master.zip", "w") as archive:
+        for path in [root / "meta" / "esc50.csv", *sorted((root / "audio").iterdir())[:8]]:
+            archive.write(path, f"ESC-50-master/{path.relative_to(root)}")
+    result = inspect(tmp_path)
+    assert [each["data_set"] for each in result["recognised"]] == ["esc50"]
+    assert result["command"].startswith(f"erann pack esc50 --root {tmp_path}")
+    inspected_page(result)
+    assert "8 clips of 10 classes can be packed" in capsys.readouterr().out
 
 
 def test_formats_come_from_headers(real_data: Path) -> None:
