@@ -17,8 +17,8 @@ os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 # To detect faults soon, Ray Train checks its workers, and for preempted nodes, every second.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")
-# A started cluster would begin with an idle worker for each CPU, which none of our actors uses, as they have an
-# environment of their own.
+# With a new cluster Ray would start an idle worker for each CPU, and use none of them: all that runs there has a
+# runtime environment.
 os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Workers are started where there is capacity. If it was taken in the meantime: how soon to look for capacity again.
 os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
@@ -200,10 +200,13 @@ def ray_cluster(address: str | None = None, cpus: int = 1) -> Iterator[bool]:
             what = f"no Ray cluster at {address}" if address else "no Ray cluster could be started on this machine"
             raise UserError(f"{what}: {reason}") from error
         if not address:
-            os.environ |= {_EMBEDDED: ray.get_runtime_context().gcs_address, _WATCHER: "0"}
+            watcher = os.environ.get(_WATCHER)
+            os.environ |= {_EMBEDDED: ray.get_runtime_context().gcs_address, _WATCHER: watcher or "0"}
         try:
             yield not address
         finally:
             ray.shutdown()
             if not address:
-                del os.environ[_EMBEDDED], os.environ[_WATCHER]
+                del os.environ[_EMBEDDED]
+                if watcher is None:
+                    del os.environ[_WATCHER]

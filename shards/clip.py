@@ -16,7 +16,17 @@ import numpy as np
 import numpy.typing as npt
 
 from erann_dist import SAMPLE_RATE
-from erann_dist.data.audio import Block, Codec, DecodeError, NoSamples, decode, encode, resample, to_pcm16
+from erann_dist.data.audio import (
+    Block,
+    Codec,
+    DecodeError,
+    NoSamples,
+    decode,
+    encode,
+    resample,
+    resample_with_gaps,
+    to_pcm16,
+)
 from shards.sources.containers import CONTAINERS, container_of
 from shards.sources.rows import SourceRow
 from shards.sources.tars import copy_member, is_remote
@@ -212,25 +222,7 @@ def _clip_parts(
         return resample(blocks, rate)
     slack = -math.inf if segment.is_shared else round(_WHOLE_RECORDING_SECONDS * rate)
     first, length = round(segment.start * rate), round((segment.end - segment.start) * rate)
-    return cut_segment(_timed(blocks, rate), first, length, slack)
-
-
-def _timed(blocks: Iterator[Block], rate: int) -> Iterator[npt.NDArray[np.float32] | int]:
-    """The blocks' samples at the rate; where some are missing, their number."""
-    following = next(blocks, None)
-
-    def run() -> Iterator[Block]:
-        nonlocal following
-        while following is not None:
-            yield following
-            following = next(blocks, None)
-            if following is not None and following.lost:
-                return
-
-    while following is not None:
-        if lost := round(following.lost * rate):
-            yield lost
-        yield from resample(run(), rate)
+    return cut_segment(resample_with_gaps(blocks, rate), first, length, slack)
 
 
 def cut_segment(

@@ -20,7 +20,7 @@ on_node() {
 
 program=${container[0]:-ray}
 if ! type "$program" > /dev/null; then
-    say "no $program on $SLURMD_NODENAME: render the job anew with what brings it (--module, --setup)"
+    say "no $program on $SLURMD_NODENAME: render the job again with what provides it (--module, --setup)"
     exit 2
 fi
 

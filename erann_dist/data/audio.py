@@ -51,7 +51,7 @@ _NOTHING = np.zeros(0, np.float32)
 # Timestamps that differ by less from the samples' count are rounded or jitter: the samples are counted there.
 _JITTER_SECONDS = 0.1
 _TIMESTAMP_SECONDS = 0.001  # the resolution of many formats' timestamps
-# A longer jump in a broadcast stream means that its clock was set anew, as FFmpeg's program takes it.
+# A longer jump in a broadcast stream means that its clock was reset; FFmpeg's program treats it in the same way.
 _CLOCK_RESET_SECONDS = 10.0
 _BROADCAST = {"mpeg", "mpegts"}
 # Formats whose header states the length of the sound; FFmpeg estimates that of others from what there is.
@@ -167,6 +167,24 @@ def resample(blocks: Iterable[Sound], rate: int) -> Iterator[npt.NDArray[np.floa
         yield resampler.resample_chunk(block.samples) if resampler else block.samples
     if resampler:
         yield resampler.resample_chunk(_NOTHING, last=True)
+
+
+def resample_with_gaps(blocks: Iterator[Block], rate: int) -> Iterator[npt.NDArray[np.float32] | int]:
+    """As resample; where samples are missing by the file's timestamps, their number stands for them."""
+    following = next(blocks, None)
+
+    def run() -> Iterator[Block]:
+        nonlocal following
+        while following is not None:
+            yield following
+            following = next(blocks, None)
+            if following is not None and following.lost:
+                return
+
+    while following is not None:
+        if lost := round(following.lost * rate):
+            yield lost
+        yield from resample(run(), rate)
 
 
 def to_pcm16(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:

@@ -1,8 +1,7 @@
 """Applies a function of the model to every window of recordings, in batches over windows and recordings."""
 
-import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from glob import glob, has_magic
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from erann_dist.data.audio import SUFFIXES, Block, DecodeError, decode, resample
+from erann_dist.data.audio import SUFFIXES, Block, DecodeError, decode, resample_with_gaps
 from erann_dist.data.windows import Window, windows
 from erann_dist.errors import UsageError
 from erann_dist.models.mel_config import padded_samples
+from shards.sources.walk import walk
 
 BATCH = 16
 
@@ -49,7 +49,7 @@ def find_recordings(places: Sequence[str]) -> list[Path]:
     for place in places:
         path = Path(place)
         if path.is_dir():
-            files = [Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+            files = (Path(entry.path) for entry, is_folder in walk(place) if not is_folder)
             here = sorted(each for each in files if each.suffix.lower() in SUFFIXES and not each.name.startswith("."))
         elif path.exists():
             here = [path]
@@ -96,7 +96,7 @@ def scan(
         batch.clear()
 
     def read(attempt: _Attempt, blocks: Iterator[Block]) -> None:
-        for window in windows(resample(blocks, rate), rate, seconds, hop):
+        for window in windows(_filled(resample_with_gaps(blocks, rate), rate), rate, seconds, hop):
             if batch and padded_samples(len(batch[0][1].samples)) != padded_samples(len(window.samples)):
                 flush()
             # A copy: the window is a view of all that the decoder had given.
@@ -129,3 +129,13 @@ def scan(
             yield waiting.popleft().found
     flush()
     yield from (attempt.found for attempt in waiting)
+
+
+def _filled(parts: Iterable[npt.NDArray[np.float32] | int], rate: int) -> Iterator[npt.NDArray[np.float32]]:
+    """The parts with silence where samples are missing, so that the windows have the recording's own times."""
+    for part in parts:
+        if isinstance(part, int):
+            for begin in range(0, part, rate):  # a second at a time: a gap may be hours long
+                yield np.zeros(min(rate, part - begin), np.float32)
+        else:
+            yield part

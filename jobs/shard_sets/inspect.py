@@ -25,6 +25,7 @@ from shards.sources.files import find_audio
 from shards.sources.lists import find_list, next_to
 from shards.sources.ravdess import NAME as RAVDESS_NAME
 from shards.sources.rows import Source, SourceRow, printable
+from shards.sources.walk import walk
 
 _ARCHIVES = (".tar", ".zip", ".h5", ".hdf5", ".hdf", ".tgz", ".7z", ".rar")
 _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")  # after another suffix
@@ -173,30 +174,21 @@ def _walk(root: Path) -> _Files:
     if root.is_file():
         _add(found, str(root), root.name, root.stat(), rng)
         return found
-    seen: set[tuple[int, int]] = set()
-    waiting = [str(root)]
-    while waiting:
-        folder = waiting.pop()
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+    for entry, is_folder in walk(str(root)):
+        if entry.name.startswith("."):
+            found.hidden += 1
             continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    found.hidden += 1
-                    continue
-                try:
-                    status = entry.stat()
-                except OSError:  # a link to nothing or to itself
-                    found.not_plain += 1
-                    continue
-                if stat.S_ISDIR(status.st_mode):
-                    waiting.append(entry.path)
-                elif stat.S_ISREG(status.st_mode):
-                    _add(found, entry.path, entry.name, status, rng)
-                else:
-                    found.not_plain += 1
+        if is_folder:
+            continue
+        try:
+            status = entry.stat()
+        except OSError:  # a link to nothing or to itself
+            found.not_plain += 1
+            continue
+        if stat.S_ISREG(status.st_mode):
+            _add(found, entry.path, entry.name, status, rng)
+        else:
+            found.not_plain += 1
     return found
 
 

@@ -17,6 +17,7 @@ from erann_dist.errors import UsageError, UserError
 from erann_dist.words import count
 from shards.sources.containers import COMPRESSED_TARS, CONTAINERS, Container, Damaged, container_of
 from shards.sources.rows import CANDIDATES, PLACE, FileCounts, printable
+from shards.sources.walk import walk
 
 FILE_SCHEMA = pa.schema(
     [
@@ -216,36 +217,21 @@ def _walk(root: bytes, passed_over: Counter[str], warnings: list[str]) -> Iterat
         yield from _archived(root, container, b"", warnings)
         return
     compressed = []
-    seen = set()  # folders, so that a link to a parent causes no endless loop
-    waiting = [root]
-    while waiting:
-        folder = waiting.pop()
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
+    for entry, is_folder in walk(root):
+        suffix = os.path.splitext(entry.name)[1].lower().decode(errors="replace")
+        if entry.name.startswith(b"."):
+            if suffix in SUFFIXES or is_folder:
+                passed_over[HIDDEN] += 1
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders: list[bytes] = []
-        with os.scandir(folder) as found:
-            entries = sorted(found, key=lambda entry: entry.name)  # if two paths lead to a folder, always use the same
-        for entry in entries:
-            suffix = os.path.splitext(entry.name)[1].lower().decode(errors="replace")
-            if entry.name.startswith(b"."):
-                if suffix in SUFFIXES or os.path.isdir(entry.path):
-                    passed_over[HIDDEN] += 1
-                continue
-            name = entry.path[len(root) + 1 :]
-            if is_folder := os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                folders.append(entry.path)
-            elif container := CONTAINERS.get(suffix):
-                yield from _archived(entry.path, container, name + b"/", warnings)
-                continue
-            if suffix in SUFFIXES:  # also a folder of such a name, so that it is reported
-                yield name, entry.path, None, None, None
-            elif not is_folder and _unpack(entry.name):
-                compressed.append(name)
-            elif not is_folder:
-                passed_over[suffix or "none"] += 1
-        waiting += reversed(folders)
+        name = entry.path[len(root) + 1 :]
+        if not is_folder and (container := CONTAINERS.get(suffix)):
+            yield from _archived(entry.path, container, name + b"/", warnings)
+        elif suffix in SUFFIXES:  # also a folder of such a name, so that it is reported
+            yield name, entry.path, None, None, None
+        elif not is_folder and _unpack(entry.name):
+            compressed.append(name)
+        elif not is_folder:
+            passed_over[suffix or "none"] += 1
     if compressed:
         some = ", ".join(printable(name) for name in compressed[:_EXAMPLES]) + ", …" * (len(compressed) > _EXAMPLES)
         tars = count(len(compressed), "compressed tar")

@@ -388,7 +388,7 @@ class LabelSpace:
 def label_space(where: str, samples: Sequence[Sample], classes: ClassList | None) -> LabelSpace:
     """The labels of a set: those in a class list or those found, sorted.
 
-    Without a class list, captions are not accepted as classes. Labels are taken for captions if more than half of the
+    Without a class list, captions are not accepted as classes. Labels are treated as captions if more than half of the
     clips, of more than 100, share no label with another clip, and if there are more labels than a manifest can have.
     Raises UserError, also when no clip has a label.
     """

@@ -388,9 +388,9 @@ def test_recordings_are_tagged_and_embedded(erann, trained: Path, tmp_path: Path
         soundfile.write(tmp_path / f"{number}.wav", np.zeros(66_150), 44_100)
     (tmp_path / "2.wav").write_text("no sound")
     out, events = tmp_path / "tags.csv", tmp_path / "tags.events.csv"
-    told = erann("tag", trained, tmp_path, "--window", 1, "--hop", 0.5, "--out", out).out
-    assert f"3 recordings: 4 windows written to {out}" in told
-    assert "1 could not be read" in told
+    shown = erann("tag", trained, tmp_path, "--window", 1, "--hop", 0.5, "--out", out).out
+    assert f"3 recordings: 4 windows written to {out}" in shown
+    assert "1 could not be read" in shown
     assert [len(path.read_text().splitlines()) > 1 for path in (out, events)] == [True, True]
     result = json.loads(erann("embed", trained, tmp_path / "0.wav", "--out", tmp_path / "e.jsonl", "--json").out)
     assert (result["windows"], result["size"]) == (1, 128)

@@ -164,7 +164,7 @@ def test_setup_that_fails_ends_the_job(tmp_path: Path) -> None:
 def test_no_ray(tmp_path: Path) -> None:
     outcome = run(tmp_path, job(setup=["PATH=/usr/bin:/bin"]))
     assert outcome.code == 2
-    assert "no ray on node-1: render the job anew with what brings it (--module, --setup)" in outcome.log
+    assert "no ray on node-1: render the job again with what provides it (--module, --setup)" in outcome.log
 
 
 @pytest.mark.parametrize(

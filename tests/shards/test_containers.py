@@ -538,7 +538,7 @@ def test_a_file_that_ends_the_decoder_hides_no_good_one(tmp_path: Path, monkeypa
 
 
 def sound_file(folder: Path, name: str, seconds: float) -> None:
-    """Its level tells the second."""
+    """Sound whose level in each second is the second's number, from 1, in hundredths."""
     folder.mkdir(parents=True, exist_ok=True)
     soundfile.write(folder / name, np.repeat(np.arange(1, 1 + round(seconds)) / 100, 1000), 1000)
 

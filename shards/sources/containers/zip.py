@@ -24,7 +24,7 @@ _ENCRYPTED, _CRC_FOLLOWS = 1 << 0, 1 << 3
 _METHODS = {9: "Deflate64", 12: "bzip2", 14: "LZMA", 93: "Zstandard", 95: "XZ"}
 _CHUNK = 1 << 18
 _IN_MEMORY_BYTES = 64 << 20  # a larger clip is unpacked to a temporary file
-_MAX_BYTES = 4 << 30  # of a deflated clip: 6 hours of 16-bit stereo; more is taken for an attack
+_MAX_BYTES = 4 << 30  # of a deflated clip: 6 hours of 16-bit stereo; more is treated as an attack
 
 
 def members(path: bytes, notes: list[str]) -> Iterator[Member]:

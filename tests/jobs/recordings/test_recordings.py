@@ -25,6 +25,7 @@ from jobs.recordings.events import find_events
 from jobs.recordings.scan import BATCH, Recording, find_recordings, scan
 from jobs.recordings.tag import TagOptions, embed_recordings, tag_recordings
 from tests.support.folded import a_model
+from tests.support.sounds import chirp, encode, time_of
 
 RATE = 44_100
 
@@ -84,6 +85,24 @@ def test_what_can_not_be_read_is_a_row_and_the_rest_goes_on(tmp_path: Path) -> N
     assert (found[0].file, found[3].file) == (good, one)
 
 
+def test_windows_have_the_times_of_a_recording_with_a_gap(tmp_path: Path) -> None:
+    """The gap is silence, and what follows it stays where it was."""
+    rate = 16_000
+    file = encode(tmp_path / "gap.mka", chirp(12, rate), "libopus", rate=rate, form="matroska", gap=(4.0, 7.0))
+    heard: list[npt.NDArray[np.float32]] = []
+
+    def compute(batch: Tensor) -> npt.NDArray[np.float32]:
+        heard.extend(batch.numpy())
+        return loudness(batch)
+
+    (found,) = scan([file], compute, rate, 1.0, 1.0)
+    assert found.starts[:12] == list(range(12))
+    assert found.values[5][0] < 1e-4  # those at the gap's ends have a codec's tail in them
+    for second in (1, 2, 8, 9, 10):
+        middle = heard[second][round(0.35 * rate) : round(0.65 * rate)]
+        assert time_of(middle, rate) == pytest.approx(second + 0.5, abs=0.1)
+
+
 def test_memory_is_that_of_a_batch(tmp_path: Path) -> None:
     long = write_tones(tmp_path / "long.wav", (0, 600), rate=8000)  # as samples at 8 kHz 19 MB, at 44.1 kHz 106 MB
     tracemalloc.start()
@@ -99,6 +118,7 @@ def test_files_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "x" / "loop").symlink_to(tmp_path / "x")
     assert find_recordings(["x"]) == [Path("x/b.wav"), Path("x/y/a.ogg")]
     assert find_recordings(["c[1].wav", "x/*.wav", "x"]) == [Path("c[1].wav"), Path("x/b.wav"), Path("x/y/a.ogg")]
     for place, message in (("no", "no: no such file"), ("*.mp3", "no such file"), ("empty", "no sound file")):
