@@ -25,12 +25,11 @@ from erann_dist.errors import UserError
 from erann_dist.storage.folder import Folder
 from shards.build import sha256
 from shards.sources.class_lists import ClassList
+from shards.sources.containers import COMPRESSED_TARS
 from shards.sources.rows import safe_key
 from shards.sources.samples import Fields, LabelSpace, Member, Sample, label_space, read_samples, unique_names
-from shards.sources.tars import OTHER_SUFFIXES, TAR_SUFFIXES
 
 _CODECS = ("flac", "wav")
-_COMPRESSED = (*TAR_SUFFIXES[1:], *OTHER_SUFFIXES)
 _GZIP = b"\x1f\x8b"  # the first bytes of a gzipped file
 _USUAL_FIELDS = Fields()
 
@@ -49,7 +48,7 @@ def index(folder: Folder, classes: ClassList | None = None, fields: Fields = _US
         raise UserError(f"{folder}: has a manifest already; remove {MANIFEST} to index the tars again")
     names = list(folder.sizes())
     tars = [name for name in names if name.endswith(".tar")]
-    if packed := [name for name in names if name.endswith(_COMPRESSED)]:
+    if packed := [name for name in names if name.endswith(COMPRESSED_TARS)]:
         raise _compressed(f"{folder}/{packed[0]}", len(packed))
     if not tars:
         raise UserError(f"{folder}: no tar in it or below it")

@@ -23,12 +23,13 @@ from typing import IO, TYPE_CHECKING, BinaryIO
 from erann_dist.errors import UsageError, UserError
 from erann_dist.storage.folder import LocalFolder, open_folder
 from erann_dist.storage.ranged_file import ranged_file
+from shards.sources.containers import COMPRESSED_TARS
 
 if TYPE_CHECKING:  # a decoder process starts in half the time without S3
     from erann_dist.storage.s3_ranges import S3Object
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-OTHER_SUFFIXES = (".tar.zst", ".tar.bz2", ".tar.xz")  # of tars that have to be unpacked first
+_OTHER_SUFFIXES = tuple(suffix for suffix in COMPRESSED_TARS if suffix not in TAR_SUFFIXES)  # to be unpacked first
 _MOST_TARS = 100_000  # of a brace pattern
 _HEADER_BYTES = 1 << 18  # of a request for headers in S3; small files are read along with it
 _RANGE = 16 << 20  # bytes of a request for sound
@@ -66,7 +67,7 @@ def find_tars(pattern: str, endpoint: str | None = None) -> list[FoundTar]:
     urls: dict[str, None] = {}
     for part in expand_braces(pattern) if not os.path.exists(pattern) else [pattern]:
         found = _s3_urls(part, endpoint) if "://" in part else _paths(os.path.expanduser(part))
-        if other := next((url for url in found if url.endswith(OTHER_SUFFIXES)), None):
+        if other := next((url for url in found if url.endswith(_OTHER_SUFFIXES)), None):
             raise UsageError(
                 f"{other}: only {', '.join(TAR_SUFFIXES)} files can be read; unpack it first, or leave it out"
             )
@@ -129,7 +130,7 @@ def _paths(part: str) -> list[str]:
 def _s3_urls(part: str, endpoint: str | None) -> list[str]:
     open_folder(part.rstrip("/"), endpoint)  # fails for other schemes, and for credentials in a URL
     if not re.search(r"[*?[]", part):
-        if part.endswith(TAR_SUFFIXES + OTHER_SUFFIXES):
+        if part.endswith(TAR_SUFFIXES + _OTHER_SUFFIXES):
             return [part]  # reading it shows whether it is there
         folder = part.rstrip("/")
         return [f"{folder}/{name}" for name in open_folder(folder, endpoint).sizes() if _is_tar(name)]
@@ -144,7 +145,7 @@ def _s3_urls(part: str, endpoint: str | None) -> list[str]:
 
 
 def _is_tar(name: str) -> bool:
-    return name.endswith(TAR_SUFFIXES + OTHER_SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
+    return name.endswith(TAR_SUFFIXES + _OTHER_SUFFIXES) and not any(part.startswith(".") for part in name.split("/"))
 
 
 def open_tar(tar: FoundTar) -> tuple[BinaryIO, bytes]:
